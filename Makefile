@@ -1,0 +1,52 @@
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# Where Fashion-MNIST is not at hand and cannot be fetched, the script says so and $FASTSWA_DATA stays unset.
+with_data = FASTSWA_DATA=$$(sh tools/get-data.sh) && export FASTSWA_DATA || unset FASTSWA_DATA
+
+.PHONY: help demo test setup data export readme bench clean
+
+help:    ## list the targets
+	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile
+
+demo: $(STAMP)    ## train on Fashion-MNIST with SWA and EMA; results in runs/demo
+	@$(with_data); data=fashion_mnist; \
+	if [ -z "$$FASTSWA_DATA" ] && ! $(BIN)/python -c 'from fastswa.data import fashion_mnist; fashion_mnist()' 2>/dev/null; then \
+		data=toy; \
+		echo '*** No Fashion-MNIST: neither its Debian package nor the Hugging Face hub can be reached.' >&2; \
+		echo '*** This run trains on TOY DATA. Set FASTSWA_DATA to the folder of the IDX files for the real one.' >&2; \
+	fi; \
+	$(BIN)/fastswa train --data $$data --epochs 5 --out runs/demo
+
+test: $(STAMP)    ## run every test: the notebooks, then pytest
+	@$(with_data); status=0; $(BIN)/nbdev-test || status=1; $(BIN)/pytest || status=1; exit $$status
+
+setup: $(STAMP)    ## install everything into .venv
+
+data:    ## fetch Fashion-MNIST where Debian's packages can be had; print its folder
+	@sh tools/get-data.sh
+
+export: $(STAMP)    ## write fastswa/ from the notebooks, and clean the notebooks
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
+
+readme: $(STAMP)    ## write README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+bench: $(STAMP)    ## run the benchmarks
+	@$(with_data); for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:    ## remove what was built; runs/ and the data stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis
+
+# Debian's Python may lack ensurepip: then the pip at hand installs one into the new environment.
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, pip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+		|| { echo 'fastswa needs Python 3.10 or newer with pip; name it with: make PYTHON=...' >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 \
+		|| { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip install -q pip \
+			--target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; }
+	@echo 'installing into $(VENV), which takes some minutes where PyTorch has to be downloaded'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,25 @@
+"Hands the metadata in settings.ini to setuptools; pyproject.toml lists these fields as dynamic."
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import setup
+
+root = Path(__file__).resolve().parent
+ini = ConfigParser(interpolation=None)
+ini.read(root/'settings.ini', encoding='utf-8')
+cfg = ini['DEFAULT']
+
+setup(
+    version=cfg['version'],
+    description=cfg['description'],
+    long_description=(root/'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    keywords=cfg['keywords'].split(),
+    author=cfg['author'],
+    license=cfg['license'],
+    python_requires='>=' + cfg['min_python'],
+    packages=[cfg['lib_name']],
+    install_requires=cfg['requirements'].split(),
+    extras_require={'dev': cfg['dev_requirements'].split()},
+    entry_points={'console_scripts': cfg['console_scripts'].split(),
+                  'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+)

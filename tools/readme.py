@@ -1,0 +1,28 @@
+"Writes README.md from nbs/index.ipynb: text as it stands, code in fences with what it printed, `#| hide` cells left out."
+import json, re
+from pathlib import Path
+
+root = Path(__file__).resolve().parents[1]
+
+def fence(text, lang=''): return f'```{lang}\n{text.strip()}\n```'
+
+def printed(output):
+    "The text of a cell's `output`, '' for pictures: those belong in nbs/images"
+    return ''.join(output.get('text') or output.get('data', {}).get('text/plain', ''))
+
+def cell_md(cell):
+    "The Markdown of one notebook cell; '' if it is hidden"
+    src = ''.join(cell['source'])
+    if re.search(r'^#\|\s*hide\b', src, re.M): return ''
+    src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
+    if cell['cell_type'] == 'code':
+        out = ''.join(map(printed, cell['outputs']))
+        return '\n\n'.join([fence(src, 'python')] + ([fence(out)] if out.strip() else []))
+    return re.sub(r'(\]\(|src=")(?!\w+:|#|/)', r'\1nbs/', src).replace('nbs/../', '')  # links start at the root
+
+def render(nb=root/'nbs'/'index.ipynb'):
+    "The README that belongs to notebook `nb`"
+    cells = json.loads(Path(nb).read_text(encoding='utf-8'))['cells']
+    return '\n\n'.join(filter(None, map(cell_md, cells))) + '\n'
+
+if __name__ == '__main__': (root/'README.md').write_text(render(), encoding='utf-8')

@@ -8,6 +8,7 @@ __all__ = ['LossMeter', 'Learner', 'TrainCB', 'TrainLearner', 'MomentumLearner']
 # %% ../nbs/03_learner.ipynb #00000002
 import math
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from importlib import import_module
 from numbers import Integral
 
 import torch
@@ -71,6 +72,12 @@ def _keep_modes(model):
     finally:
         for m, mode in modes.items(): m.training = mode
 
+def _later(module, name):
+    "A method that is the function `name` of a module further down, which is imported when it is called"
+    def _f(self, *args, **kwargs): return getattr(import_module(f'fastswa.{module}'), name)(self, *args, **kwargs)
+    _f.__name__,_f.__doc__ = name,f'See `fastswa.{module}.{name}`'
+    return _f
+
 def _say_where(e, learn):
     "Note on an exception where in the run it was raised, and on what"
     if not hasattr(e, 'add_note'): return     # before Python 3.11
@@ -95,7 +102,7 @@ class Learner(WeightSets):
         self.cbs,self.history,self.epochs,self.training = _listify(cbs),[],range(0),False
         self.opt = self.dl = self.batch = self.preds = self.loss = self.epoch_steps = None
         self.opt_steps = self.n_epochs = self.epoch = self.iter = 0
-        self._opt_params,self._grads = [],{}
+        self._opt_params,self._grads,self._frozen = [],{},[]
 
     def fit(self,
         n_epochs:int=1, # passes over the training data
@@ -104,7 +111,7 @@ class Learner(WeightSets):
         cbs=None, # further callbacks, for this fit only
         lr:float|None=None, # learning rate of this fit; `learn.lr` if None
         reset_opt:bool=False, # start with a new optimizer?
-    ): # the learner
+    ):
         "Train and validate; raises FloatingPointError when the training loss is not finite"
         if not isinstance(n_epochs, Integral) or n_epochs < 0:
             raise ValueError(f'n_epochs must be a whole number, 0 or more; got {n_epochs!r}')
@@ -121,13 +128,12 @@ class Learner(WeightSets):
                 stack.enter_context(self._gradients())
                 self.averages,self._rows = {},{}
             stack.enter_context(_keep_modes(self.model))
-            self._frozen = [m for m in self.model.modules() if self.model.training and not m.training]
             self.n_epochs,self.epochs,self.epoch_steps = n_epochs,range(n_epochs),_length(self.dls.train) if train else None
             self._fit(train, valid)
-        return self
 
     @with_cbs('fit')
     def _fit(self, train, valid):
+        self._frozen = [m for m in self.model.modules() if self.model.training and not m.training]
         for self.epoch in self.epochs:
             if train: self.one_epoch(True)
             if valid and self.dls.valid is not None: self._validate(valid, quick=train)
@@ -137,9 +143,15 @@ class Learner(WeightSets):
     ):
         "One pass over `dls.train` or `dls.valid`, and its row in `learn.history`"
         self.training,self.dl = training,self.dls.train if training else self.dls.valid
+        self.set_mode(training)
+        with torch.set_grad_enabled(training): self._one_epoch()
+
+    def set_mode(self,
+        training:bool, # for training, or for evaluation?
+    ):
+        "Put the model in train or eval mode; layers that were frozen (in eval mode within a model in train mode) stay so"
         self.model.train(training)
         for m in self._frozen: m.training = False
-        with torch.set_grad_enabled(training): self._one_epoch()
 
     @with_cbs('epoch')
     def _one_epoch(self):
@@ -217,34 +229,20 @@ class Learner(WeightSets):
         weights:str|None=None, # `'raw'` or the name of an average; None: a row for each
     ) -> list: # the rows, as dicts
         "Validate now; `learn.history` and the run stay as they are. Raises RuntimeError for an average without a snapshot"
-        with self.aside(): return self.fit(1, train=False, valid=weights or True).history
+        with self.aside():
+            self.fit(1, train=False, valid=weights or True)
+            return self.history
 
     def get_preds(self,
         weights:str|None=None, # `'raw'` or the name of an average; None: those the model holds
     ) -> tuple: # predictions and targets
         "Predictions for the validation set and its targets, on the CPU"
-        from fastswa.callbacks import capture_preds
-        with self.using(weights or self.weights): return capture_preds(self)
+        with self.using(weights or self.weights): return self.capture_preds()
 
-    def capture_preds(self, cbs=None, inps=False):
-        "See `fastswa.callbacks.capture_preds`"
-        from fastswa.callbacks import capture_preds
-        return capture_preds(self, cbs, inps)
-
-    def lr_find(self, *args, **kwargs):
-        "See `fastswa.sched.lr_find`"
-        from fastswa.sched import lr_find
-        return lr_find(self, *args, **kwargs)
-
-    def summary(self):
-        "See `fastswa.callbacks.summary`"
-        from fastswa.callbacks import summary
-        return summary(self)
-
-    def show_image_batch(self, *args, **kwargs):
-        "See `fastswa.callbacks.show_image_batch`"
-        from fastswa.callbacks import show_image_batch
-        return show_image_batch(self, *args, **kwargs)
+    capture_preds = _later('callbacks', 'capture_preds')
+    summary = _later('callbacks', 'summary')
+    show_image_batch = _later('callbacks', 'show_image_batch')
+    lr_find = _later('sched', 'lr_find')
 
 # %% ../nbs/03_learner.ipynb #0000000b
 class TrainCB(Callback):

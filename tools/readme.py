@@ -11,10 +11,11 @@ def printed(output):
     return ''.join(output.get('text') or output.get('data', {}).get('text/plain', ''))
 
 def cell_md(cell):
-    "The Markdown of one notebook cell; '' if it is hidden"
+    "The Markdown of one notebook cell; '' if it is hidden or empty"
     src = ''.join(cell['source'])
-    if re.search(r'^#\|\s*hide\b', src, re.M): return ''
+    hidden = re.search(r'^#\|\s*hide\b', src, re.M)
     src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
+    if hidden or not src: return ''
     if cell['cell_type'] == 'code':
         out = ''.join(map(printed, cell['outputs']))
         return '\n\n'.join([fence(src, 'python')] + ([fence(out)] if out.strip() else []))

@@ -127,7 +127,7 @@ class Average:
         "Forget all snapshots"
         self.restore()
         self.n = self.skipped = 0
-        self._avg = None
+        self._avg,self.origin = None,object()      # with `n`, the origin tells states of the average apart
 
     def _bind(self):
         "Look up the module's tensors by name; raises ValueError where they are not those of the average"
@@ -137,23 +137,25 @@ class Average:
         self._places = [(d, k, d[k]) for d, k in found.values()]
         self._live,self._index,self._ptrs = live,index,[t.data_ptr() for t in live]
 
-    def _verify(self):
-        "Look the tensors up again if the module holds others than it did"
+    def verify(self):
+        "Look the tensors up again if the module holds others than it did; ValueError if they do not fit the average"
         if not (all([d.get(k) is t for d, k, t in self._places]) and [t.data_ptr() for t in self._live] == self._ptrs): self._bind()
 
     @torch.no_grad()
     def update(self,
         module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
+        steps:int=1, # steps since the last update: what is left of the average is what so many updates would leave
     ) -> int: # snapshots in the average
         "Take a snapshot of the weights; one that is not finite is skipped whole"
         if self._stash is not None: raise RuntimeError('the average is applied: its module holds the average itself; update outside of applied()')
-        self._verify()
+        self.verify()
         live = self._live if module is None else self._of(module)
         if self.check_finite and not _all_finite(live): return self._skip()
         if self.n == 0: self._avg = [_like(t, self.dtype, self.device).copy_(t) for t in live]
         else:
             w = self.rule(self.n)
             if not 0 <= w <= 1: raise ValueError(f'{self.rule} gave {w} for n = {self.n}: a weight must be between 0 and 1')
+            if steps != 1: w = 1 - (1 - w)**steps
             ends = live if all([_alike(a, t) for a, t in zip(self._avg, live)]) else [t.to(a) for a, t in zip(self._avg, live)]
             torch._foreach_lerp_(self._avg, ends, w)
         self.n += 1
@@ -199,7 +201,7 @@ class Average:
     def restore(self):
         "The module holds its own weights again, bit for bit; nothing happens where it does already"
         if self._stash is None: return
-        self._verify()
+        self.verify()
         with uninterrupted():
             for a, t, raw in zip(self._avg, self._live, self._stash):
                 if raw is None: _exchange(a, t)
@@ -211,7 +213,7 @@ class Average:
         "Inside the block the module holds the average; after it, whatever happened, its own weights"
         self._need()
         if self._stash is not None: raise RuntimeError('the average is applied already')
-        self._verify()
+        self.verify()
         try:
             self._swap_in()
             yield self.source
@@ -223,7 +225,7 @@ class Average:
     ):
         "Copy the average into a module of the same names"
         avg = self._in_order(self.weights)
-        self._verify()
+        self.verify()
         for a, t in zip(avg, self._live if module is None else self._of(module)): t.copy_(a)
 
     def module(self) -> nn.Module:
@@ -237,7 +239,7 @@ class Average:
 
     def state_dict(self) -> dict: # `n`, `skipped`, `rule` (in words) and `weights` by name
         "What `load_state_dict` needs; the tensors are the average's own, not copies"
-        if self.n: self._verify()
+        if self.n: self.verify()
         return dict(n=self.n, skipped=self.skipped, rule=repr(self.rule), weights=self.weights if self.n else {})
 
     def load_state_dict(self,
@@ -246,7 +248,7 @@ class Average:
         "Go on from a saved average, by this one's own rule; raises ValueError where names or shapes differ"
         if self._stash is not None: raise RuntimeError('the average is applied: load outside of applied()')
         if state['rule'] != repr(self.rule): warnings.warn(f'the saved average followed {state["rule"]}; from here on it follows {self.rule}')
-        self._verify()
+        self.verify()
         loaded = self._in_order(state['weights'], 'the saved average') if state['n'] else None
         self._avg = loaded and [_like(t, self.dtype, self.device).copy_(a) for t, a in zip(self._live, loaded)]
-        self.n,self.skipped = state['n'],state['skipped']
+        self.n,self.skipped,self.origin = state['n'],state['skipped'],object()

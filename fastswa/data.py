@@ -76,8 +76,7 @@ class BatchLoader:
         generator=None, # a `torch.Generator` for the order; None: a draw from torch's global one seeds each order
         drop_last:bool=False, # leave out a last batch that is not full?
     ):
-        _check_bs(bs)
-        self.dataset, self.batch_size, self.tfm = TensorDataset(x, y), bs, tfm
+        self.dataset, self.batch_size, self.tfm = TensorDataset(x, y), _check_bs(bs), tfm
         self.shuffle, self.generator, self.drop_last = shuffle, generator, drop_last
         if not len(self): raise ValueError(f'{len(x)} samples with bs={bs} and drop_last={drop_last} give no batch')
 
@@ -105,6 +104,7 @@ class BatchLoader:
 def _check_bs(bs):
     if isinstance(bs, bool) or not isinstance(bs, Integral) or bs < 1:
         raise ValueError(f'bs must be a whole number from 1 on; got {bs!r}')
+    return int(bs)
 
 # %% ../nbs/02_data.ipynb #00000011
 def _column(ds, kind):
@@ -192,8 +192,7 @@ class DataLoaders:
         **kwargs, # for both `torch.utils.data.DataLoader`s
     ):
         "torch `DataLoader`s for any dataset; each sample is decoded anew each time"
-        _check_bs(bs)
-        train, valid = _splits(dd)
+        bs, (train, valid) = _check_bs(bs), _splits(dd)
         def dl(ds, n, **kw):
             collate = collate_fn or collate_dict(ds, as_tuple)
             return DataLoader(ds, n, num_workers=num_workers, collate_fn=collate, **kw, **kwargs)

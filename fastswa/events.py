@@ -50,9 +50,10 @@ class CallbackRunner:
     def begin(self,
         nm:str, # a level: `'fit'`, `'epoch'`, `'batch'` or `'weights'`
         stack:ExitStack, # calls the cleanups when it is left
+        cbs=None, # the callbacks; None: `self.cbs`
     ):
         "Call `before_{nm}` of every callback, and see to it that `cleanup_{nm}` follows, last begun first"
-        for cb in by_order(self.cbs):
+        for cb in by_order(self.cbs if cbs is None else cbs):
             if hasattr(cb, f'cleanup_{nm}'): stack.push(partial(self._cleanup, cb, nm))
             if hasattr(cb, f'before_{nm}'): getattr(cb, f'before_{nm}')(self)
 

@@ -99,7 +99,7 @@ class Learner(WeightSets):
     ):
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
         super().__init__()
-        self.cbs,self.history,self.epochs,self.training = _listify(cbs),[],range(0),False
+        self.cbs,self.history,self.epochs,self.training,self.will_train = _listify(cbs),[],range(0),False,False
         self.opt = self.dl = self.batch = self.preds = self.loss = self.epoch_steps = None
         self.opt_steps = self.n_epochs = self.epoch = self.iter = 0
         self._opt_params,self._grads,self._frozen = [],{},[]
@@ -126,9 +126,10 @@ class Learner(WeightSets):
                 self._raw_again()
                 self._ready_opt(lr, reset_opt)
                 stack.enter_context(self._gradients())
-                self.averages,self._rows = {},{}
+                self._start_averages()
             stack.enter_context(_keep_modes(self.model))
-            self.n_epochs,self.epochs,self.epoch_steps = n_epochs,range(n_epochs),_length(self.dls.train) if train else None
+            self.n_epochs,self.epochs,self.will_train = n_epochs,range(n_epochs),train
+            self.epoch_steps = _length(self.dls.train) if train else None
             self._fit(train, valid)
 
     @with_cbs('fit')

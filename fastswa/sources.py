@@ -144,8 +144,8 @@ def mnist(
 
 # %% ../nbs/01a_sources.ipynb #00000012
 def _warp(x, amount):
-    "Images `x` (n, 1, h, w) turned by up to 0.35 rad, scaled by 20 %, shifted by 3.5 pixels; `amount`: (n, 4), -1 to 1"
-    angle, scale, shift = amount[:, 0]*0.35, 1 + amount[:, 1]*0.2, amount[:, 2:]*0.25
+    "Images `x` (n, 1, h, w) turned by up to 0.45 rad, scaled by 25 %, shifted by 4.5 pixels; `amount`: (n, 4), -1 to 1"
+    angle, scale, shift = amount[:, 0]*0.45, 1 + amount[:, 1]*0.25, amount[:, 2:]*0.32
     cos, sin = torch.cos(angle)*scale, torch.sin(angle)*scale
     theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).view(-1, 2, 3)
     return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
@@ -160,7 +160,7 @@ def _toy_split(patterns, n, generator):
     near = (torch.arange(28) - u[:, 5:7, None]*28).abs() < 5.6
     x = x*~(near[:, 0, :, None] & near[:, 1, None, :])[:, None]
     contrast = 0.12 + 0.18*u[:, 7].view(-1, 1, 1, 1)
-    x = 0.35 + contrast*x + 0.25*torch.randn(x.shape, generator=generator)
+    x = 0.35 + contrast*x + 0.12*torch.randn(x.shape, generator=generator)
     return (x[:, 0].clamp(0, 1)*255).to(torch.uint8).numpy(), y.numpy()
 
 def toy_images(

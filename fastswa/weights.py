@@ -28,9 +28,9 @@ def _needed(cb): return cb.prepares or cb.measures or hasattr(cb, 'before_weight
 # %% ../nbs/02b_weights.ipynb #00000006
 class WeightSets(CallbackRunner):
     "What a `Learner` can do with sets of weights: hold one, give it back, look and try things out"
-    weights,quick = 'raw',False
+    weights,quick,quiet = 'raw',False,False
 
-    def __init__(self): self.averages,self._rows,self._held,self._applied = {},{},ExitStack(),None
+    def __init__(self): self.averages,self._rows,self._keepers,self._held,self._applied = {},{},(),ExitStack(),None
 
     def add_average(self,
         name:str, # what it is called in tables, files and `using`
@@ -45,6 +45,11 @@ class WeightSets(CallbackRunner):
         self.averages[name] = average
         if row: self._rows[name] = average
 
+    def _start_averages(self):
+        "Forget the averages of the last fit; the callbacks that look after weights in this one do so until the next"
+        self.averages,self._rows = {},{}
+        self._keepers = [cb for cb in self.cbs if hasattr(cb, 'before_weights')]
+
     def _switch(self, weights):
         "Let the model hold another set of weights; if that fails, it holds the raw ones"
         if weights == self.weights: return
@@ -57,7 +62,7 @@ class WeightSets(CallbackRunner):
             stack.enter_context(self.averages[weights].applied())
             stack.callback(setattr, self, 'weights', 'raw')
             self.weights = weights
-            self.begin('weights', stack)
+            self.begin('weights', stack, self._keepers)
             self._held = stack.pop_all()
 
     @contextmanager
@@ -132,7 +137,7 @@ class WeightSets(CallbackRunner):
         kept = dict(vars(self))
         try:
             with self.looking():
-                self.history,self.cbs = [],[*filter(_needed, self.cbs), *cbs]
+                self.quiet,self.history,self.cbs = True,[],[*filter(_needed, self.cbs), *cbs]
                 yield self
         finally:
             held = dict(weights=self.weights, _held=self._held, _applied=self._applied)      # what the model holds is a fact

@@ -200,9 +200,9 @@ class Average:
     @torch.no_grad()
     def restore(self):
         "The module holds its own weights again, bit for bit; nothing happens where it does already"
-        if self._stash is None: return
-        self.verify()
         with uninterrupted():
+            if self._stash is None: return
+            self.verify()
             for a, t, raw in zip(self._avg, self._live, self._stash):
                 if raw is None: _exchange(a, t)
                 else: t.copy_(raw)

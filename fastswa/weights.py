@@ -34,7 +34,7 @@ class WeightSets(CallbackRunner):
 
     def add_average(self,
         name:str, # what it is called in tables, files and `using`
-        average, # an `Average`, or anything with `n`, `applied()` and `reset()`
+        average, # an `Average`, or anything with `n`, `applied()`, `restore()` and `reset()`
         row:bool=True, # does it get a row at each validation?
     ):
         "Register a set of weights, from `before_fit`; raises ValueError if the name is taken"
@@ -52,6 +52,8 @@ class WeightSets(CallbackRunner):
 
     def _switch(self, weights):
         "Let the model hold another set of weights; if that fails, it holds the raw ones"
+        if self.weights == 'raw':
+            for a in self.averages.values(): a.restore()      # Ctrl-C may have cut the last restoring short
         if weights == self.weights: return
         if weights != 'raw' and weights not in self.averages:
             raise ValueError(f'there are no weights called {weights!r}; there are {", ".join(["raw", *self.averages])}')

@@ -1,0 +1,115 @@
+"""One epoch of Fashion-MNIST, train and validate: a bare PyTorch loop, the learner with its usual callbacks, and per-image loading.
+
+    python benchmarks/epoch.py [--rounds 9] [--bs 1024]
+
+The variants alternate in one process; each figure is the median over the rounds, each ratio the median of the ratios round by round, with
+the smallest and the largest. `bare` computes the mean validation loss and accuracy, as any loop has to, and reads them once.
+"""
+import argparse, contextlib, io, statistics, time
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+from torcheval.metrics import MulticlassAccuracy
+
+from fastswa.callbacks import DeviceCB, MetricsCB
+from fastswa.core import default_device, set_seed
+from fastswa.data import DataLoaders, inplace
+from fastswa.init import init_weights
+from fastswa.layers import act_gr, get_model
+from fastswa.learner import TrainLearner
+from fastswa.progress import ProgressCB
+from fastswa.sources import fashion_mnist
+from fastswa.swa import EMACB
+
+
+def model():
+    set_seed(0)
+    return get_model(act_gr, norm=nn.BatchNorm2d).apply(partial(init_weights, leaky=0.1))
+
+
+sgd = partial(optim.SGD, momentum=0.85)
+
+
+class Bare:
+    "The loop one would write by hand"
+    def __init__(self, dls, averaged=False):
+        self.dls, self.model = dls, model()
+        self.opt = sgd(self.model.parameters(), 0.2)
+        if averaged:
+            ema = optim.swa_utils.get_ema_multi_avg_fn(0.999)
+            self.ema = optim.swa_utils.AveragedModel(self.model, multi_avg_fn=ema, use_buffers=False)
+        self.averaged = averaged
+
+    def epoch(self):
+        self.model.train()
+        for xb, yb in self.dls.train:
+            F.cross_entropy(self.model(xb), yb).backward()
+            self.opt.step()
+            self.opt.zero_grad()
+            if self.averaged: self.ema.update_parameters(self.model)
+        self.validate(self.model)
+        if self.averaged: self.validate(self.ema)
+
+    def validate(self, model):
+        model.eval()
+        loss = right = n = 0
+        with torch.no_grad():
+            for xb, yb in self.dls.valid:
+                preds = model(xb)
+                loss += F.cross_entropy(preds, yb)*len(yb)
+                right += (preds.argmax(1) == yb).sum()
+                n += len(yb)
+        return (loss/n).item(), (right/n).item()
+
+
+class Ours:
+    def __init__(self, dls, *cbs):
+        metrics = MetricsCB(accuracy=MulticlassAccuracy())
+        self.learn = TrainLearner(model(), dls, F.cross_entropy, 0.2, [DeviceCB(), metrics, ProgressCB(), *cbs], sgd)
+
+    def epoch(self):
+        with contextlib.redirect_stdout(io.StringIO()): self.learn.fit(1)
+
+
+def timed(f):
+    start = time.perf_counter()
+    f()
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--bs', type=int, default=1024)
+    args = parser.parse_args()
+    dd, device = fashion_mnist(), default_device()
+    dls = DataLoaders.in_memory(dd, args.bs, device=device)
+
+    @inplace
+    def per_image(b): b['image'] = [torch.from_numpy(np.array(o, np.float32)/255)[None] for o in b['image']]
+    slow = DataLoaders.from_dd(dd.with_transform(per_image), args.bs)
+
+    runs = {'bare': Bare(dls), 'bare + torch EMA': Bare(dls, averaged=True), 'ours, no average': Ours(dls),
+            'ours + EMACB, row off': Ours(dls, EMACB(valid=False)), 'ours + EMACB': Ours(dls, EMACB()),
+            'with_transform, ours + EMACB': Ours(slow, EMACB())}
+    times = {name: [] for name in runs}
+    for r in range(args.rounds + 1):
+        for name, run in runs.items():
+            if name.startswith('with_transform') and r not in (1, 2, 3): continue
+            t = timed(run.epoch)
+            if r: times[name].append(t)             # the first round warms up
+    where = torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} CPU threads'
+    print(f'Fashion-MNIST, batch {args.bs}, {where}, torch {torch.__version__}, {args.rounds} rounds\n')
+    print('| | s per epoch | ÷ bare (min … max) |\n| --- | --: | --: |')
+    for name, ts in times.items():
+        ratios = [t/b for t, b in zip(ts, times['bare'])]
+        print(f'| {name} | {statistics.median(ts):.3f} | {statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f}) |')
+    fast, slow = times['ours + EMACB'], times['with_transform, ours + EMACB']
+    print(f'\nours + EMACB in memory ÷ the same through with_transform: {statistics.median(fast)/statistics.median(slow):.3f}')
+
+
+if __name__ == '__main__': main()

@@ -19,7 +19,8 @@ def group_options(
     opt, # an optimizer; anything without `param_groups` has no options
 ) -> list: # a dict for each group, which later steps do not change
     "The options of every parameter group: rate, momentum, …"
-    return [{k: v.clone() if torch.is_tensor(v) else v for k, v in g.items() if k != 'params'} for g in getattr(opt, 'param_groups', ())]
+    def copy(v): return v.clone() if torch.is_tensor(v) else v
+    return [{k: copy(v) for k, v in g.items() if k != 'params'} for g in getattr(opt, 'param_groups', ())]
 
 def set_option(
     group:dict, # a parameter group
@@ -51,7 +52,8 @@ class LRFound:
 
     def __repr__(self):
         tried = f'{len(self.lrs)} steps from {self.lrs[0]:.2g} to {self.lrs[-1]:.2g}' if self.lrs else 'no steps'
-        return f'LRFound: {"no suggestion" if self.suggestion is None else f"suggestion {self.suggestion:.2g}"} ({self.why}); {tried}'
+        found = 'no suggestion' if self.suggestion is None else f'suggestion {self.suggestion:.2g}'
+        return f'LRFound: {found} ({self.why}); {tried}'
 
     def plot(self,
         ax=None, # where to draw; a new figure if None
@@ -97,7 +99,7 @@ def suggest_lr(
 
 # %% ../nbs/05a_finder.ipynb #0000000d
 class LRFinderCB(Callback):
-    "Raises the learning rate after each step, and ends the fit when the loss explodes; what it saw is in `lrs`, `losses`, `result()`"
+    "Raises the learning rate after each step, ends the fit when the loss explodes, and has `lrs`, `losses` and a `result()`"
     order = 30
     def __init__(self,
         gamma:float=1.3, # the rate grows by this factor at each step
@@ -112,10 +114,9 @@ class LRFinderCB(Callback):
     def before_fit(self, learn):
         self.lrs,self.losses,self._avg,self._low,self._opt = [],[],0.,math.inf,learn.opt
         self._before = group_options(learn.opt)
-        if not self._before or 'lr' not in self._before[0]: raise TypeError('the finder needs an optimizer with a learning rate in param_groups')
-        mults = [(g['lr_mult'], float(g['lr'])) for g in self._before if g.get('lr_mult') and float(g['lr']) > 0]
-        if not mults: raise ValueError('the finder cannot raise a learning rate of 0')
-        self.lr = mults[0][1]/mults[0][0]
+        rates = [float(g['lr'])/g['lr_mult'] for g in self._before if g.get('lr_mult') and float(g['lr']) > 0]
+        if not rates: raise ValueError('the finder needs an optimizer whose param_groups have a learning rate above 0')
+        self.lr = rates[0]
 
     def after_loss(self, learn):
         if not learn.training: return
@@ -146,7 +147,7 @@ class _LikeCB(Callback):
         new = getattr(learn.opt, 'param_groups', ())
         if [[id(p) for p in g['params']] for g in new] != [[id(p) for p in g['params']] for g in self.groups]: return
         for g, old in zip(new, self.groups):
-            if 'lr' in g: set_option(g, 'lr', self.lr*old['lr_mult'])
+            if 'lr' in g: set_option(g, 'lr', self.lr*old.get('lr_mult', 1.))
             for k in old.keys() - {'params', 'lr'}: set_option(g, k, old[k])
 
 def lr_find(
@@ -161,7 +162,8 @@ def lr_find(
     "Try ever higher learning rates on `learn`, which is afterwards as it was before"
     if not start_lr > 0: raise ValueError(f'start_lr must be above 0; got {start_lr!r}')
     finder = LRFinderCB(gamma, max_mult, max_steps, show=False)
-    with learn.scratch([_LikeCB(learn.opt, start_lr), finder]): learn.fit(max_steps if max_epochs is None else max_epochs, valid=False, lr=start_lr)
+    n_epochs = max_steps if max_epochs is None else max_epochs
+    with learn.scratch([_LikeCB(learn.opt, start_lr), finder]): learn.fit(n_epochs, valid=False, lr=start_lr)
     res = finder.result()
     if show: res.plot()
     return res

@@ -120,7 +120,7 @@ class Learner(WeightSets):
         check_cbs([*self.cbs, *extra], own, train)
         _check_dls(self.dls, train, valid)
         with ExitStack() as stack:
-            stack.callback(lambda: self._switch(self.weights))
+            stack.push(lambda *exc: self._switch('raw' if train and exc[0] else self.weights))
             stack.callback(self._drop, extra)
             self.cbs.extend(extra)
             if train:

@@ -22,8 +22,9 @@ class ProgressCB(Callback):
 
     def __init__(self,
         plot:bool=False, # in Jupyter, plot the loss while it trains?
+        view=None, # a class from `views`, such as `LogView`; None: what fits where it runs
     ):
-        self.plot = plot
+        self.plot,self._find_view = plot,view or find_view
         self._clear()
 
     def _clear(self):
@@ -32,7 +33,7 @@ class ProgressCB(Callback):
 
     def before_fit(self, learn):
         self._clear()
-        self.view = find_view()
+        self.view = self._find_view()
 
     def before_epoch(self, learn):
         self.epoch,self.n_epochs,self.training,self.averages = learn.epoch,learn.n_epochs,learn.training,list(learn.averages)

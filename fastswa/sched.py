@@ -20,8 +20,8 @@ def _asks_length(sched):
     "Does the factory take `total_steps`, and was given no length of any kind?"
     try: params = inspect.signature(sched).parameters
     except (TypeError, ValueError): return False       # built-in callables have no signature
-    given = [k for k in ('total_steps', 'epochs', 'steps_per_epoch') if k in params and params[k].default not in (None, inspect._empty)]
-    return 'total_steps' in params and not given
+    values = [params[k].default for k in ('total_steps', 'epochs', 'steps_per_epoch') if k in params]
+    return 'total_steps' in params and all(v in (None, inspect.Parameter.empty) for v in values)
 
 def _lengths(sched, steps):
     "What the parts of a scheduler take as their total, and the steps they will make when the whole makes `steps`"
@@ -45,7 +45,7 @@ class BaseSchedCB(Callback):
         sched, # called with the optimizer (and `total_steps`, if it takes that and has none); returns a scheduler
     ):
         if isinstance(sched, LRScheduler) or not callable(sched):
-            raise TypeError(f'sched must be something that makes a scheduler, such as partial(StepLR, step_size=1); got {sched!r}')
+            raise TypeError(f'sched must make a scheduler when it is called, as partial(StepLR, step_size=1) does; got {sched!r}')
         self.sched,self.schedo,self._opt,self._before,self._steps = sched,None,None,(),None
 
     def steps(self, learn) -> int|None:
@@ -83,7 +83,7 @@ class BatchSchedCB(BaseSchedCB):
 
 # %% ../nbs/06_sched.ipynb #00000010
 class EpochSchedCB(BaseSchedCB):
-    "A schedule that steps after each training epoch; one that needs a metric steps after the validation of the weights it watches"
+    "A schedule that steps after each training epoch, or, if it needs a metric, after the validation of the weights it watches"
     def __init__(self, sched,
         metric:str='loss', # what `ReduceLROnPlateau` watches: a column of the raw row, or `'ema/loss'` for another set of weights
     ):
@@ -99,8 +99,9 @@ class EpochSchedCB(BaseSchedCB):
 
     def before_epoch(self, learn):
         if self._opt is None or not learn.training or not self._by_metric: return
-        if self._weights not in ('raw', *learn.averages):
-            raise ValueError(f'metric={self.metric!r}: there are no weights called {self._weights!r}; there are {", ".join(["raw", *learn.averages])}')
+        names = 'raw', *learn.averages
+        if self._weights not in names:
+            raise ValueError(f'metric={self.metric!r}: there are no weights called {self._weights!r}; there are {", ".join(names)}')
         if self._row is None: return
         if self._weights == 'raw': self._step_on(self._row, learn)
         elif learn.averages[self._weights].n:

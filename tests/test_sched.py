@@ -1,0 +1,280 @@
+"Schedules step as torch's own loop does, and leave nothing behind; the finder of learning rates leaves no trace"
+import math, warnings
+from functools import partial
+from types import SimpleNamespace
+
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn, optim
+from torch.optim import lr_scheduler as S
+from torch.optim.swa_utils import SWALR
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastswa.core import set_seed
+from fastswa.events import Callback, CancelStepException
+from fastswa.finder import LRFinderCB
+from fastswa.learner import Learner, MomentumLearner, TrainCB, TrainLearner
+from fastswa.sched import BatchSchedCB, EpochSchedCB, lr_find
+
+N, EPOCHS = 7, 4     # steps in an epoch, epochs in a fit
+
+def data():
+    g = torch.Generator().manual_seed(0)
+    xs = torch.randn(N, 8, 3, generator=g)
+    train = [(x, x.sum(1, keepdim=True)) for x in xs]
+    return SimpleNamespace(train=train, valid=train[:2])
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
+
+OPTS = dict(sgd=lambda p, lr: optim.SGD(p, lr, momentum=0.9), adam=optim.AdamW, tensor=lambda p, lr: optim.AdamW(p, torch.tensor(lr)),
+            groups=lambda p, lr: optim.SGD([dict(params=p[:1]), dict(params=p[1:], lr=lr/10)], lr, momentum=0.9))
+
+class Used(Callback):
+    "Rates and momenta, at the moment of each step"
+    order = 90
+    def __init__(self): self.seen = []
+    def after_backward(self, learn): self.seen.append(options(learn.opt))
+
+def options(opt): return [(float(g['lr']), float(g['momentum'] if 'momentum' in g else g['betas'][0])) for g in opt.param_groups]
+
+SCHEDS = dict(
+    step=partial(S.StepLR, step_size=2, gamma=0.5), multistep=partial(S.MultiStepLR, milestones=[1, 3], gamma=0.3),
+    exponential=partial(S.ExponentialLR, gamma=0.9), cosine=partial(S.CosineAnnealingLR, T_max=5), constant=partial(S.ConstantLR, factor=0.3),
+    linear=partial(S.LinearLR, start_factor=0.1, total_iters=3), polynomial=partial(S.PolynomialLR, total_iters=6, power=2.),
+    lambdas=partial(S.LambdaLR, lr_lambda=lambda i: 1/(1 + i)), multiplicative=partial(S.MultiplicativeLR, lr_lambda=lambda i: 0.95),
+    restarts=partial(S.CosineAnnealingWarmRestarts, T_0=3, T_mult=2), cyclic=partial(S.CyclicLR, base_lr=0.01, max_lr=0.2, step_size_up=3),
+    onecycle=partial(S.OneCycleLR, max_lr=0.2, total_steps=N*EPOCHS), three_phase=partial(S.OneCycleLR, max_lr=0.2, total_steps=40, three_phase=True),
+    swalr=partial(SWALR, swa_lr=0.02, anneal_epochs=3),
+    sequential=lambda o: S.SequentialLR(o, [S.LinearLR(o, 0.1, total_iters=2), S.CosineAnnealingLR(o, 4), S.ExponentialLR(o, 0.5)], [2, 6]),
+    chained=lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.1, total_iters=2), S.ExponentialLR(o, 0.9)], optimizer=o),
+    plateau=partial(S.ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.3),
+)
+
+def by_hand(sched, opt_func, per, lr=0.1, n_epochs=EPOCHS):
+    "The loop of torch's documentation, of one schedule or several"
+    model, dls, used = linear(), data(), []
+    opt = opt_func(list(model.parameters()), lr)
+    scheds = [o(opt) for o in (sched if isinstance(sched, list) else [sched])]
+    for _ in range(n_epochs):
+        for xb, yb in dls.train:
+            loss = F.mse_loss(model(xb), yb)
+            loss.backward()
+            used.append(options(opt))
+            opt.step()
+            if per == 'batch':
+                for s in scheds: s.step(*([loss] if isinstance(s, S.ReduceLROnPlateau) else []))
+            opt.zero_grad()
+        if per == 'epoch':
+            with torch.no_grad(): value = sum(F.mse_loss(model(xb), yb).item() for xb, yb in dls.valid)/2
+            for s in scheds: s.step(*([value] if isinstance(s, S.ReduceLROnPlateau) else []))
+    return used, model.weight.detach()
+
+CBS = dict(batch=BatchSchedCB, epoch=EpochSchedCB)
+
+@pytest.mark.parametrize('per', CBS)
+@pytest.mark.parametrize('opt', OPTS)
+@pytest.mark.parametrize('name', SCHEDS)
+def test_as_torch(name, opt, per):
+    "Rates and momenta at every step, and the weights after them; two fits are like two fresh ones; no warning, nothing left behind"
+    used = Used()
+    learn = TrainLearner(linear(), data(), lr=0.1, cbs=[CBS[per](SCHEDS[name]), used], opt_func=OPTS[opt])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(EPOCHS)
+        want, weight = by_hand(SCHEDS[name], OPTS[opt], per)
+        assert used.seen == want
+        assert torch.equal(learn.model.weight.detach(), weight)
+        used.seen.clear()
+        learn.fit(EPOCHS, lr=0.03)
+    if name != 'plateau': assert used.seen == by_hand(SCHEDS[name], OPTS[opt], per, lr=0.03)[0]
+    fresh = OPTS[opt](list(learn.model.parameters()), 0.03)
+    for g, f in zip(learn.opt.param_groups, fresh.param_groups):
+        assert {k: v for k, v in g.items() if k not in ('params', 'lr_mult')} == {k: v for k, v in f.items() if k != 'params'}
+
+@pytest.mark.parametrize('per', CBS)
+def test_several_callbacks(per):
+    used, scheds = Used(), [SCHEDS['constant'], SCHEDS['exponential']]
+    TrainLearner(linear(), data(), lr=0.1, cbs=[*map(CBS[per], scheds), used]).fit(EPOCHS)
+    assert [o[0] for o, in used.seen] == [o[0] for o, in by_hand(scheds, OPTS['sgd'], per)[0]]
+
+def test_per_batch_and_per_epoch_together():
+    used, warm, drop = Used(), partial(S.LinearLR, start_factor=0.1, total_iters=3), partial(S.StepLR, step_size=2, gamma=0.1)
+    TrainLearner(linear(), data(), lr=0.1, cbs=[BatchSchedCB(warm), EpochSchedCB(drop), used]).fit(EPOCHS)
+    want = [(0.1*min(1, 0.1 + 0.3*i))*(1 if i < 2*N else 0.1) for i in range(N*EPOCHS)]
+    assert [o[0] for o, in used.seen] == pytest.approx(want)
+
+def test_one_list_of_callbacks_for_two_learners():
+    used = Used()
+    cbs = [BatchSchedCB(partial(S.OneCycleLR, max_lr=0.2)), used]
+    for epochs in (1, 3): TrainLearner(linear(), data(), lr=0.1, cbs=cbs).fit(epochs)
+    one = lambda n: by_hand(partial(S.OneCycleLR, max_lr=0.2, total_steps=n*N), optim.SGD and OPTS['sgd'], 'batch', n_epochs=n)[0]
+    assert [o[0][0] for o in used.seen] == [o[0][0] for o in one(1) + one(3)]
+
+class EverySecond(Callback):
+    "Gradients of two batches add up"
+    def after_backward(self, learn):
+        if learn.iter % 2 == 0: raise CancelStepException
+
+def test_steps_only_with_the_optimizer():
+    cb = BatchSchedCB(partial(S.ExponentialLR, gamma=0.5))
+    TrainLearner(linear(), data(), cbs=[cb, EverySecond()]).fit(1)
+    assert cb.schedo.last_epoch == N//2
+
+class NoSteps(Callback):
+    def after_backward(self, learn): raise CancelStepException
+
+def test_no_warning_where_no_step_was_made():
+    cb = EpochSchedCB(partial(S.ExponentialLR, gamma=0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        TrainLearner(linear(), data(), cbs=[cb, NoSteps()]).fit(2)
+    assert cb.schedo.last_epoch == 2
+
+class Accuracy(Callback):
+    "A column that rises for the raw weights and falls for those called ema"
+    order, measures = 10, True
+    def after_epoch(self, learn):
+        learn.history[-1]['accuracy'] = (learn.epoch + 1)*(-1 if learn.weights == 'ema' else 1)*(1 if not learn.training else -1)
+
+class Zeros:
+    def __init__(self, n=1): self.n = n
+    def applied(self): return warnings.catch_warnings()     # a context that does nothing
+    def reset(self): pass
+
+class EmaCB(Callback):
+    def __init__(self, n=1): self.n = n
+    def before_fit(self, learn): learn.add_average('ema', Zeros(self.n))
+
+plateau = partial(S.ReduceLROnPlateau, mode='max', factor=0.5, patience=0)
+
+def epoch_rates(metric, *cbs, **kwargs):
+    used = Used()
+    TrainLearner(linear(), data(), lr=0.1, cbs=[EpochSchedCB(plateau, metric), Accuracy(), used, *cbs]).fit(4, **kwargs)
+    return [o[0] for o, in used.seen[::N]]
+
+class LrOnly(Used):
+    pass
+
+def test_plateau_watches_the_row_it_is_told(monkeypatch):
+    monkeypatch.setattr(f'{__name__}.options', lambda opt: [(g['lr'], 0) for g in opt.param_groups])
+    falls = [0.1, 0.1, 0.05, 0.025]
+    assert epoch_rates('accuracy') == [0.1]*4
+    assert epoch_rates('accuracy', EmaCB()) == [0.1]*4
+    assert epoch_rates('ema/accuracy', EmaCB()) == falls
+    assert epoch_rates('accuracy', valid=False) == falls            # the training row's
+    assert epoch_rates('ema/accuracy', EmaCB(0)) == [0.1]*4         # no snapshot, so no row yet
+    with pytest.raises(ValueError, match="does not validate the weights 'ema'"): epoch_rates('ema/accuracy', EmaCB(), valid=False)
+    with pytest.raises(ValueError, match="no weights called 'emma'; there are raw, ema"): epoch_rates('emma/accuracy', EmaCB())
+    with pytest.raises(ValueError, match='there are loss, accuracy, ema/loss, ema/accuracy'): epoch_rates('ema/acc', EmaCB())
+
+def test_state_resumes_a_schedule():
+    "A schedule whose state was taken after two epochs goes on as the one it was taken from"
+    for cls, sched in ((BatchSchedCB, partial(S.OneCycleLR, max_lr=0.2)), (EpochSchedCB, plateau), (EpochSchedCB, SCHEDS['cosine'])):
+        class Take(Callback):
+            order = 95
+            def before_epoch(self, learn):
+                if learn.training and learn.epoch == 2: self.state, self.opt = cb.state_dict(), options(learn.opt)
+        class Give(Callback):
+            order = 95
+            def before_epoch(self, learn):
+                if learn.epoch: return
+                learn.opt.param_groups[0].update(lr=take.opt[0][0], momentum=take.opt[0][1])
+                new.load_state_dict(take.state)
+        cb, new, take, used = cls(sched), cls(sched), Take(), Used()
+        TrainLearner(linear(), data(), lr=0.1, cbs=[cb, take, used], opt_func=OPTS['sgd']).fit(4, valid=False)
+        rest = Used()
+        learn = TrainLearner(linear(), data(), lr=0.1, cbs=[new, Give(), rest], opt_func=OPTS['sgd'])
+        learn.fit(4, valid=False)
+        assert rest.seen[:N] == used.seen[2*N:3*N]
+
+def test_errors_before_training():
+    learn = TrainLearner(linear(), data())
+    for sched, exc, match in (
+        (partial(S.OneCycleLR, max_lr=1., epochs=1), ValueError, 'total_steps'),           # torch's own word
+        (lambda o: S.ChainedScheduler([S.OneCycleLR(o, 1., total_steps=5)], o), ValueError, 'total_steps=5, but the fit has 14 steps'),
+    ):
+        with pytest.raises(exc, match=match): learn.fit(2, cbs=BatchSchedCB(sched))
+    assert learn.opt_steps == 0 and learn.opt.param_groups[0]['lr'] == 0.1 and 'max_lr' not in learn.opt.param_groups[0]
+    class NoOptimizer:
+        def __init__(self, params, lr): pass
+        def step(self): pass
+        def zero_grad(self): pass
+    with pytest.raises(TypeError, match='not an Optimizer'):
+        TrainLearner(linear(), data(), opt_func=NoOptimizer).fit(1, cbs=BatchSchedCB(SCHEDS['step']))
+
+# the finder
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
+
+class Noise(Callback):
+    prepares = True
+    def before_batch(self, learn): learn.batch = learn.batch[0] + torch.randn(3)/100, learn.batch[1]
+
+class Breaks(Callback):
+    "Raises at one of the batches of a search"
+    prepares = True
+    def __init__(self, exc): self.exc, self.armed = exc, False
+    def before_batch(self, learn):
+        if self.armed and learn.iter == 2: raise self.exc
+
+LEARNERS = dict(sgd=partial(TrainLearner, opt_func=OPTS['sgd']), adam=partial(TrainLearner, opt_func=OPTS['adam']), momentum=MomentumLearner,
+                bare=partial(Learner, cbs=TrainCB()))
+
+@pytest.mark.parametrize('kind', LEARNERS)
+@pytest.mark.parametrize('exc', [None, KeyboardInterrupt(), ZeroDivisionError()])
+@pytest.mark.parametrize('first', [0, 1])
+def test_finder_leaves_no_trace(kind, exc, first):
+    def run(look):
+        set_seed(0)
+        x = torch.randn(60, 3)
+        gen = torch.Generator().manual_seed(1)
+        ds = TensorDataset(x, x.sum(1, keepdim=True))
+        dls = SimpleNamespace(train=DataLoader(ds, 10, shuffle=True, generator=gen), valid=DataLoader(ds, 20, shuffle=True))
+        learn, breaks = LEARNERS[kind](net(), dls, lr=0.01), Breaks(exc)
+        learn.cbs += [Noise(), breaks, BatchSchedCB(partial(S.OneCycleLR, max_lr=0.05))]
+        learn.fit(first)
+        if look:
+            breaks.armed = exc is not None
+            before = dict(vars(learn))
+            if exc is None:
+                res = lr_find(learn, show=False)
+                assert len(res.lrs) > 10 and res.lrs[1]/res.lrs[0] == pytest.approx(1.3)
+            else:
+                with pytest.raises(type(exc)): lr_find(learn, show=False)
+            breaks.armed = False
+            after = vars(learn)
+            assert set(after) == set(before) and all(after[k] is before[k] for k in ('opt', 'history', 'cbs', 'dls', 'batch', 'averages'))
+            assert all(p.grad is None for p in learn.model.parameters())
+        learn.fit(2)
+        return [*learn.model.state_dict().values(), torch.rand(1), gen.get_state()], learn.history, learn.opt_steps
+    (a, *rest_a), (b, *rest_b) = run(True), run(False)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and rest_a == rest_b
+
+def test_finder_stops_where_it_should():
+    big = LRFinderCB(max_mult=2, show=False)
+    TrainLearner(linear(), data(), lr=1e-3).fit(100, cbs=big, valid=False)
+    assert 10 < len(big.lrs) < 100 and big.losses[-1] > min(big.losses)     # the explosion, not the last step
+    negative = TrainLearner(linear(), data(), loss_func=lambda p, y: F.mse_loss(p, y) - 100.)
+    assert len(negative.lr_find(show=False).lrs) > 20                       # a loss below zero is no explosion
+    assert len(TrainLearner(linear(), data()).lr_find(max_steps=9, show=False).lrs) == 9
+    assert len(TrainLearner(linear(), data()).lr_find(max_epochs=2, show=False).lrs) == 2*N
+
+def test_finder_with_gradients_that_add_up():
+    res = TrainLearner(linear(), data(), cbs=[type('Acc', (EverySecond,), dict(prepares=True))()]).lr_find(max_steps=60, show=False)
+    assert len(set(res.lrs)) < len(res.lrs) and all(map(math.isfinite, res.smooth[1]))
+
+@pytest.mark.parametrize('bad', [dict(gamma=1), dict(max_mult=0.5), dict(max_steps=0), dict(start_lr=-1), dict(gamma=float('nan'))])
+def test_finder_arguments(bad):
+    (name, value), = bad.items()
+    with pytest.raises(ValueError, match=f'{name} must be above .; got {value}'): TrainLearner(linear(), data()).lr_find(**bad)
+
+def test_plot_shows_suggestion():
+    import matplotlib
+    matplotlib.use('Agg')
+    ax = TrainLearner(linear(), data()).lr_find(show=False).plot()
+    assert ax.get_xscale() == 'log' and ax.get_xlabel() == 'learning rate' and ax.get_ylabel() == 'training loss'
+    assert any('steepest descent' in t.get_text() for t in ax.get_legend().get_texts())

@@ -95,10 +95,14 @@ def plot_losses(
     means = [np.mean(losses[i:i+k]) for i in range(0, len(losses), k)]
     ax.plot([min(i + k/2 + 0.5, len(losses)) for i in range(0, len(losses), k)], means, color='#9ecae1', lw=1,
             label='training' + (f', mean of {k} batches' if k > 1 else ''))
-    for name, look in weight_styles(valid).items(): ax.plot(*zip(*valid[name]), label='validation' if set(valid) == {'raw'} else name, ms=5, **look)
-    shown = [*np.nan_to_num(means[len(means)//50:], nan=np.inf), *(y for points in valid.values() for _, y in points)]
-    shown = [o for o in shown if math.isfinite(o)]
-    if shown: ax.set_ylim(min(0, *shown), max(np.quantile(shown, 0.99)*1.1, 1e-12))      # a few high steps flatten no others
+    for name, look in weight_styles(valid).items():
+        ax.plot(*zip(*valid[name]), label='validation' if set(valid) == {'raw'} else name, ms=5, **look)
+    late = [o for o in means[len(means)//50:] if math.isfinite(o)]     # high batches at the start, and a few later on, do not
+    high = [np.quantile(late, 0.97)] if late else []                   # flatten all others
+    shown = [*high, *(y for points in valid.values() for _, y in points if math.isfinite(y))]
+    if shown:
+        low = min(0, *late, *shown)
+        ax.set_ylim(low, max(shown) + 0.1*(max(shown) - low) or 1)
     ax.set(xlabel='training batches', ylabel='loss')
     ax.grid(alpha=0.3)
     if losses or valid: ax.legend()

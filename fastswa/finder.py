@@ -77,14 +77,13 @@ class LRFound:
 def suggest_lr(
     lrs, # rates, rising by a constant factor
     losses, # the loss at each
-    max_mult:float=3, # losses above this multiple of the lowest are cut off
 ) -> LRFound:
-    "Where the smoothed loss falls fastest over the logarithm of the rate; no suggestion where it does not clearly fall"
+    "Where the smoothed loss falls fastest over the log of the rate, but no more than a quarter of where it is lowest"
     res = LRFound(list(lrs), list(losses), why='too few steps')
     x,which = np.unique(np.asarray(lrs, float), return_inverse=True)
     if len(x) < 8: return res
     y,n = np.bincount(which, losses)/np.bincount(which),len(x)
-    y = np.minimum(y, min(y) + (max_mult - 1)*abs(min(y)))
+    y = np.minimum(y, y[:y.argmin() + 1].max())          # the explosion at the end would swallow the rest
     width = max(0.5/np.log(x[-1]/x[0])*(n - 1), 1)       # half an e-fold of the rate, in steps
     r = min(math.ceil(3*width), (n - 1)//2)
     kernel = np.exp(-0.5*(np.arange(-r, r + 1)/width)**2)
@@ -94,7 +93,8 @@ def suggest_lr(
     slope,noise = np.gradient(smooth, np.log(x)),np.std((y - smooth)[:low + 1])
     steepest = int(slope[:low + 1].argmin())
     res.why = 'the loss does not clearly fall'
-    if smooth[0] - smooth[low] > 2*noise and slope[steepest] < 0: res.suggestion,res.why = float(x[steepest]),'steepest descent'
+    if smooth[0] - smooth[low] > 2*noise and slope[steepest] < 0:
+        res.suggestion,res.why = min((float(x[steepest]), 'steepest descent'), (float(x[low])/4, 'a quarter of the lowest point'))
     return res
 
 # %% ../nbs/05a_finder.ipynb #0000000d
@@ -137,7 +137,7 @@ class LRFinderCB(Callback):
         restore_options(self._opt, self._before)
         if self.show and learn.error is None: self.result().plot()
 
-    def result(self): return suggest_lr(self.lrs, self.losses, self.max_mult)
+    def result(self): return suggest_lr(self.lrs, self.losses)
 
 # %% ../nbs/05a_finder.ipynb #0000000f
 class _LikeCB(Callback):

@@ -74,8 +74,7 @@ class ProgressCB(Callback):
         start = time.perf_counter()
         self.view.update(self)
         end = time.perf_counter()
-        self._soon = end + 30*(end - start)
-        self._next = max(self._soon, end + self.view.every)
+        self._soon,self._next = end + min(20*(end - start), self.view.every),end + self.view.every
 
     def _read(self):
         new,self._new = self._new,[]

@@ -101,7 +101,7 @@ class EpochSchedCB(BaseSchedCB):
         if self._opt is None or not learn.training or not self._by_metric: return
         names = 'raw', *learn.averages
         if self._weights not in names:
-            raise ValueError(f'metric={self.metric!r}: there are no weights called {self._weights!r}; there are {", ".join(names)}')
+            raise ValueError(f'metric={self.metric!r}: no weights are called {self._weights!r}; there are {", ".join(names)}')
         if self._row is None: return
         if self._weights == 'raw': self._step_on(self._row, learn)
         elif learn.averages[self._weights].n:

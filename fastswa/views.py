@@ -10,6 +10,7 @@ import sys, time
 from base64 import b64encode
 from html import escape
 from io import BytesIO
+from shutil import get_terminal_size
 
 # %% ../nbs/04a_views.ipynb #00000005
 def format_value(
@@ -39,9 +40,9 @@ class Table:
     ) -> list: # the lines to print: the row, after a header if it has new columns
         "Add a row; the last column stays last"
         known,self.columns = self.columns,list(dict.fromkeys([*self.columns[:-1], *row]))
-        self.rows.append({k: format_value(v) for k, v in row.items()})
-        for c in self.columns: self._widths[c] = max(self._widths.get(c, 6), len(c), len(self.rows[-1].get(c, '')))
-        return [self._line(self.rows[-1])] if set(known) == set(self.columns) else [self._header(), self._line(self.rows[-1])]
+        self.rows.append(cells := {k: format_value(v) for k, v in row.items()})
+        for c in self.columns: self._widths[c] = max(self._widths.get(c, 6), len(c), len(cells.get(c, '')))
+        return [self._header()]*(set(known) != set(self.columns)) + [self._line(cells)]
 
     def _header(self): return self._line({c: c for c in self.columns})
 
@@ -49,20 +50,19 @@ class Table:
         texts = [(c, cells.get(c, ''), self._widths[c]) for c in self.columns]
         return '  '.join(t.ljust(w) if c in ('train', 'weights') else t.rjust(w) for c, t, w in texts).rstrip()
 
-    def text(self) -> str:
+    def text(self,
+        last:int|None=None, # only so many rows, the newest; None: all
+    ) -> str:
         "The table as aligned text"
-        return '\n'.join([self._header(), *map(self._line, self.rows)]) if self.rows else ''
+        return '\n'.join([self._header(), *map(self._line, self.rows[-last:] if last else self.rows)]) if self.rows else ''
 
     def html(self,
         last:int|None=None, # only so many rows, the newest; None: all
     ) -> str:
         "The table as HTML"
-        if not self.rows: return ''
         def tr(tag, cells): return '<tr>' + ''.join(f'<{tag}>{escape(o)}</{tag}>' for o in cells) + '</tr>'
-        rows = self.rows[-last:] if last else self.rows
-        above = f'<p>… {len(self.rows) - len(rows)} rows above</p>' if len(rows) < len(self.rows) else ''
-        body = ''.join(tr('td', [r.get(c, '') for c in self.columns]) for r in rows)
-        return f'{above}<table><thead>{tr("th", self.columns)}</thead><tbody>{body}</tbody></table>'
+        rows = [tr('td', [r.get(c, '') for c in self.columns]) for r in (self.rows[-last:] if last else self.rows)]
+        return f'<table><thead>{tr("th", self.columns)}</thead><tbody>{"".join(rows)}</tbody></table>' if rows else ''
 
 # %% ../nbs/04a_views.ipynb #0000000d
 class View:
@@ -77,12 +77,10 @@ class View:
 class LogView(View):
     "One line for each epoch"
     def __init__(self): self.epoch,self.parts = None,[]
-
     def start(self, p):
         if p.epoch == self.epoch: return
         self._flush(p)
         self.epoch,self.began = p.epoch,p.began
-
     def row(self, p, row, lines):
         name = 'train' if row['train'] == 'train' else row.get('weights', 'valid')
         values = [f'{k} {format_value(v)}' for k, v in row.items() if k not in ('epoch', 'train', 'weights', 'time')]
@@ -90,7 +88,8 @@ class LogView(View):
         self.seconds = time.perf_counter() - self.began
 
     def _flush(self, p):
-        if self.parts: print(' | '.join([f'epoch {self.epoch + 1}/{p.n_epochs}', *self.parts, format_time(self.seconds)]), flush=True)
+        if not self.parts: return
+        print(' | '.join([f'epoch {self.epoch + 1}/{p.n_epochs}', *self.parts, format_time(self.seconds)]), flush=True)
         self.parts = []
 
     def end(self, p):
@@ -101,12 +100,12 @@ class LogView(View):
 class TerminalView(View):
     "A bar for each pass over a loader, and rows above it"
     every,bar = 0.2,None
-
     def update(self, p):
         from tqdm import tqdm
+        wide,high = get_terminal_size()      # not tqdm's own, which are 0 and -1 where a terminal does not know
         if self.bar is None:
-            self.bar = tqdm(total=p.total, initial=p.n, desc=p.title, unit='ba', leave=False, file=sys.stdout, dynamic_ncols=True)
-        self.bar.n = p.n
+            self.bar = tqdm(total=p.total, initial=p.n, desc=p.title, unit='ba', leave=False, file=sys.stdout, nrows=high)
+        self.bar.n,self.bar.ncols = p.n,wide - 1
         self.bar.set_postfix_str(p.loss_text(), refresh=False)
         self.bar.refresh()
 
@@ -115,7 +114,6 @@ class TerminalView(View):
         if bar is not None: bar.close()
 
     def row(self, p, row, lines): print(*lines, sep='\n', flush=True)
-
     def end(self, p):
         if p.note: print(p.note, flush=True)
 
@@ -123,31 +121,34 @@ class TerminalView(View):
 class NotebookView(View):
     "A single output with bar, table and plot"
     every = 0.5
-
     def __init__(self,
         live:bool=True, # update the output while training runs?
-    ): self.live,self.handle = live,None
+    ): self.live,self.handle,self.plot,self._next_plot = live,None,'',0
 
     def row(self, p, row, lines): p.draw(rows=True)
-
     def end(self, p):
         if p.table.rows or p.note: self.update(p, final=True)
 
     def update(self, p, final=False):
         if not (self.live or final): return
         from IPython.display import display
-        now = p.note if final else p.status()
-        data = {'text/plain': '\n'.join(filter(None, [now, p.table.text()])), 'text/html': _html(p, now, final)}
+        now,last = (p.note, None) if final else (p.status(), 100)
+        data = {'text/plain': '\n'.join(filter(None, [now, p.table.text(last)])),
+                'text/html': _bar(p, now) + p.table.html(last) + self._plot(p, final)}
         if self.handle is not None: self.handle.update(data, raw=True)
         else: self.handle = display(data, raw=True, display_id=self.live or None)
 
-def _html(p, now, final):
-    done = f'value="{min(p.n, p.total)}" max="{p.total}"' if p.total else 'value="0"' if final else ''
-    bar = f'<div><progress {done} style="width: 20em; vertical-align: middle"></progress> {escape(now)}</div>' if now else ''
-    plot = ''
-    if p.plot and (p.losses or p.valid):
-        plot = f'<img width="540" alt="loss over training batches" src="data:image/png;base64,{b64encode(_png(p)).decode()}">'
-    return bar + p.table.html(None if final else 100) + plot
+    def _plot(self, p, final):
+        if not p.plot or not (p.losses or p.valid) or not (final or time.perf_counter() >= self._next_plot): return self.plot
+        start = time.perf_counter()
+        png = b64encode(_png(p)).decode()
+        self.plot = f'<img width="540" alt="loss over training batches" src="data:image/png;base64,{png}">'
+        self._next_plot = time.perf_counter() + min(20*(time.perf_counter() - start), 5)
+        return self.plot
+
+def _bar(p, now):
+    done = f'value="{min(p.n, p.total)}" max="{p.total}"' if p.total else 'value="0"' if now == p.note else ''
+    return f'<div><progress {done} style="width: 20em; vertical-align: middle"></progress> {escape(now)}</div>' if now else ''
 
 def _png(p):
     from matplotlib.figure import Figure

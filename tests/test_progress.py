@@ -1,0 +1,220 @@
+"What training looks like in a terminal, in a log, and in Jupyter; and that showing it costs next to nothing"
+import fcntl, os, pty, re, select, signal, statistics, subprocess, sys, termios, time
+from types import SimpleNamespace
+
+import IPython, pytest, torch
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.terminal.interactiveshell import TerminalInteractiveShell
+from torch import nn
+
+from fastswa.averaging import Average, ema
+from fastswa.events import Callback, CancelFitException
+from fastswa.learner import TrainLearner
+from fastswa.progress import ProgressCB
+from fastswa.views import LogView, NotebookView, TerminalView, View, find_view
+
+class AverageCB(Callback):
+    def before_fit(self, learn):
+        self.average = Average(learn.model, ema(decay=0.9))
+        learn.add_average('ema', self.average)
+    def after_step(self, learn): self.average.update()
+
+class SlowCB(Callback):
+    def before_batch(self, learn): time.sleep(0.02)
+
+class Unsized:
+    def __init__(self, batches): self.batches = batches
+    def __iter__(self): return iter(self.batches)
+
+def learner(*cbs, n=30):
+    torch.manual_seed(0)
+    x = torch.randn(n, 8, 3)
+    batches = list(zip(x, x.sum(-1, keepdim=True)))
+    return TrainLearner(nn.Linear(3, 1), SimpleNamespace(train=batches, valid=batches[:10]), lr=0.02, cbs=cbs)
+
+def script(epochs):
+    "A training run for a process of its own"
+    learner(AverageCB(), SlowCB(), ProgressCB()).fit(epochs)
+
+def command(epochs): return [sys.executable, '-c', f'import test_progress as t; t.script({epochs})']
+
+def popen(epochs, **kwargs):
+    return subprocess.Popen(command(epochs), cwd=os.path.dirname(__file__), **kwargs)
+
+def in_terminal(epochs, interrupt_at=None):
+    "What the run writes into a terminal; Ctrl-C is pressed once `interrupt_at` has appeared"
+    master, slave = pty.openpty()
+    p = popen(epochs, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, start_new_session=True,
+              preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))   # its own terminal: Ctrl-C reaches it, and nobody else
+    os.close(slave)
+    seen, until = b'', time.monotonic() + 60
+    while time.monotonic() < until:
+        if not select.select([master], [], [], 1)[0]: continue
+        try: new = os.read(master, 65536)
+        except OSError: break                                # the other side was closed
+        if not new: break
+        seen += new
+        if interrupt_at and interrupt_at in seen: interrupt_at = os.write(master, b'\x03') and None
+    p.wait(10)
+    os.close(master)
+    return seen.decode(), p.returncode
+
+def screen(text):
+    "The lines that are to be seen in the end: `\\r` goes back to the start of a line, and what follows overwrites"
+    lines = []
+    for line in text.replace('\r\n', '\n').split('\n'):
+        cells = []
+        for part in line.split('\r'): cells[:len(part)] = part
+        lines.append(''.join(cells).rstrip())
+    return [o for o in lines if o]
+
+def test_terminal():
+    text, code = in_terminal(2)
+    lines = screen(text)
+    assert code == 0 and len(lines) == 7                     # a header and six rows: the bars are gone
+    assert lines[0].split() == ['loss', 'epoch', 'train', 'weights', 'time']
+    assert [o.split()[1:4] for o in lines[1:4]] == [['0', 'train', 'raw'], ['0', 'eval', 'raw'], ['0', 'eval', 'ema']]
+    for column in range(5):                                  # numbers end where their header ends, words begin where it begins
+        words = [list(re.finditer(r'\S+', o))[column] for o in lines]
+        assert len({o.start() if column in (2, 3) else o.end() for o in words}) == 1
+    for bar in 'epoch 1/2 train:', 'epoch 2/2 valid raw:', 'epoch 2/2 valid ema:': assert bar in text
+    assert re.search(r'\d+/30 .*loss \d', text)
+    assert '\x1b' not in text
+
+def test_ctrl_c_in_a_terminal():
+    text, code = in_terminal(5, interrupt_at=b'epoch 2/5 train')
+    lines = screen(text)
+    assert code not in (0, None) and len(lines) == 5         # the header, three rows of the first epoch, and where it stopped
+    assert re.search(r'stopped by KeyboardInterrupt in epoch 2/5 train, batch \d+/30', lines[-1])
+
+def test_log():
+    p = popen(2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    first = p.stdout.readline().decode()
+    assert p.poll() is None                                  # written while it runs, not when a buffer is full
+    out = first + p.communicate(timeout=60)[0].decode()
+    assert not re.search(r'[^\x20-\x7e\n]', out)             # no control characters
+    assert [re.sub(r'\d\.[\de.-]+|\d:\d\d', '#', o) for o in out.splitlines()] == [
+        f'epoch {i}/2 | train loss # | raw loss # | ema loss # | #' for i in (1, 2)]
+
+def test_interrupted_log():
+    p = popen(5, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    first = p.stdout.readline().decode()
+    p.send_signal(signal.SIGINT)
+    lines = [first, *p.communicate(timeout=60)[0].decode().splitlines()]
+    assert p.returncode != 0
+    assert lines[0].startswith('epoch 1/5 | train') and lines[-1].startswith('stopped by KeyboardInterrupt in epoch 2/5 train')
+
+# --- which view
+
+def test_find_view(monkeypatch):
+    def found(ip, tty=False):
+        monkeypatch.setattr(IPython, 'get_ipython', lambda: ip)
+        monkeypatch.setattr(sys, 'stdout', SimpleNamespace(isatty=lambda: tty))
+        try: return find_view()
+        finally: monkeypatch.undo()
+    assert type(found(None)) is LogView and type(found(None, tty=True)) is TerminalView
+    assert type(found(SimpleNamespace(kernel=None, mainloop=0), tty=True)) is TerminalView
+    assert found(SimpleNamespace(kernel=object())).live is True
+    assert found(SimpleNamespace()).live is False
+    assert hasattr(TerminalInteractiveShell, 'mainloop') and not hasattr(InteractiveShell, 'mainloop')
+    monkeypatch.setattr(sys, 'stdout', None)                 # as in a program without a console
+    assert type(find_view()) is LogView
+
+# --- Jupyter
+
+class Display:
+    "Stands for IPython's `display` and for the handle it returns"
+    def __init__(self): self.shown = []
+    def __call__(self, data, raw, display_id): self.shown.append(('new', display_id, data)); return self
+    def update(self, data, raw): self.shown.append(('update', None, data))
+
+@pytest.fixture
+def display(monkeypatch):
+    d = Display()
+    monkeypatch.setattr('IPython.display.display', d)
+    return d
+
+def test_one_output_updated_by_time(display):
+    learner(AverageCB(), SlowCB(), ProgressCB(plot=True, view=NotebookView)).fit(2)
+    kinds, ids, data = zip(*display.shown)
+    assert kinds[0] == 'new' and set(kinds[1:]) == {'update'} and ids[0] is True
+    assert len(kinds) < 2 + 6 + 2*2                          # start, end, rows, two a second for two seconds
+    assert any('epoch 2/2 valid ema, batch' in o['text/plain'] for o in data)
+    assert '<progress' in data[1]['text/html'] and '<progress' not in data[-1]['text/html']
+    assert data[-1]['text/html'].count('<tr>') == 7 and data[-1]['text/html'].count('data:image/png;base64,') == 1
+    assert len(data[-1]['text/plain'].splitlines()) == 7
+
+def test_many_short_epochs_are_not_an_output_each(display):
+    learner(ProgressCB(plot=True, view=NotebookView), n=2).fit(200)
+    assert len(display.shown) < 60 and len(display.shown[-1][2]['text/plain'].splitlines()) == 401
+
+def test_other_shells_get_one_output(display):
+    learner(ProgressCB(view=lambda: NotebookView(live=False))).fit(2)
+    assert [o[:2] for o in display.shown] == [('new', None)]
+
+def test_stopped_in_jupyter(display):
+    class Stop(Callback):
+        def before_batch(self, learn):
+            if learn.epoch: raise ZeroDivisionError('<oh>')
+    with pytest.raises(ZeroDivisionError): learner(Stop(), ProgressCB(view=NotebookView)).fit(3)
+    last = display.shown[-1][2]
+    assert last['text/plain'].startswith('stopped by ZeroDivisionError in epoch 2/3 train, batch 0/30\n')
+    assert 'value="0" max="30"' in last['text/html'] and last['text/html'].count('<tr>') == 3
+
+def test_in_a_kernel():
+    pytest.importorskip('ipykernel')
+    from jupyter_client.manager import start_new_kernel
+    km, kc = start_new_kernel(kernel_name='python3', cwd=os.path.dirname(__file__))
+    seen = []
+    def hook(m): seen.append((m['msg_type'], m['content']))
+    try: kc.execute_interactive('import test_progress as t; t.script(2)', output_hook=hook, timeout=60, allow_stdin=False)
+    finally:
+        kc.stop_channels()
+        km.shutdown_kernel(now=True)
+    shown = [o for o in seen if 'display' in o[0]]
+    assert [o[0] for o in shown] == ['display_data'] + ['update_display_data']*(len(shown) - 1) and len(shown) > 2
+    assert len({o[1]['transient']['display_id'] for o in shown}) == 1
+    assert not [o for o in seen if o[0] in ('stream', 'error')]
+
+# --- what it must not do
+
+def test_nothing_of_the_learner_is_replaced():
+    class Watch(Callback):
+        order = 90
+        def before_batch(self, learn): self.seen = learn.dl, learn.epochs
+    watch = Watch()
+    learn = learner(ProgressCB(view=View), watch)
+    learn.fit(2)
+    assert watch.seen[0] is learn.dls.valid and learn.epochs == range(2)
+    assert not hasattr(learn, 'metrics')
+
+def test_one_callback_serves_two_learners():
+    cb = ProgressCB(view=View)
+    for n in (30, 20):
+        learner(cb, n=n).fit(1)
+        assert len(cb.losses) == n and len(cb.table.rows) == 2
+
+def test_loader_without_length():
+    cb = ProgressCB(view=View)
+    learn = learner(cb)
+    learn.dls.train = Unsized(learn.dls.train)
+    learn.fit(1, valid=False)
+    assert (cb.total, cb.n, cb.status().split(',')[1]) == (None, 30, ' batch 30')
+
+def test_a_row_that_ends_the_fit_is_shown():
+    class Stop(Callback):
+        def after_epoch(self, learn): raise CancelFitException()
+    cb = ProgressCB(view=View)
+    learner(cb, Stop()).fit(3)
+    assert len(cb.table.rows) == 1 and cb.note == 'stopped after epoch 1/3 train'
+
+def test_cost_per_batch():
+    learn, cb, n = learner(), ProgressCB(view=View), 2000
+    learn.loss, learn.n_epochs, learn.dl, learn.training = torch.ones((), requires_grad=True)*2, 1, range(n), True
+    def cost():
+        cb.before_fit(learn)
+        cb.before_epoch(learn)
+        start = time.perf_counter()
+        for learn.iter in range(n): cb.after_batch(learn)
+        return (time.perf_counter() - start)/n
+    assert statistics.median(cost() for _ in range(9)) < 1e-5    # measured: 1.2 µs

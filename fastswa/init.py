@@ -30,9 +30,10 @@ def init_weights(
 def _measuring(model):
     "Without gradients or dropout, norms as in training; modes and buffers return"
     modes,buffers = {m: m.training for m in model.modules()},[(b, b.clone()) for b in model.buffers()]
+    evaluating = not model.training      # all of it, so that no norm is frozen
     try:
         for m, mode in modes.items():
-            m.training = bool(getattr(m, 'track_running_stats', False)) and (mode or not model.training)
+            m.training = bool(getattr(m, 'track_running_stats', False)) and (mode or evaluating)
         with torch.no_grad(): yield
     finally:
         for m, mode in modes.items(): m.training = mode
@@ -153,7 +154,7 @@ def lsuv_init(
     m_in:nn.Module, # the layer in it whose weight and bias are changed
     xb, # a batch of inputs
     tol:float=1e-3, # how far mean and standard deviation may be from 0 and 1
-    max_iter:int=100, # steps
+    max_iter:int=50, # steps at most
 ) -> LSUVRow: # mean and standard deviation now, and the steps it took
     """Scale and shift `m_in` until the output of `m` has mean 0 and standard deviation 1.
     Raises ValueError, with every weight as before, if it cannot be done"""
@@ -165,6 +166,7 @@ def lsuv_init(
     with _undone_on_error(model.parameters()), _measuring(model):
         row = _normalise(model, m, m_in, xb, names[m], tol, max_iter)
         if row.note not in ('', 'no bias'):
-            raise ValueError(f'{names[m_in]} cannot give {names[m]} an output with mean 0 and standard deviation 1: after {row.steps} '
-                             f'steps mean {row.mean:.3g}, std {row.std:.3g} ({row.note}); lsuv(model, xb) measures layers themselves')
+            raise ValueError(f'{names[m_in]} cannot give {names[m]} an output with mean 0 and standard deviation 1: after '
+                             f'{row.steps} steps mean {row.mean:.3g}, std {row.std:.3g} ({row.note}); '
+                             'lsuv(model, xb) measures the layers themselves')
     return row

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import fastswa.sources
 from fastswa.cli import main
-from fastswa.data import DatasetDict, toy_images
+from fastswa.data import DataLoaders, toy_images
 
 FASTSWA = Path(sys.executable).with_name('fastswa')
 FILES = ['curves.png', 'history.csv', 'weights.safetensors']
@@ -49,7 +49,6 @@ def test_weights_are_those_of_the_table(demo):
     saved, rows = load_file(demo/'weights.safetensors'), list(csv.DictReader(open(demo/'history.csv')))
     last = {r['weights']: float(r['accuracy']) for r in rows if r['train'] == 'eval' and r['epoch'] == '3'}
     dd = toy_images(640, 256)
-    from fastswa.data import DataLoaders
     dls = DataLoaders.in_memory(dd, 64, device='cpu')
     x, y = dls.valid.dataset.tensors
     xs = dls.train.dataset.tensors[0].float()/255

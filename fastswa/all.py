@@ -1,4 +1,4 @@
-"Every public name, for notebooks: `from fastswa.all import *`"
+"Every public name, for notebooks: `from fastswa.all import *`. Written by hand"
 from fastswa.averaging import *
 from fastswa.batchnorm import *
 from fastswa.callbacks import *
@@ -6,12 +6,17 @@ from fastswa.core import *
 from fastswa.curves import *
 from fastswa.data import *
 from fastswa.events import *
+from fastswa.files import *
+from fastswa.finder import *
 from fastswa.init import *
 from fastswa.layers import *
 from fastswa.learner import *
+from fastswa.looks import *
+from fastswa.meter import *
 from fastswa.plot import *
 from fastswa.progress import *
 from fastswa.sched import *
 from fastswa.sources import *
 from fastswa.swa import *
+from fastswa.views import *
 from fastswa.weights import *

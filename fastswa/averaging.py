@@ -193,7 +193,8 @@ class Average:
         with uninterrupted():
             self._stash = []
             for a, t in zip(self._avg, self._live):
-                self._stash.append(None if _alike(a, t) else t.detach().clone())
+                in_place = _alike(a, t) and isinstance(t, nn.Parameter)      # what happens to BatchNorm's statistics stays in the block
+                self._stash.append(None if in_place else t.detach().clone())
                 if self._stash[-1] is None: _exchange(a, t)
                 else: t.copy_(a)
 

@@ -85,7 +85,7 @@ class LSUVReport(list):
         width = max([5, *(len(r.name) for r in self)])
         lines = [f'{"layer":{width}}{"mean":>10}{"std":>9}{"steps":>7}']
         for r in self:
-            values = ' '*19 if r.mean is None else f'{r.mean:10.4f}{r.std:9.4f}'
+            values = ' '*19 if r.mean is None else f'{round(r.mean, 4) + 0.:10.4f}{r.std:9.4f}'      # no -0.0000
             lines.append(f'{r.name:{width}}{values}{r.steps:7}  {r.note}'.rstrip())
         return '\n'.join(lines)
 

@@ -100,7 +100,7 @@ class WeightSets(CallbackRunner):
         if self._applied in (None, self._versions()): return self.restore()
         warnings.warn(f'the weights of {self.weights!r}, which the model held, were changed since the last fit: '
                       'training goes on from the weights as they are now, and that average starts anew')
-        average,tensors = self.averages[self.weights],[*self.model.parameters(), *self.model.buffers()]
+        average,tensors = self.averages[self.weights],_tensors(self.model)
         theirs = [t.detach().clone() for t in tensors]
         self.restore()
         _put(tensors, theirs)
@@ -152,16 +152,19 @@ class WeightSets(CallbackRunner):
     ):
         "As `aside`, for things that train: raw weights, buffers and gradients return too, and the optimizer is another one"
         with self.using('raw'), self.aside(cbs):
-            tensors = [*self.model.parameters(), *self.model.buffers()]
+            tensors = _tensors(self.model)
             kept,grads = [t.detach().clone() for t in tensors],[t.grad for t in tensors]
             for t in tensors: t.grad = None
             self.opt,self._grads = None,{}
             try: yield self
             finally:
+                tensors = _tensors(self.model)       # buffers are others after a move to another device
                 _put(tensors, kept)
-                for t, g in zip(tensors, grads): t.grad = g
+                for t, g in zip(tensors, grads): t.grad = None if g is None else g.to(t)
 
 # %% ../nbs/02b_weights.ipynb #00000007
+def _tensors(model): return [*model.parameters(), *model.buffers()]
+
 def _put(tensors, values):
     with torch.no_grad():
         for t, v in zip(tensors, values, strict=True): t.copy_(v)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastswa.callbacks import BatchTransformCB, CapturePreds, DeviceCB, MetricsCB, RecorderCB, SingleBatchCB
+from fastswa.callbacks import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB, SingleBatchCB
+from fastswa.looks import CapturePreds
 from fastswa.core import set_seed
 from fastswa.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.learner import MomentumLearner, TrainLearner

@@ -177,10 +177,11 @@ def clean_ipython_hist():
     try: ip = sys.modules['IPython'].get_ipython()
     except KeyError: return
     if ip is None: return
-    ip.displayhook.flush()               # clears the output cache: _, __, ___ and Out
-    hist = ip.history_manager
-    for name in [k for k in ip.user_ns if k.startswith('_i') and k[2:].isdigit()]: del ip.user_ns[name]
-    for name in ('_i', '_ii', '_iii'): ip.user_ns[name] = ''
+    if ip.displayhook.do_full_cache: ip.displayhook.flush()      # empties Out
+    ip.last_execution_result,hist = None,ip.history_manager
+    for ns in ip.user_ns, ip.user_ns_hidden:
+        for name in [k for k in ns if k.startswith('_i') and k[2:].isdigit()]: del ns[name]
+        for name in ('_', '__', '___', '_i', '_ii', '_iii'): ns[name] = ''
     if hist is None: return
     n = len(hist.input_hist_parsed)
     hist.input_hist_parsed[:] = hist.input_hist_raw[:] = ['']*n

@@ -22,3 +22,22 @@ def test_an_error_inside_is_not_hidden_by_ctrl_c():
             signal.raise_signal(signal.SIGINT)
             raise ValueError('inside')
     assert isinstance(e.value.__context__, ValueError)
+
+
+def test_clean_ipython_hist_lets_go_of_what_cells_returned():
+    "Exported, the course's version looked for `get_ipython` among the module's globals and never ran"
+    import weakref
+    from IPython.core.interactiveshell import InteractiveShell
+    from fastswa.core import clean_mem
+    InteractiveShell.clear_instance()
+    shell = InteractiveShell.instance()
+    try:
+        shell.run_cell('class Big: pass\nbig = Big()', store_history=True)
+        shell.run_cell('big', store_history=True)
+        ref = weakref.ref(shell.user_ns['big'])
+        del shell.user_ns['big']
+        assert ref() is not None                     # Out and _ hold it
+        clean_mem()
+        assert ref() is None
+        assert '_i1' not in shell.user_ns and not any(shell.history_manager.input_hist_raw)
+    finally: InteractiveShell.clear_instance()

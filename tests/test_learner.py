@@ -182,3 +182,22 @@ def test_a_single_batch_is_seen_by_all():
         def after_batch(self, learn): seen.append(learn.iter)
     learner(SingleBatchCB(), See()).fit(3)
     assert seen == [0]
+
+
+def test_momentum_learner_with_a_parameter_that_gets_no_gradient():
+    learn = learner(cls=MomentumLearner)
+    learn.model.unused = nn.Parameter(torch.zeros(3))
+    learn.model.forward = lambda x: learn.model[4](learn.model[0](x))
+    learn.fit(2)
+    assert learn.opt_steps == 12
+
+
+def test_showing_a_batch_trains_nothing(monkeypatch):
+    import matplotlib
+    matplotlib.use('agg')
+    g = torch.Generator().manual_seed(0)
+    dls = SimpleNamespace(train=[(torch.rand(4, 1, 8, 8, generator=g), torch.zeros(4).long())], valid=None)
+    learn = TrainLearner(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), dls, F.cross_entropy, 0.1)
+    before = state(learn)
+    learn.show_image_batch(max_n=4)
+    assert same(before, state(learn)) and learn.opt is None and learn.batch is None

@@ -106,18 +106,21 @@ def _from_hub(repo):
     finally: datasets.config.HF_HUB_OFFLINE = offline
 
 _system = '/usr/share/datasets'          # where Debian's and Ubuntu's packages put theirs
+
+def _cache(): return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'fastswa'     # where `make data` puts it
+
 _no_idx = 'holds no IDX files (train-images-idx3-ubyte.gz and three more)'
 
 def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 def _load(name, path, repo):
-    "The set `name` from `path`, `$FASTSWA_DATA`, the system's folder, or the hub's `repo`"
+    "The set `name` from `path`, `$FASTSWA_DATA`, the system's folder, the user's cache, or the hub's `repo`"
     subfolder, env = name.replace('_', '-'), os.environ.get('FASTSWA_DATA')
     if path is not None:
         folder = _find_folder(Path(path).expanduser(), subfolder)
         if folder is None: raise FileNotFoundError(f'{path} {_no_idx}, and neither does {Path(path)/subfolder}')
         return _read_folder(folder, name)
-    places = [Path(o).expanduser() for o in (env, _system) if o]
+    places = [Path(o).expanduser() for o in (env, _system, _cache()) if o]
     folder = next((f for f in (_find_folder(p, subfolder) for p in places) if f), None)
     if folder: return _read_folder(folder, name)
     try: dd = _from_hub(repo)
@@ -133,13 +136,13 @@ def _load(name, path, repo):
 def fashion_mnist(
     path=None, # folder of the four IDX files, or the parent of `fashion-mnist/`; None: look for it
 ) -> DatasetDict: # `train` (60,000) and `test` (10,000) with columns `image` (28×28, grey) and `label`
-    "Fashion-MNIST (arXiv 1708.07747) from `path`, `$FASTSWA_DATA`, /usr/share/datasets or the Hugging Face hub"
+    "Fashion-MNIST (arXiv 1708.07747) from `path`, `$FASTSWA_DATA`, /usr/share/datasets, ~/.cache/fastswa or the Hugging Face hub"
     return _load('fashion_mnist', path, 'zalando-datasets/fashion_mnist')
 
 def mnist(
     path=None, # folder of the four IDX files, or the parent of `mnist/`; None: look for it
 ) -> DatasetDict: # `train` (60,000) and `test` (10,000) with columns `image` (28×28, grey) and `label`
-    "MNIST from `path`, `$FASTSWA_DATA`, /usr/share/datasets or the Hugging Face hub"
+    "MNIST from `path`, `$FASTSWA_DATA`, /usr/share/datasets, ~/.cache/fastswa or the Hugging Face hub"
     return _load('mnist', path, 'ylecun/mnist')
 
 # %% ../nbs/01a_sources.ipynb #00000012

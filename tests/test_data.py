@@ -28,6 +28,7 @@ def alone(tmp_path, monkeypatch):
     def refuse(repo): raise ConnectionError('refused\nand more lines')
     monkeypatch.delenv('FASTSWA_DATA', raising=False)
     monkeypatch.setattr(sources, '_system', str(tmp_path/'system'))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
     monkeypatch.setattr(sources, '_from_hub', refuse)
     return tmp_path
 
@@ -39,7 +40,9 @@ def n_train(dd): return len(dd['train'])
 # --- where it is found
 
 def test_order_of_places(alone, monkeypatch):
-    sizes = dict(path=11, env=12, system=13)
+    sizes = dict(path=11, env=12, system=13, cache=14)
+    write_set(alone/'cache'/'fastswa'/'fashion-mnist', sizes['cache'])
+    assert n_train(fashion_mnist()) == sizes['cache']        # where `make data` puts it
     given, env = write_set(alone/'given', sizes['path']), write_set(alone/'env'/'fashion-mnist', sizes['env'])
     write_set(alone/'system'/'fashion-mnist', sizes['system'])
     assert n_train(fashion_mnist()) == sizes['system']
@@ -164,14 +167,16 @@ def test_mixed_up_sets(tmp_path, monkeypatch):
     monkeypatch.setenv('FASTSWA_DATA', str(fashion))
     with pytest.raises(ValueError, match='not of mnist'): mnist()
 
-def test_the_real_thing(fmnist_path):
-    dd = fashion_mnist(fmnist_path)
+def test_the_real_thing(fmnist):
+    dd = fmnist
     assert (len(dd['train']), len(dd['test'])) == (60_000, 10_000)
     x, y = DataLoaders.in_memory(dd, 256, device='cpu').train.dataset.tensors
     assert x.shape == (60_000, 1, 28, 28) and (x[5, 0].numpy() == np.array(dd['train'][5]['image'])).all()
     assert y.bincount().tolist() == [6000]*10
     assert abs(x.double().mean()/255 - 0.2860) < 1e-4        # the mean that everyone normalises with
-    with pytest.raises(ValueError, match='fashion_mnist, not of mnist'): mnist(fmnist_path)
+    _, _, folder = dd['train'].info.description.partition('fashion_mnist from ')
+    if folder:                                               # and not the hub
+        with pytest.raises(ValueError, match='fashion_mnist, not of mnist'): mnist(folder)
 
 # --- toy images
 

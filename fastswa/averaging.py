@@ -92,6 +92,8 @@ def _check_same(ours, theirs, what='the module'):
 def _like(t, dtype, device):
     return torch.empty_like(t, dtype=dtype or torch.promote_types(t.dtype, torch.float32), device=device, requires_grad=False)
 
+def _layout(t): return t.shape, t.stride()
+
 def _alike(a, b): return a.dtype is b.dtype and a.device == b.device
 
 def _exchange(a, b):
@@ -182,8 +184,8 @@ class Average:
         self._need()
         now = self._avg if self._stash is None else [t.detach() if raw is None else a
                                                      for a, t, raw in zip(self._avg, self._live, self._stash)]
-        return {name: a if a.shape == t.shape else a.as_strided(t.shape, t.stride())      # tied to its own transpose, say
-                for (name, a), (_, _, t) in zip(self._named(now).items(), self._places)}
+        return {name: now[i] if _layout(t) == _layout(self._live[i]) else now[i].as_strided(*_layout(t))      # tied to its transpose
+                for (name, i), (_, _, t) in zip(self._index.items(), self._places)}
 
     def _need(self):
         if self.n == 0: raise RuntimeError('the average is empty: it has no snapshot yet, call update() first')

@@ -125,7 +125,8 @@ class WeightSets(CallbackRunner):
         "Random state, the loaders' too, goes on afterwards as if nothing had been drawn inside"
         kept,self.dls = self.dls,copy(self.dls)
         loaders = {name: getattr(self.dls, name) for name in ('train', 'valid') if hasattr(self.dls, name)}
-        for name, dl in loaders.items(): setattr(self.dls, name, _undisturbed(dl))
+        for name, dl in loaders.items():
+            if _undisturbed(dl) is not dl: setattr(self.dls, name, _undisturbed(dl))
         gens = {id(g): g for dl in loaders.values() for g in loader_generators(dl)}
         try:
             with keep_rng(*gens.values()): yield

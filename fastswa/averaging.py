@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Real
 
 import torch
 from torch import nn
@@ -35,7 +36,8 @@ class ema:
     def __post_init__(self):
         if self.decay is not None and self.half_life is not None:
             raise ValueError(f'give decay or half_life, not both; got decay={self.decay} and half_life={self.half_life}')
-        if self.decay is not None and not 0 <= self.decay <= 1: raise ValueError(f'decay must be between 0 and 1; got {self.decay}')
+        if self.decay is not None and not (isinstance(self.decay, Real) and 0 <= self.decay <= 1):
+            raise ValueError(f'decay must be between 0 and 1; got {self.decay!r}')
         if self.half_life is not None and not 0 < self.half_life < math.inf:
             raise ValueError(f'half_life must be a number of updates above 0; got {self.half_life}')
         if self.warmup not in (None, 'ratio', 'power'):
@@ -119,6 +121,9 @@ class Average:
         exclude=None, # glob patterns of the names to leave out
         check_finite:bool=True, # skip a snapshot that holds NaN or infinity?
     ):
+        if not isinstance(module, nn.Module): raise TypeError(f'an average needs the module itself; got {type(module).__name__}')
+        if isinstance(rule, type) or not callable(rule):
+            raise TypeError(f'the rule must be called with n, as equal() and ema(decay=0.99) can be; got {rule!r}')
         self.rule,self.dtype,self.device,self.check_finite = rule,dtype,device,check_finite
         self.include,self.exclude = include,exclude
         self.source,self._stash = unwrap(module),None
@@ -137,6 +142,8 @@ class Average:
         live,index = _distinct({name: d[k] for name, (d, k) in found.items()})
         if self._avg is not None: _check_same(self._named(self._avg), {name: d[k] for name, (d, k) in found.items()})
         self._places = [(d, k, d[k]) for d, k in found.values()]
+        self._counters = [m.num_batches_tracked for m in self.source.modules()
+                          if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None]
         self._live,self._index,self._ptrs = live,index,[t.data_ptr() for t in live]
 
     def verify(self):
@@ -153,7 +160,7 @@ class Average:
         self.verify()
         live = self._live if module is None else self._of(module)
         if self.check_finite and not _all_finite(live): return self._skip()
-        if self.n == 0: self._avg = [_like(t, self.dtype, self.device).copy_(t) for t in live]
+        if self.n == 0: self._avg = self._copies(live)
         else:
             w = self.rule(self.n)
             if not 0 <= w <= 1: raise ValueError(f'{self.rule} gave {w} for n = {self.n}: a weight must be between 0 and 1')
@@ -171,10 +178,14 @@ class Average:
         first = {i: name for name, i in reversed(self._index.items())}
         return [tensors[first[i]] for i in range(len(self._live))]
 
+    @torch.inference_mode(False)      # an inference tensor could not be updated later
+    @torch.no_grad()
+    def _copies(self, values): return [_like(t, self.dtype, self.device).copy_(v) for t, v in zip(self._live, values)]
+
     def _of(self, module): return self._in_order({n: d[k] for n, (d, k) in find_tensors(module, self.include, self.exclude).items()})
 
     def _skip(self):
-        if not self.skipped: warnings.warn('the weights hold NaN or infinity: this snapshot is left out of the average, and so will others like it')
+        if not self.skipped: warnings.warn('the weights hold NaN or infinity: such snapshots are left out of the average')
         self.skipped += 1
         return self.n
 
@@ -193,7 +204,7 @@ class Average:
     @torch.no_grad()
     def _swap_in(self):
         with uninterrupted():
-            self._stash = []
+            self._stash,self._counts = [],[c.clone() for c in self._counters]
             for a, t in zip(self._avg, self._live):
                 in_place = _alike(a, t) and isinstance(t, nn.Parameter)      # what happens to BatchNorm's statistics stays in the block
                 self._stash.append(None if in_place else t.detach().clone())
@@ -209,6 +220,7 @@ class Average:
             for a, t, raw in zip(self._avg, self._live, self._stash):
                 if raw is None: _exchange(a, t)
                 else: t.copy_(raw)
+            for c, n in zip(self._counters, self._counts): c.copy_(n)
             self._stash = None
 
     @contextmanager
@@ -250,8 +262,9 @@ class Average:
     ):
         "Go on from a saved average, by this one's own rule; raises ValueError where names or shapes differ"
         if self._stash is not None: raise RuntimeError('the average is applied: load outside of applied()')
-        if state['rule'] != repr(self.rule): warnings.warn(f'the saved average followed {state["rule"]}; from here on it follows {self.rule}')
+        if state['rule'] != repr(self.rule):
+            warnings.warn(f'the saved average followed {state["rule"]}; from here on it follows {self.rule}')
         self.verify()
         loaded = self._in_order(state['weights'], 'the saved average') if state['n'] else None
-        self._avg = loaded and [_like(t, self.dtype, self.device).copy_(a) for t, a in zip(self._live, loaded)]
+        self._avg = loaded and self._copies(loaded)
         self.n,self.skipped,self.origin = state['n'],state['skipped'],object()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .core import to_device, unwrap
+from .core import keep_modes, to_device, unwrap
 
 # %% ../nbs/11_batchnorm.ipynb #00000005
 def bn_layers(
@@ -42,6 +42,7 @@ class _Pool:
 
     def __call__(self, layer, args, kwargs):
         x = args[0] if args else kwargs['input']                        # (N, C) or (N, C, …)
+        if not x.numel(): return
         wide = torch.float32 if x.device.type == 'mps' else torch.float64
         var,mean = torch.var_mean(x.float() if x.dtype in (torch.half, torch.bfloat16) else x,
                                   dim=[d for d in range(x.ndim) if d != 1], correction=0)
@@ -74,36 +75,41 @@ def update_bn(
 ) -> dict|None: # without data: the momenta by name
     """Recompute the running statistics of BatchNorm over `data`, each layer's from exactly the inputs it got in this one pass.
 
-    Dropout is off, the layers normalise by batch. A layer in eval mode within a module in train mode is frozen and left alone; of a module in eval
-    mode every layer takes part. A layer that gets no input keeps what it has. Raises ValueError if there is no data, or inputs are not finite;
-    whatever goes wrong, statistics and momenta are then as before. Without data: resets the statistics and sets momentum to None, so that each
-    layer averages what it gets from now on; `update_bn(module, momenta=…)` ends that."""
-    if not isinstance(module, nn.Module): raise TypeError(f'the module comes first, then the data: update_bn(module, data); got {type(module).__name__}')
+    Dropout is off, the layers normalise by batch. A layer in eval mode within a module in train mode is frozen and left alone; of a
+    module in eval mode every layer takes part. A layer that gets no input keeps what it has. Raises ValueError if there is no data, or
+    inputs are not finite; whatever goes wrong, statistics and momenta are then as before. Without data: resets the statistics and sets
+    momentum to None, so that each layer averages what it gets from now on; `update_bn(module, momenta=…)` ends that."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f'the module comes first, then the data: update_bn(module, data); got {type(module).__name__}')
     if n_batches is not None and n_batches < 1: raise ValueError(f'n_batches must be 1 or more, or None; got {n_batches}')
     everything = bn_layers(module)
     layers = {name: m for name, m in everything.items() if m.training or not module.training}
     if momenta is not None: return _set_momenta(everything, momenta)
     if data is None: return _reset(layers)
-    kept,modes = bn_state(module),{m: m.training for m in unwrap(module).modules()}
-    pools,hooks = {name: _Pool() for name in layers},[]
-    try:
-        module.eval()
-        for name, m in layers.items():
-            m.train()
-            hooks.append(m.register_forward_pre_hook(pools[name], with_kwargs=True))
-        device,n = next((t.device for t in module.parameters()), 'cpu'),0
-        for n, batch in enumerate(islice(data, n_batches), 1):
-            forward(module, batch) if forward else _forward(module, to_device(batch, device))
-        if n == 0: raise ValueError('there is no data: not one batch to take the statistics from')
-        load_bn_state(module, kept)                                     # the forward passes moved all that are in train mode
-        for name, m in layers.items():
-            if pools[name].n: pools[name].put(m, name)
-    except BaseException:
-        load_bn_state(module, kept)
-        raise
-    finally:
-        for h in hooks: h.remove()
-        for m, mode in modes.items(): m.training = mode
+    kept,pools,hooks = bn_state(module),{name: _Pool() for name in layers},[]
+    with keep_modes(module):
+        try:
+            module.eval()
+            for name, m in layers.items():
+                m.train()
+                hooks.append(m.register_forward_pre_hook(pools[name], with_kwargs=True))
+            _run(module, islice(data, n_batches), forward)
+            load_bn_state(module, kept)                                 # the forward passes moved all that are in train mode
+            for name, m in layers.items():
+                if pools[name].n: pools[name].put(m, name)
+        except BaseException:
+            load_bn_state(module, kept)
+            raise
+        finally:
+            for h in hooks: h.remove()
+
+def _run(module, data, forward):
+    plain,n = unwrap(module),0               # hooks on a compiled model would have it compiled anew
+    device = next((t.device for t in plain.parameters()), 'cpu')
+    for n, batch in enumerate(data, 1):
+        if forward: forward(module, batch)
+        else: _forward(plain, to_device(batch, device))
+    if n == 0: raise ValueError('there is no data: not one batch to take the statistics from')
 
 def _reset(layers):
     momenta = {name: m.momentum for name, m in layers.items()}

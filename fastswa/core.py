@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['def_device', 'map_tensors', 'default_device', 'to_device', 'to_cpu', 'first_tensor', 'batch_size', 'unwrap',
            'set_seed', 'get_rng_state', 'set_rng_state', 'keep_rng', 'loader_generators', 'Time', 'uninterrupted',
-           'clean_ipython_hist', 'clean_tb', 'clean_mem']
+           'keep_modes', 'clean_ipython_hist', 'clean_tb', 'clean_mem']
 
 # %% ../nbs/00_core.ipynb #00000002
 import gc, random, signal, sys, threading, traceback
@@ -171,7 +171,19 @@ def uninterrupted():
         signal.signal(signal.SIGINT, old)
         if pressed and callable(old): old(*pressed[0])
 
-# %% ../nbs/00_core.ipynb #0000001f
+# %% ../nbs/00_core.ipynb #0000001e
+@contextmanager
+def keep_modes(
+    model, # a module
+):
+    "Afterwards each module in it is in train or eval mode as before"
+    modes = {m: m.training for m in model.modules()}
+    try: yield
+    finally:
+        with uninterrupted():
+            for m, mode in modes.items(): m.training = mode
+
+# %% ../nbs/00_core.ipynb #00000021
 def clean_ipython_hist():
     "Make IPython forget the inputs and outputs of the cells that ran; nothing happens outside IPython"
     try: ip = sys.modules['IPython'].get_ipython()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CANCELS', 'STEPS', 'CancelFitException', 'CancelEpochException', 'CancelBatchException', 'CancelStepException',
-           'Callback', 'by_order', 'run_cbs', 'CallbackRunner', 'with_cbs', 'check_cbs']
+           'Callback', 'by_order', 'as_list', 'run_cbs', 'CallbackRunner', 'with_cbs', 'check_cbs']
 
 # %% ../nbs/02a_events.ipynb #00000002
 import difflib, warnings
@@ -16,7 +16,7 @@ from operator import attrgetter
 class CancelFitException(Exception): "Raised by a callback: the fit ends here; `after_fit` is skipped"
 class CancelEpochException(Exception): "Raised by a callback: the epoch ends here, without a row; `after_epoch` is skipped"
 class CancelBatchException(Exception): "Raised by a callback: the rest of the batch and `after_batch` are skipped"
-class CancelStepException(Exception): "Raised before the step: `step`, `after_step` and `zero_grad` are skipped, so gradients add up"
+class CancelStepException(Exception): "Raised from `after_backward`: `step`, `after_step` and `zero_grad` are skipped, so gradients add up"
 
 # %% ../nbs/02a_events.ipynb #00000006
 class Callback:
@@ -26,6 +26,8 @@ class Callback:
     measures = False # does it add columns to the rows of `learn.history`?
 
 def by_order(cbs): return sorted(cbs, key=attrgetter('order'))
+
+def as_list(cbs): return [cbs] if isinstance(cbs, (Callback, type)) else list(cbs or [])
 
 def run_cbs(cbs, method_nm, learn=None):
     "Call `method_nm` of every callback that has it, by `order`"
@@ -93,7 +95,7 @@ def check_cbs(
         if isinstance(cb, type): raise TypeError(f'{cb.__name__} is a class: write {cb.__name__}()')
         if not isinstance(cb, Callback): raise TypeError(f'callbacks must be of a class derived from Callback; got {cb!r}')
         if any(cb is o for o in cbs[:i]): raise ValueError(f'{type(cb).__name__} is in the callbacks twice (the same object)')
-        for name in (n for n in dir(cb) if '_' in n.strip('_') and n not in _EVENTS):
+        for name in (n for n in dir(cb) if '_' in n and n[0] != '_' and n not in _EVENTS):
             close = difflib.get_close_matches(name, _EVENTS, 1, 0.85)
             if (close or name.startswith(('before_', 'after_', 'cleanup_'))) and callable(getattr(cb, name)):
                 hint = f'; did you mean {close[0]}?' if close else f'; there are {", ".join(sorted(_EVENTS))}'

@@ -14,14 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from .core import batch_size, map_tensors
-from .events import CANCELS, STEPS, Callback, CancelStepException, check_cbs, with_cbs
+from .core import batch_size, keep_modes, map_tensors
+from .events import CANCELS, STEPS, Callback, CancelStepException, as_list, check_cbs, with_cbs
 from .meter import LossMeter
 from .weights import WeightSets
 
 # %% ../nbs/03_learner.ipynb #00000005
-def _listify(cbs): return [cbs] if isinstance(cbs, (Callback, type)) else list(cbs or [])
-
 def _length(dl):
     try: return len(dl)
     except TypeError: return None            # an iterable without a length
@@ -31,13 +29,6 @@ def _check_dls(dls, train, valid):
         if need and not hasattr(dls, name):
             raise TypeError(f'dls must have the loaders `train` and `valid`, as DataLoaders has; got {type(dls).__name__}')
     if valid and not train and dls.valid is None: raise ValueError('there is no validation loader: dls.valid is None')
-
-@contextmanager
-def _keep_modes(model):
-    modes = {m: m.training for m in model.modules()}
-    try: yield
-    finally:
-        for m, mode in modes.items(): m.training = mode
 
 def _later(module, name):
     "A method that is the function `name` of a module further down, which is imported when it is called"
@@ -66,8 +57,9 @@ class Learner(WeightSets):
     ):
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
         super().__init__()
-        self.cbs,self.history,self.epochs,self.training,self.will_train = _listify(cbs),[],range(0),False,False
-        self.opt = self.dl = self.batch = self.preds = self.loss = self.epoch_steps = None
+        self.cbs,self.history,self.epochs,self.training,self.will_train = as_list(cbs),[],range(0),False,False
+        self.in_fit = False
+        self.opt = self.dl = self.batch = self.preds = self.loss = self.epoch_steps = self.epoch_batches = None
         self.opt_steps = self.n_epochs = self.epoch = self.iter = 0
         self._opt_params,self._grads,self._frozen = [],{},[]
 
@@ -82,7 +74,7 @@ class Learner(WeightSets):
         "Train and validate; raises FloatingPointError when the training loss is not finite"
         if not isinstance(n_epochs, Integral) or n_epochs < 0:
             raise ValueError(f'n_epochs must be a whole number, 0 or more; got {n_epochs!r}')
-        extra = _listify(cbs)
+        extra = as_list(cbs)
         own = [s for s in STEPS if getattr(type(self), s) is not getattr(Learner, s)]
         check_cbs([*self.cbs, *extra], own, train)
         _check_dls(self.dls, train, valid)
@@ -91,13 +83,16 @@ class Learner(WeightSets):
             stack.callback(self._drop, extra)
             self.cbs.extend(extra)
             if train:
-                self._raw_again()
+                self.restore()
                 self._ready_opt(lr, reset_opt)
+                if reset_opt: self._grads = {}
                 stack.enter_context(self._gradients())
                 self._start_averages()
-            stack.enter_context(_keep_modes(self.model))
+            stack.enter_context(keep_modes(self.model))
             self.n_epochs,self.epochs,self.will_train = n_epochs,range(n_epochs),train
-            self.epoch_steps = _length(self.dls.train) if train else None
+            self.epoch_steps = self.epoch_batches = _length(self.dls.train) if train else None
+            stack.callback(setattr, self, 'in_fit', self.in_fit)
+            self.in_fit = True
             self._fit(train, valid)
 
     @with_cbs('fit')

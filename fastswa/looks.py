@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .callbacks import MetricsCB
-from .core import map_tensors, to_cpu, to_device
-from .events import Callback
+from .core import keep_modes, map_tensors, to_cpu, to_device
+from .events import Callback, as_list
 
 # %% ../nbs/04b_looks.ipynb #00000006
 def _cat(parts):
@@ -46,7 +46,7 @@ def capture_preds(
 ) -> tuple: # predictions and targets (and inputs)
     "Predictions for the validation set by the weights that the model holds, on the CPU"
     cp = CapturePreds(inps)
-    with learn.aside([cp, *([cbs] if isinstance(cbs, Callback) else cbs or [])]): learn.fit(1, train=False, valid=learn.weights)
+    with learn.aside([cp, *as_list(cbs)]): learn.fit(1, train=False, valid=learn.weights)
     return (cp.all_preds, cp.all_targs) + ((cp.all_inps,) if inps else ())
 
 # %% ../nbs/04b_looks.ipynb #00000008
@@ -68,15 +68,14 @@ def summary(
     with learn.aside(), torch.no_grad():
         device = next((t.device for t in learn.model.parameters()), 'cpu')
         learn.batch = to_device(map_tensors(lambda t: t[:1] if t.ndim else t, next(learn.prepared(learn.dls.train))), device)
-        modes = {m: m.training for m in learn.model.modules()}
         try:
             for name, m in list(learn.model.named_children()) or [('', learn.model)]:
                 hooks.append(m.register_forward_hook(lambda m, i, o, name=name: _note(name, m, i, o)))
-            learn.model.eval()
-            with counter: learn.predict()
+            with keep_modes(learn.model), counter:
+                learn.model.eval()
+                learn.predict()
         finally:
             for h in hooks: h.remove()
-            for m, mode in modes.items(): m.training = mode
     lines = ['|Module|Type|Input|Output|Parameters|MFLOPs|', '|--|--|--|--|--:|--:|']
     before = 0
     for name, kind, inp, out, n, flops in rows:
@@ -93,5 +92,5 @@ def show_image_batch(
 ):
     "Show the images of one training batch as the model gets them"
     from fastswa.plot import show_images
-    with learn.aside([cbs] if isinstance(cbs, Callback) else cbs or []): batch = next(learn.prepared(learn.dls.train))
+    with learn.aside(as_list(cbs)): batch = next(learn.prepared(learn.dls.train))
     show_images(to_cpu(batch[0][:max_n]), **kwargs)

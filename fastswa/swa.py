@@ -11,8 +11,9 @@ from contextlib import closing
 
 from .averaging import Average, ema, equal
 from .batchnorm import bn_layers, bn_state, load_bn_state, update_bn
-from .core import Time, unwrap
+from .core import Time, keep_modes, unwrap
 from .events import Callback
+from .finder import group_options, restore_options, set_option
 
 # %% ../nbs/14_swa.ipynb #00000006
 class AverageCB(Callback):
@@ -36,26 +37,40 @@ class AverageCB(Callback):
     def rule(self, learn): raise TypeError(f'{type(self).__name__} does not say by which rule it averages')
 
     def before_fit(self, learn):
+        if self.learn not in (None, learn): self.restore()      # the last learner's model may still hold the average
         self.learn,others = learn,[cb for cb in learn.cbs if isinstance(cb, AverageCB) and cb.apply]
         if len(others) > 1: raise ValueError(f'the model can hold one average: apply=True is set for {", ".join(cb.name for cb in others)}')
         if self.average is None or self.average.source is not unwrap(learn.model):
             self.average = Average(learn.model, include=self.include, exclude=self.exclude)
-        if learn.will_train:
-            self.average.verify()
-            self.average.rule = self.rule(learn)
-            self._start,self._every = self._steps(self.start),self._steps(self.every)
-            self._begun,self._seen,self._last = learn.opt_steps,0,0
-        if self._loaded: self.average.load_state_dict(self._loaded)
-        self._loaded = None
+        if learn.will_train: self._begin(learn)
+        if self._loaded is not None: self._load()
         learn.add_average(self.name, self.average, self.valid)
 
-    def _steps(self, time): return time.steps(self.learn.epoch_steps, self.learn.n_epochs)
+    def _begin(self, learn):
+        self.average.verify()
+        self.average.rule = self.rule(learn)
+        self._from,self._gap = self._units(self.start),self._units(self.every)
+        self._steps_before,self._last,self._passed = learn.opt_steps,0,0
+        if learn.n_epochs and learn.epoch_steps and self.start.steps(learn.epoch_steps, learn.n_epochs) > learn.epoch_steps*learn.n_epochs:
+            warnings.warn(f'{self.name!r} starts after this fit has ended, so it will take no snapshot: its start is '
+                          f'{float(self.start.value):g}{self.start.unit}')
+
+    def _units(self, time):
+        "A span in what it is measured in: optimizer steps for `ba`, else batches, of which not each need bring a step"
+        return time.steps(self.learn.epoch_batches, self.learn.n_epochs)
+
+    def _count(self, time):
+        "How far the fit has come, in the same"
+        if time.unit == 'ba': return self.learn.opt_steps - self._steps_before
+        return self.learn.epoch*self.learn.epoch_batches + self.learn.iter + 1
 
     def after_step(self, learn):
-        before,self._seen = self._seen,learn.opt_steps - self._begun
-        if self._seen >= self._start and (not self._every or self._seen//self._every > before//self._every):
-            self.snapshot(self._seen - self._last)
-            self._last = self._seen
+        now,before = self._count(self.every),self._passed
+        self._passed = now
+        if self._count(self.start) < self._from or now//self._gap == before//self._gap: return
+        steps = learn.opt_steps - self._steps_before
+        self.snapshot(steps - self._last)
+        self._last = steps
 
     def snapshot(self,
         steps:int, # optimizer steps since the last one, or since the fit began
@@ -64,21 +79,30 @@ class AverageCB(Callback):
         self.average.update()
 
     def cleanup_fit(self, learn):
-        if learn.error is not None or not learn.will_train or not self.average.n: return
-        names = [cb.name for cb in learn.cbs if isinstance(cb, AverageCB)]
-        if self.apply or (self.apply is None and len(names) == 1): learn.apply(self.name)
-        elif self.name == names[-1] and not any(cb.apply is not None for cb in learn.cbs if isinstance(cb, AverageCB)):
-            print(f'The model keeps its raw weights. learn.apply(name) makes it hold an average: {", ".join(names)}')
+        if learn.error is not None or not learn.will_train or self.average is None: return
+        cbs = [cb for cb in learn.cbs if isinstance(cb, AverageCB)]
+        if self.average.n and (self.apply or (self.apply is None and len(cbs) == 1)): learn.apply(self.name)
+        elif self is cbs[-1] and len(cbs) > 1 and any(cb.apply is None for cb in cbs) and not any(cb.apply for cb in cbs):
+            names = ', '.join(cb.name for cb in cbs if cb.average.n)
+            if names: print(f'The model keeps its raw weights. learn.apply(name) makes it hold an average: {names}')
 
     def restore(self):
         "If the model holds this average, it holds its raw weights again"
         if self.learn is not None and self.learn.weights == self.name: self.learn.restore()
 
-    def state_dict(self): return self._loaded or (self.average.state_dict() if self.average is not None else {})
+    def state_dict(self):
+        if self._loaded is not None: return self._loaded
+        return self.average.state_dict() if self.average is not None else {}
 
     def load_state_dict(self, state):
-        "Take up a saved average at the start of the next fit"
-        self._loaded = state or None
+        "Take up a saved average: at once while a fit lasts, else when the next one starts"
+        self._loaded = state
+        if self.average is not None and self.learn.averages.get(self.name) is self.average and self.learn.in_fit: self._load()
+
+    def _load(self):
+        if self._loaded: self.average.load_state_dict(self._loaded)
+        else: self.average.reset()
+        self._loaded = None
 
 # %% ../nbs/14_swa.ipynb #00000008
 class EMACB(AverageCB):
@@ -101,7 +125,7 @@ class EMACB(AverageCB):
 
     def rule(self, learn):
         if self.decay is not None: return ema(self.decay, warmup=self.warmup)
-        return ema(half_life=float(self._steps(self.half_life)) or 1., warmup=self.warmup)
+        return ema(half_life=float(self.half_life.steps(learn.epoch_steps, learn.n_epochs)) or 1., warmup=self.warmup)
 
     def snapshot(self, steps): self.average.update(steps=steps)
 
@@ -116,30 +140,32 @@ class SWACB(AverageCB):
     ):
         super().__init__(start, every, name=name, **kwargs)
         if swa_lr is not None and not 0 < swa_lr < math.inf: raise ValueError(f'swa_lr must be above 0; got {swa_lr}')
-        self.swa_lr,self.anneal,self._warned = swa_lr,Time.parse(anneal, 'anneal'),False
+        self.swa_lr,self.anneal,self._options,self._warned = swa_lr,Time.parse(anneal, 'anneal'),(),False
 
     def rule(self, learn): return equal()
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        self._lrs = self._before = None
-        if learn.will_train and self.swa_lr is not None: self._before = [g['lr'] for g in learn.opt.param_groups]
         if bn_layers(learn.model) and not any(isinstance(cb, BNUpdateCB) for cb in learn.cbs) and not self._warned:
             self._warned = True
             warnings.warn('the model has BatchNorm, whose statistics do not fit averaged weights: add BNUpdateCB() to the callbacks')
 
+    def _begin(self, learn):
+        super()._begin(learn)
+        self._options,self._lrs = group_options(learn.opt),None
+        if self.swa_lr is not None: self._anneal = self._units(self.anneal)
+
     def after_step(self, learn):
         super().after_step(learn)
-        if self.swa_lr is None or self._seen < self._start: return
-        groups = learn.opt.param_groups
-        if self._lrs is None: self._lrs = [g['lr'] for g in groups]
-        done = min(1., float((self._seen - self._start)/(self._steps(self.anneal) or 1)))
+        if self.swa_lr is None or self._count(self.start) < self._from: return
+        groups,now = learn.opt.param_groups,self._count(self.anneal)
+        if self._lrs is None: self._lrs,self._annealed_from = [float(g['lr']) for g in groups],now
+        done = min(1., float((now - self._annealed_from)/(self._anneal or 1)))
         share = (1 - math.cos(math.pi*done))/2
-        for g, lr in zip(groups, self._lrs): g['lr'] = self.swa_lr*g.get('lr_mult', 1.)*share + lr*(1 - share)
+        for g, lr in zip(groups, self._lrs): set_option(g, 'lr', self.swa_lr*g.get('lr_mult', 1.)*share + lr*(1 - share))
 
     def cleanup_fit(self, learn):
-        if getattr(self, '_before', None):
-            for g, lr in zip(learn.opt.param_groups, self._before): g['lr'] = lr
+        if self.swa_lr is not None and learn.will_train: restore_options(learn.opt, self._options)
         super().cleanup_fit(learn)
 
 # %% ../nbs/14_swa.ipynb #0000000a
@@ -152,26 +178,28 @@ class BNUpdateCB(Callback):
     ):
         for k, v in dict(n_batches=n_batches, valid_batches=valid_batches).items():
             if v is not None and v < 1: raise ValueError(f'{k} must be 1 or more, or None; got {v}')
-        self.n_batches,self.valid_batches,self._known,self._own = n_batches,valid_batches,{},None
+        self.n_batches,self.valid_batches,self._known,self._own,self._cbs = n_batches,valid_batches,{},None,None
+
+    def before_fit(self, learn):
+        if learn.will_train: self._cbs = [*learn.cbs]      # those that prepare a batch may be of this fit only
 
     def before_weights(self, learn):
         average,n = learn.averages[learn.weights],self.valid_batches if learn.quick else self.n_batches
-        stamp = average.origin,average.n,n,learn.dls.train
-        self._own = bn_state(learn.model)
-        if self._known.get(learn.weights, [None])[0] != stamp:
+        self._own,stamp,dl = bn_state(learn.model),(average.origin, average.n, n),learn.dls.train
+        known = self._known.get(learn.weights)
+        if known is None or known[0] != stamp or known[1] is not dl:
             self._compute(learn, n)
-            self._known[learn.weights] = stamp,bn_state(learn.model)
-        load_bn_state(learn.model, self._known[learn.weights][1])
+            self._known[learn.weights] = known = stamp,dl,bn_state(learn.model)
+        load_bn_state(learn.model, known[2])
 
     def _compute(self, learn, n):
-        modes,preds = {m: m.training for m in learn.model.modules()},learn.preds
-        with learn.looking(), closing(learn.prepared(learn.dls.train)) as batches:
-            try:
+        kept = learn.model,learn.cbs,learn.preds
+        learn.model,learn.cbs = unwrap(learn.model),learn.cbs if self._cbs is None else self._cbs
+        try:
+            with learn.looking(), keep_modes(learn.model), closing(learn.prepared(learn.dls.train)) as batches:
                 learn.set_mode(True)
                 update_bn(learn.model, batches, n_batches=n, forward=lambda m, b: learn.predict())
-            finally:
-                learn.preds = preds
-                for m, mode in modes.items(): m.training = mode
+        finally: learn.model,learn.cbs,learn.preds = kept
 
     def cleanup_weights(self, learn):
         if self._own is not None: load_bn_state(learn.model, self._own)      # the average gets its own back

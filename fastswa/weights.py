@@ -8,11 +8,11 @@ __all__ = ['WeightSets']
 # %% ../nbs/02b_weights.ipynb #00000002
 import warnings
 from contextlib import ExitStack, contextmanager
-from copy import copy
+from copy import copy, deepcopy
 
 import torch
 
-from .core import keep_rng, loader_generators
+from .core import keep_rng, loader_generators, uninterrupted
 from .events import STEPS, Callback, CallbackRunner, by_order, run_cbs
 
 # %% ../nbs/02b_weights.ipynb #00000005
@@ -23,7 +23,7 @@ def _undisturbed(dl):
     dl._iterator = None
     return dl
 
-def _needed(cb): return cb.prepares or cb.measures or hasattr(cb, 'before_weights') or any(hasattr(cb, s) for s in STEPS)
+def _needed(cb): return cb.measures or any(hasattr(cb, e) for e in ('before_batch', 'after_backward', 'before_weights', *STEPS))
 
 # %% ../nbs/02b_weights.ipynb #00000006
 class WeightSets(CallbackRunner):
@@ -54,18 +54,33 @@ class WeightSets(CallbackRunner):
         "Let the model hold another set of weights; if that fails, it holds the raw ones"
         if self.weights == 'raw':
             for a in self.averages.values(): a.restore()      # Ctrl-C may have cut the last restoring short
+        self._adopt_changes()
         if weights == self.weights: return
         if weights != 'raw' and weights not in self.averages:
             raise ValueError(f'there are no weights called {weights!r}; there are {", ".join(["raw", *self.averages])}')
-        self._held.close()
+        with uninterrupted(): self._held.close()
         self._applied = None
         if weights == 'raw': return
         with ExitStack() as stack:
             stack.enter_context(self.averages[weights].applied())
             stack.callback(setattr, self, 'weights', 'raw')
             self.weights = weights
-            self.begin('weights', stack, self._keepers)
-            self._held = stack.pop_all()
+            keepers = {id(cb): cb for cb in (*self._keepers, *self.cbs) if hasattr(cb, 'before_weights')}
+            self.begin('weights', stack, keepers.values())
+            with uninterrupted(): self._held = stack.pop_all()
+
+    def _versions(self): return [(id(p), p._version) for p in self.model.parameters()]
+
+    def _adopt_changes(self):
+        "Where somebody put other weights in place of the average that the model held, they are the raw weights now"
+        if self._applied in (None, self._versions()): return
+        warnings.warn(f'the weights of {self.weights!r}, which the model held, were changed: the weights as they are now '
+                      'count as the raw ones, and that average starts anew')
+        average,tensors = self.averages[self.weights],_tensors(self.model)
+        theirs,self._applied = [t.detach().clone() for t in tensors],None
+        self._switch('raw')
+        _put(tensors, theirs)
+        average.reset()
 
     @contextmanager
     def using(self,
@@ -73,6 +88,7 @@ class WeightSets(CallbackRunner):
         quick:bool=False, # will BatchNorm statistics from a part of the data do?
     ):
         "Inside the block the model holds these weights; afterwards those it held before, whatever happened"
+        self._adopt_changes()
         before,applied,kept,self.quick = self.weights,self._applied,self.quick,quick
         try:
             self._switch(weights)
@@ -83,28 +99,15 @@ class WeightSets(CallbackRunner):
             self._applied = applied and self._versions()
 
     def apply(self,
-        weights:str, # the name of an average
+        weights:str, # the name of an average; `'raw'` as `restore`
     ):
-        "The model holds these weights from now on, until `restore` or the next fit"
+        "The model holds these weights from now on, until `restore` or the next fit; RuntimeError if the average is empty"
         self._switch(weights)
-        self._applied = self._versions()
+        if weights != 'raw': self._applied = self._versions()
 
     def restore(self):
         "The model holds its raw weights again"
         self._switch('raw')
-
-    def _versions(self): return [(id(p), p._version) for p in self.model.parameters()]
-
-    def _raw_again(self):
-        "Before training: the raw weights; or, where somebody put others in place of the applied average, those"
-        if self._applied in (None, self._versions()): return self.restore()
-        warnings.warn(f'the weights of {self.weights!r}, which the model held, were changed since the last fit: '
-                      'training goes on from the weights as they are now, and that average starts anew')
-        average,tensors = self.averages[self.weights],_tensors(self.model)
-        theirs = [t.detach().clone() for t in tensors]
-        self.restore()
-        _put(tensors, theirs)
-        average.reset()
 
     def prepared(self,
         dl, # a loader
@@ -140,7 +143,8 @@ class WeightSets(CallbackRunner):
         kept = dict(vars(self))
         try:
             with self.looking():
-                self.quiet,self.history,self.cbs = True,[],[*filter(_needed, self.cbs), *cbs]
+                self.quiet,self.history = True,[]
+                self.cbs = [deepcopy(cb) if cb.measures else cb for cb in filter(_needed, self.cbs)] + list(cbs)
                 yield self
         finally:
             held = dict(weights=self.weights, _held=self._held, _applied=self._applied)      # what the model holds is a fact

@@ -1,4 +1,4 @@
-"""Test accuracy on Fashion-MNIST of the seed recipe, and of a constant learning rate, with every set of weights: mean over seeds and spread.
+"""Test accuracy on Fashion-MNIST of the seed recipe and of a constant learning rate, with every set of weights: mean over seeds, and spread.
 
     python benchmarks/accuracy.py [--seeds 5] [--out accuracy.json]
 
@@ -63,7 +63,8 @@ def main():
         for name in ('raw', 'ema', 'swa'):
             acc = [r[name] for r in runs]
             spread = statistics.stdev(acc) if len(acc) > 1 else 0.
-            print(f'| {recipe.__name__} | {name} | {statistics.mean(acc):.4f} | {spread:.4f} | {" ".join(f"{a:.4f}" for a in acc)} |', flush=True)
+            each = ' '.join(f'{a:.4f}' for a in acc)
+            print(f'| {recipe.__name__} | {name} | {statistics.mean(acc):.4f} | {spread:.4f} | {each} |', flush=True)
         results[recipe.__name__] = dict(runs=runs, seconds=time.perf_counter() - start)
     if args.out:
         with open(args.out, 'w') as f: json.dump(dict(torch=torch.__version__, seeds=args.seeds, results=results), f, indent=1)

@@ -69,8 +69,8 @@ class Bare:
 
 class Ours:
     def __init__(self, dls, *cbs, layout=torch.contiguous_format):
-        metrics = MetricsCB(accuracy=MulticlassAccuracy())
-        self.learn = TrainLearner(model().to(memory_format=layout), dls, F.cross_entropy, 0.2, [DeviceCB(), metrics, ProgressCB(), *cbs], sgd)
+        cbs = [DeviceCB(), MetricsCB(accuracy=MulticlassAccuracy()), ProgressCB(), *cbs]
+        self.learn = TrainLearner(model().to(memory_format=layout), dls, F.cross_entropy, 0.2, cbs, sgd)
 
     def epoch(self):
         with contextlib.redirect_stdout(io.StringIO()): self.learn.fit(1)
@@ -84,10 +84,9 @@ def as_png(dd):
             im.save(buffer := io.BytesIO(), format='PNG')
             files.append(dict(bytes=buffer.getvalue(), path=None))
         return dict(image=files)
-    feature = dd['train'].features['image']
-    plain = dd.map(encode, batched=True, features=datasets.Features(image=dict(bytes=datasets.Value('binary'), path=datasets.Value('string')),
-                                                                    label=dd['train'].features['label']), keep_in_memory=True)
-    return plain.cast_column('image', feature)
+    features, stored = dd['train'].features, dict(bytes=datasets.Value('binary'), path=datasets.Value('string'))
+    plain = datasets.Features(image=stored, label=features['label'])
+    return dd.map(encode, batched=True, features=plain, keep_in_memory=True).cast_column('image', features['image'])
 
 
 @inplace

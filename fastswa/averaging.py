@@ -156,7 +156,7 @@ class Average:
         steps:int=1, # steps since the last update: what is left of the average is what so many updates would leave
     ) -> int: # snapshots in the average
         "Take a snapshot of the weights; one that is not finite is skipped whole"
-        if self._stash is not None: raise RuntimeError('the average is applied: its module holds the average itself; update outside of applied()')
+        if self._stash is not None: raise RuntimeError('the average is applied, its module holds it: update outside of applied()')
         self.verify()
         live = self._live if module is None else self._of(module)
         if self.check_finite and not _all_finite(live): return self._skip()

@@ -54,7 +54,7 @@ class MetricsCB(Callback):
     def __init__(self, *ms, **metrics):
         for m in ms:
             name = m.__name__ if isinstance(m, type) else type(m).__name__
-            if name in metrics: raise ValueError(f'there are two metrics called {name}: name them, MetricsCB(one={name}(…), other={name}(…))')
+            if name in metrics: raise ValueError(f'two metrics are called {name}: name them, MetricsCB(one={name}(…), other={name}(…))')
             metrics[name] = m
         for name, m in metrics.items():
             if name in self.reserved: raise ValueError(f'a metric cannot be called {name!r}: the table has a column of that name')
@@ -96,7 +96,7 @@ def _plain(v): return v.tolist() if hasattr(v, 'tolist') else v
 
 # %% ../nbs/04_callbacks.ipynb #00000013
 class RecorderCB(HasLearnCB):
-    "Record values of each training batch: functions by name, called with this callback (`cb.pg` is the first parameter group, `cb.learn` the learner)"
+    "Record values of each training batch by functions of this callback: `cb.pg` is the first parameter group, `cb.learn` the learner"
     order = 20
     def __init__(self, **d): self.d,self.recs = d,{k: [] for k in d}
 

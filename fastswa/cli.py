@@ -6,7 +6,7 @@
 __all__ = ['train', 'main']
 
 # %% ../nbs/40_cli.ipynb #00000002
-import csv, json, sys, tempfile
+import csv, json, sys, tempfile, warnings
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,8 @@ def _device(name):
     from fastswa.core import default_device
     if name == 'auto': return default_device()
     try: torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e: raise ValueError(f'--device must be auto, cpu or an accelerator of this machine; got {name!r}') from e
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'--device must be auto, cpu or an accelerator of this machine; got {name!r}') from e
     return name
 
 def _out(path):
@@ -83,8 +84,8 @@ def train(
 ):
     """Train the convnet of the fast.ai course with BatchNorm, and watch averages of its weights beside it.
 
-    Prints a table with a row per set of weights and epoch, and writes history.csv (that table), weights.safetensors (every set of weights, as
-    raw/NAME, swa/NAME, ema/NAME) and curves.png (accuracy and loss over the epochs)."""
+    Prints a table with a row per set of weights and epoch, and writes history.csv (that table), weights.safetensors (every set of
+    weights, as raw/NAME, swa/NAME, ema/NAME) and curves.png (accuracy and loss over the epochs)."""
     names = [] if averages == 'none' else [_one_of('averages', a.strip(), ['swa', 'ema', 'none']) for a in averages.split(',')]
     if len(set(names)) < len(names): raise ValueError(f'--averages names one twice: {averages}')
     _one_of('sched', sched, ['constant', 'onecycle'])
@@ -116,7 +117,8 @@ def train(
     print(f'{len(dls.train.dataset):,} images to train on, {len(dls.valid.dataset):,} to validate, on {device}')
     learn.fit(epochs)
     _report(learn)
-    _write(learn, out, dict(data=data, epochs=epochs, lr=lr, sched=sched, averages=averages, init=init, bs=bs, momentum=momentum, seed=seed))
+    _write(learn, out, dict(data=data, epochs=epochs, lr=lr, sched=sched, averages=averages, init=init, bs=bs, momentum=momentum,
+                            seed=seed))
     return learn
 
 # %% ../nbs/40_cli.ipynb #00000009
@@ -184,7 +186,10 @@ def main(
     try:
         options,text = _parse(sys.argv[1:] if argv is None else argv)
         if text: print(text)
-        else: train(**options)
+        else:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *args, **kwargs: _say(message, 0)
+                train(**options)
         return 0
     except (_Wrong, ValueError, FileNotFoundError) as e: return _say(e, 2)
     except (FloatingPointError, OSError) as e: return _say(e, 1)

@@ -68,11 +68,13 @@ def _plot_column(ax, rows, name, train):
 @style()
 def plot_history(
     history:list, # rows as in `learn.history`, of one fit or several in a row
-    metric:str|None='accuracy', # drawn beside the loss; None: the loss alone
+    metric:str|None='auto', # drawn beside the loss; 'auto': the first metric there is; None: the loss alone
     axes=None, # an array of axes, one for the metric and one for the loss; a new figure if None
 ):
     "Plot metric and loss of each set of weights over the epochs, the training loss dashed; return the axes"
+    if not history: raise ValueError('the history has no rows: there was no fit yet')
     rows = list(_with_epochs(history))
+    if metric == 'auto': metric = next((k for r in history for k in r if k not in ('loss', 'epoch', 'train', 'weights')), None)
     if metric and not any(metric in r for r in history):
         there = dict.fromkeys(k for r in history for k in r if k not in ('epoch', 'train', 'weights'))
         raise ValueError(f'no row of this history has {metric!r}; there are: {", ".join(there) or "no rows"}')

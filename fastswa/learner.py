@@ -185,6 +185,7 @@ class Learner(WeightSets):
         yield
 
     def _validate(self, weights, quick):
+        self._adopt_changes()
         names = [weights] if isinstance(weights, str) else ['raw', *(k for k, o in self._rows.items() if o.n)]
         for name in names:
             with nullcontext() if name == 'raw' else self.looking(), self.using(name, quick): self.one_epoch(False)

@@ -99,7 +99,7 @@ class EpochSchedCB(BaseSchedCB):
 
     def before_epoch(self, learn):
         if self._opt is None or not learn.training or not self._by_metric: return
-        names = 'raw', *learn.averages
+        names = 'raw', *learn._rows
         if self._weights not in names:
             raise ValueError(f'metric={self.metric!r}: no weights are called {self._weights!r}; there are {", ".join(names)}')
         if self._row is None: return

@@ -51,7 +51,7 @@ class AverageCB(Callback):
         self.average.rule = self.rule(learn)
         self._from,self._gap = self._units(self.start),self._units(self.every)
         self._steps_before,self._last,self._passed = learn.opt_steps,0,0
-        if learn.n_epochs and learn.epoch_steps and self.start.steps(learn.epoch_steps, learn.n_epochs) > learn.epoch_steps*learn.n_epochs:
+        if learn.epoch_steps and 0 < learn.epoch_steps*learn.n_epochs < self.start.steps(learn.epoch_steps, learn.n_epochs):
             warnings.warn(f'{self.name!r} starts after this fit has ended, so it will take no snapshot: its start is '
                           f'{float(self.start.value):g}{self.start.unit}')
 

@@ -118,5 +118,16 @@ def test_data_and_plots(dls):
     assert axs.size >= 5
     subplots(2, 2)
     assert len(collate_device([(xb[0], 1), (xb[1], 2)])) == 2
-    assert callable(collate_dict) and callable(lr_find) and callable(capture_preds) and callable(show_image_batch) and callable(summary)
-    assert {CancelFitException, CancelBatchException, CapturePreds, with_cbs}
+    assert collate_dict(toy_images(4, 2)['train'])([dict(image=xb[0], label=3)])[1].tolist() == [3]
+
+
+def test_every_public_name_is_in_all():
+    "Each module's, but for those of the command line"
+    import importlib
+    import pkgutil
+    import fastswa
+    import fastswa.all
+    for m in pkgutil.iter_modules(fastswa.__path__):
+        if m.name in ('all', 'cli', '_modidx', '_testing'): continue
+        missing = [n for n in importlib.import_module(f'fastswa.{m.name}').__all__ if not hasattr(fastswa.all, n)]
+        assert not missing, (m.name, missing)

@@ -12,7 +12,6 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastswa.callbacks import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB, SingleBatchCB
-from fastswa.looks import CapturePreds
 from fastswa.core import set_seed
 from fastswa.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.learner import MomentumLearner, TrainLearner
@@ -112,7 +111,8 @@ def test_another_learner_does_not_meet_the_momentum():
 def test_looking_between_two_fits_changes_nothing(look, cls):
     def run(look):
         noise = BatchTransformCB(lambda b: (b[0] + torch.randn(3)/10, b[1]))
-        learn = learner(noise, DeviceCB('cpu'), MetricsCB(), EMACB(apply=False), BNUpdateCB(), cls=cls, opt_func=partial(optim.SGD, momentum=0.5))
+        learn = learner(noise, DeviceCB('cpu'), MetricsCB(), EMACB(apply=False), BNUpdateCB(), cls=cls,
+                        opt_func=partial(optim.SGD, momentum=0.5))
         set_seed(3)
         learn.fit(1)
         if look: look(learn)
@@ -146,12 +146,11 @@ def test_a_cancelled_batch_reaches_no_record(exc):
     class Stop(Callback):
         def after_loss(self, learn):
             if learn.iter == 1 and learn.training: raise exc
-    rec, preds = RecorderCB(lr=lambda cb: cb.pg['lr']), CapturePreds()
+    rec = RecorderCB(lr=lambda cb: cb.pg['lr'])
     learn = learner(rec, Stop(), MetricsCB())
     learn.fit(1, valid=False)
     assert len(rec.recs['lr']) == dict(CancelFitException=1, CancelEpochException=1, CancelBatchException=5)[exc.__name__]
     assert len(learn.history) == (exc is CancelBatchException)
-    del preds
 
 
 def test_a_learner_that_failed_is_freed():

@@ -26,8 +26,8 @@ class GeneralRelu(nn.Module):
         self.leak,self.sub,self.maxv = leak,sub,maxv
 
     def forward(self, x):
-        x = F.relu(x) if self.leak is None else F.leaky_relu(x, self.leak)
-        if self.sub is not None: x = x - self.sub
+        x = F.leaky_relu(x, self.leak or 0.)
+        if self.sub is not None: x.sub_(self.sub)      # a new tensor, and one that leaky_relu's backward does not read
         return x if self.maxv is None else x.clamp(max=self.maxv)
 
     def extra_repr(self): return ', '.join(f'{k}={v}' for k in ('leak', 'sub', 'maxv') if (v := getattr(self, k)) is not None)

@@ -18,5 +18,6 @@ from fastswa.progress import *
 from fastswa.sched import *
 from fastswa.sources import *
 from fastswa.swa import *
+from fastswa.tensors import *
 from fastswa.views import *
 from fastswa.weights import *

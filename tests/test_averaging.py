@@ -105,10 +105,10 @@ def test_legacy_weight_norm_can_be_copied():
 
 def test_a_compiled_model_goes_by_its_plain_names():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    names = list(Average(net)._index)
-    assert list(Average(torch.compile(net))._index) == names       # with _orig_mod. in front, nothing matches
+    names = list(Average(net)._chosen.index)
+    assert list(Average(torch.compile(net))._chosen.index) == names       # with _orig_mod. in front, nothing matches
     net[0] = torch.compile(net[0])
-    assert list(Average(net)._index) == names
+    assert list(Average(net)._chosen.index) == names
 
 
 def test_an_average_made_before_the_model_moved():

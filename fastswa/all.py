@@ -1,6 +1,8 @@
 "Every public name, for notebooks: `from fastswa.all import *`. Written by hand"
 from fastswa.averaging import *
 from fastswa.batchnorm import *
+from fastswa.blend import *
+from fastswa.bnupdate import *
 from fastswa.callbacks import *
 from fastswa.core import *
 from fastswa.curves import *
@@ -15,7 +17,9 @@ from fastswa.looks import *
 from fastswa.meter import *
 from fastswa.plot import *
 from fastswa.progress import *
+from fastswa.rules import *
 from fastswa.sched import *
+from fastswa.snapshots import *
 from fastswa.sources import *
 from fastswa.swa import *
 from fastswa.tensors import *

@@ -41,22 +41,25 @@ def _masked_lerp(tensors, ends, w, bad):
                       maximize=False, is_first_step=False, grad_scale=None, found_inf=bad)
 
 class Late:
-    "A count on a device that grows by flags, and is read when it has come over"
+    "Flags on a device, added up there and read when the sum has come over"
     def __init__(self, device):
         self._count,gpu = torch.zeros((), device=device),torch.device(device).type == 'cuda'
         self._host,self._event = torch.zeros((), pin_memory=gpu),torch.cuda.Event() if gpu else None
+        self.unread = self._read = 0
 
     def add(self, flag):
+        self.unread += 1
         self._count += flag
         self._host.copy_(self._count, non_blocking=True)
         if self._event: self._event.record(torch.cuda.current_stream(flag.device))
 
     def ready(self): return self._event is None or self._event.query()
 
-    def read(self):
-        "The count; waits until the last `add` is through"
+    def news(self):
+        "How many flags were set since the last call; waits until the last `add` is through"
         if self._event: self._event.synchronize()
-        return int(self._host)
+        self.unread,before,self._read = 0,self._read,int(self._host)
+        return self._read - before
 
 # %% ../nbs/09a_blend.ipynb #0000000b
 def _pieces(tensors, size):

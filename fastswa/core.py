@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import copy
 from fractions import Fraction
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
@@ -184,6 +185,13 @@ def keep_modes(
             for m, mode in modes.items(): m.training = mode
 
 # %% ../nbs/00_core.ipynb #00000021
+def later(module, name):
+    "A method that is the function `name` of a module further down, which is imported when it is called"
+    def _f(self, *args, **kwargs): return getattr(import_module(f'fastswa.{module}'), name)(self, *args, **kwargs)
+    _f.__name__,_f.__doc__ = name,f'See `fastswa.{module}.{name}`'
+    return _f
+
+# %% ../nbs/00_core.ipynb #00000024
 def clean_ipython_hist():
     "Make IPython forget the inputs and outputs of the cells that ran; nothing happens outside IPython"
     try: ip = sys.modules['IPython'].get_ipython()

@@ -7,14 +7,13 @@ __all__ = ['Learner', 'TrainCB', 'TrainLearner', 'MomentumLearner']
 
 # %% ../nbs/03_learner.ipynb #00000002
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from importlib import import_module
 from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from .core import batch_size, keep_modes, map_tensors
+from .core import batch_size, keep_modes, later, map_tensors
 from .events import CANCELS, STEPS, Callback, CancelStepException, as_list, check_cbs, with_cbs
 from .meter import LossMeter
 from .weights import WeightSets
@@ -29,12 +28,6 @@ def _check_dls(dls, train, valid):
         if need and not hasattr(dls, name):
             raise TypeError(f'dls must have the loaders `train` and `valid`, as DataLoaders has; got {type(dls).__name__}')
     if valid and not train and dls.valid is None: raise ValueError('there is no validation loader: dls.valid is None')
-
-def _later(module, name):
-    "A method that is the function `name` of a module further down, which is imported when it is called"
-    def _f(self, *args, **kwargs): return getattr(import_module(f'fastswa.{module}'), name)(self, *args, **kwargs)
-    _f.__name__,_f.__doc__ = name,f'See `fastswa.{module}.{name}`'
-    return _f
 
 def _say_where(e, learn):
     "Note on an exception where in the run it was raised, and on what"
@@ -204,10 +197,10 @@ class Learner(WeightSets):
         "Predictions for the validation set and its targets, on the CPU"
         with self.using(weights or self.weights): return self.capture_preds()
 
-    capture_preds = _later('looks', 'capture_preds')
-    summary = _later('looks', 'summary')
-    show_image_batch = _later('looks', 'show_image_batch')
-    lr_find = _later('sched', 'lr_find')
+    capture_preds = later('looks', 'capture_preds')
+    summary = later('looks', 'summary')
+    show_image_batch = later('looks', 'show_image_batch')
+    lr_find = later('sched', 'lr_find')
 
 # %% ../nbs/03_learner.ipynb #00000008
 class TrainCB(Callback):

@@ -122,10 +122,11 @@ class Selection:
         return [tensors[names[pos]] for pos in self._first()]
 
     def _pack(self):
-        fit,total = [],0
+        fit,total,dense = [],0,[torch.empty_like(t, device='meta').stride() == t.stride() for t in self.live]
+        self.dense = all(dense)                                # no tensor has gaps
         for i, t in enumerate(self.live):
             if t.numel() > _SMALL or total + t.numel() > _BUFFER or not (alike(t, self.live[0]) and t.is_floating_point()): continue
-            if torch.empty_like(t, device='meta').stride() != t.stride(): continue        # it has gaps
+            if not dense[i]: continue
             fit.append(i)
             total += t.numel()
         self.packed = fit if len(fit) > 1 else []
@@ -133,12 +134,15 @@ class Selection:
         self._parts = [self.live[i].as_strided((self.live[i].numel(),), (1,)) for i in self.packed]
         self._buffers,self._loose = {},[self.live[i] for i in self.loose]
 
+    def _side_by_side(self, dtype, device=None):
+        plan = self._parts[0].new_empty(sum(p.numel() for p in self._parts), device='meta')
+        return like(plan, dtype, device or self._parts[0].device)
+
     @torch.inference_mode(False)      # an inference tensor could not be updated later
     def empty(self, dtype=None, device=None):
         "Empty tensors in the layout of `live`, and the blocks that they are"
         if not self.packed: return (res := [like(t, dtype, device) for t in self.live]), res
-        res,one,at = [None]*len(self.live),self.live[self.packed[0]],0
-        buffer = like(one.new_empty(sum(p.numel() for p in self._parts)), dtype, device)
+        res,buffer,at = [None]*len(self.live),self._side_by_side(dtype, device),0
         for i in self.packed:
             res[i] = buffer.as_strided(*layout(self.live[i]), at)
             at += self.live[i].numel()
@@ -149,7 +153,7 @@ class Selection:
         "What the model holds now, as blocks; the first is overwritten by the next call if small tensors are packed"
         if not self.packed: return self._loose
         if dtype not in self._buffers:
-            with torch.inference_mode(False): self._buffers[dtype] = like(self._parts[0].new_empty(sum(p.numel() for p in self._parts)), dtype)
+            with torch.inference_mode(False): self._buffers[dtype] = self._side_by_side(dtype)
         buffer = self._buffers[dtype]
         torch.cat(self._parts, out=buffer)
         return [buffer, *self._loose]

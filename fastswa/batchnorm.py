@@ -6,64 +6,91 @@
 __all__ = ['bn_layers', 'bn_state', 'load_bn_state', 'update_bn']
 
 # %% ../nbs/11_batchnorm.ipynb #00000002
+import sys
 from collections.abc import Mapping
-from itertools import islice
+from contextlib import nullcontext
+from itertools import chain, islice
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
 
-from .core import keep_modes, to_device, unwrap
+from .core import to_device, uninterrupted, unwrap
+from .tensors import stat_buffers
 
 # %% ../nbs/11_batchnorm.ipynb #00000005
 def bn_layers(
     module:nn.Module, # a model, compiled or wrapped ones too
-) -> dict: # name → layer
-    "The BatchNorm layers that keep running statistics"
-    return {name: m for name, m in unwrap(module).named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+) -> dict: # name in the plain model → layer
+    "The layers that keep running statistics; ValueError if one has no shape yet"
+    found = {f'{name}.'.replace('_orig_mod.', '')[:-1]: m for name, m in unwrap(module).named_modules() if stat_buffers(m)}
+    for name, m in found.items():
+        if is_lazy(m.running_mean): raise ValueError(f'{_called(name, m)} has no shape yet: run a batch through the lazy module first')
+    return found
 
-_STATS = 'running_mean', 'running_var', 'num_batches_tracked'
+def _called(name, layer): return name or type(layer).__name__
 
 def bn_state(module) -> dict: # name of the buffer → a copy of it
     "Copies of all running statistics, which `load_bn_state` puts back"
-    return {f'{name}.{k}'.lstrip('.'): getattr(m, k).clone() for name, m in bn_layers(module).items() for k in _STATS
-            if getattr(m, k) is not None}
+    return {f'{name}.{k}'.lstrip('.'): getattr(m, k).clone() for name, m in bn_layers(module).items() for k in stat_buffers(m)}
 
 def load_bn_state(module, state):
     "Put statistics from `bn_state` back, in place"
     for name, m in bn_layers(module).items():
-        for k in _STATS:
-            if getattr(m, k) is not None: getattr(m, k).copy_(state[f'{name}.{k}'.lstrip('.')])
+        for k in stat_buffers(m): getattr(m, k).copy_(state[f'{name}.{k}'.lstrip('.')])
 
 # %% ../nbs/11_batchnorm.ipynb #00000008
+def _wide(t): return t.to(torch.float32 if t.device.type == 'mps' else torch.float64)
+
+def _counts(layer, args, kwargs):
+    "What of a layer's input counts"
+    if hasattr(layer, 'stats_input'): return layer.stats_input(*args, **kwargs)
+    return args[0] if args else next(iter(kwargs.values()))
+
 class _Pool:
     "Count, mean and sum of squared deviations per channel of all inputs so far"
-    def __init__(self): self.n,self.batches,self.mean,self.m2 = 0,0,0.,0.
+    def __init__(self): self.n,self.inputs,self.mean,self.m2 = 0,0,0.,0.
 
     def __call__(self, layer, args, kwargs):
-        x = args[0] if args else kwargs['input']                        # (N, C) or (N, C, …)
+        x = _counts(layer, args, kwargs).detach()                       # (N, C) or (N, C, …)
         if not x.numel(): return
-        wide = torch.float32 if x.device.type == 'mps' else torch.float64
-        var,mean = torch.var_mean(x.float() if x.dtype in (torch.half, torch.bfloat16) else x,
-                                  dim=[d for d in range(x.ndim) if d != 1], correction=0)
+        self.add(layer, x.float() if x.dtype in (torch.half, torch.bfloat16) else x)
+        self.inputs += 1
+
+    def add(self, layer, x):
+        var,mean = map(_wide, torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=0))
         n = x.numel()//x.shape[1]
-        delta,total = mean.to(wide) - self.mean,self.n + n
+        delta,total = mean - self.mean,self.n + n
         self.mean = self.mean + delta*(n/total)
-        self.m2 = self.m2 + var.to(wide)*n + delta**2*(self.n*n/total)
-        self.n,self.batches = total,self.batches + 1
+        self.m2 = self.m2 + var*n + delta**2*(self.n*n/total)
+        self.n = total
+
+    def var(self):
+        "The unbiased variance, as in torch"
+        return self.m2/max(self.n - 1, 1)
 
     def put(self, layer, name):
-        "Write the pooled statistics into a layer; the variance is the unbiased one, as in torch"
-        var = self.m2/max(self.n - 1, 1)
-        if not (self.mean.isfinite().all() and var.isfinite().all()): raise ValueError(f'the inputs of {name} are not finite')
-        layer.running_mean.copy_(self.mean)
-        layer.running_var.copy_(var)
-        if layer.num_batches_tracked is not None: layer.num_batches_tracked.fill_(self.batches)
+        "Write the pooled statistics into a layer; ValueError if they are not finite"
+        for buffer, value in ((layer.running_mean, self.mean), (layer.running_var, self.var())):
+            buffer.copy_(value.view_as(buffer))
+            if not buffer.isfinite().all():
+                raise ValueError(f'the inputs of {_called(name, layer)} are not finite, or their statistics too large for {buffer.dtype}')
+        for k in stat_buffers(layer)[2:]: getattr(layer, k).fill_(self.inputs)
 
-def _forward(module, batch):
-    if isinstance(batch, Mapping): return module(**batch)
-    return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
+class _InstancePool(_Pool):
+    "Count of samples, mean of their means, sum of their variances"
+    def add(self, layer, x):
+        if x.ndim == layer._get_no_batch_dim(): x = x[None]
+        var,mean = map(_wide, torch.var_mean(x, dim=[*range(2, x.ndim)]))      # (N, C)
+        total = self.n + len(x)
+        self.mean = self.mean*(self.n/total) + mean.sum(0)/total
+        self.m2 = self.m2 + var.sum(0)
+        self.n = total
 
+    def var(self): return self.m2/self.n
+
+# %% ../nbs/11_batchnorm.ipynb #00000009
 @torch.no_grad()
 def update_bn(
     module:nn.Module, # the model, with the weights for which statistics are wanted
@@ -71,48 +98,69 @@ def update_bn(
     *,
     n_batches:int|None=None, # use so many batches; None: all of them
     momenta:dict|None=None, # what a call without data returned: puts these momenta back
-    forward=None, # called with module and batch, for models that take other inputs
+    forward=None, # called with the plain module and a batch just as it comes, for models that take other inputs
 ) -> dict|None: # without data: the momenta by name
-    """Recompute the running statistics of BatchNorm over `data`, each layer's from exactly the inputs it got in this one pass.
+    """Recompute the running statistics of a model over `data`, each layer's from exactly the inputs it got in this one pass.
 
     Dropout is off, the layers normalise by batch. A layer in eval mode within a module in train mode is frozen and left alone; of a
-    module in eval mode every layer takes part. A layer that gets no input keeps what it has. Raises ValueError if there is no data, or
-    inputs are not finite; whatever goes wrong, statistics and momenta are then as before. Without data: resets the statistics and sets
-    momentum to None, so that each layer averages what it gets from now on; `update_bn(module, momenta=…)` ends that."""
+    module in eval mode every layer takes part. A layer that gets no input keeps what it has; where no layer takes part, the data is not
+    read. Raises ValueError if there is no data, or inputs are not finite; whatever goes wrong, statistics and momenta are then as before.
+    Without data: resets the statistics and sets momentum to None, so that each layer averages what it gets from now on;
+    `update_bn(module, momenta=…)` ends that. (torch's InstanceNorm cannot do so: it is left alone.)"""
     if not isinstance(module, nn.Module):
         raise TypeError(f'the module comes first, then the data: update_bn(module, data); got {type(module).__name__}')
     if n_batches is not None and n_batches < 1: raise ValueError(f'n_batches must be 1 or more, or None; got {n_batches}')
-    everything = bn_layers(module)
-    layers = {name: m for name, m in everything.items() if m.training or not module.training}
+    if data is not None and momenta is not None: raise ValueError('give data or momenta, not both')
+    plain = unwrap(module)
+    everything = bn_layers(plain)
     if momenta is not None: return _set_momenta(everything, momenta)
-    if data is None: return _reset(layers)
-    kept,pools,hooks = bn_state(module),{name: _Pool() for name in layers},[]
-    with keep_modes(module):
-        try:
-            module.eval()
-            for name, m in layers.items():
-                m.train()
-                hooks.append(m.register_forward_pre_hook(pools[name], with_kwargs=True))
-            _run(module, islice(data, n_batches), forward)
-            load_bn_state(module, kept)                                 # the forward passes moved all that are in train mode
-            for name, m in layers.items():
-                if pools[name].n: pools[name].put(m, name)
-        except BaseException:
-            load_bn_state(module, kept)
-            raise
-        finally:
-            for h in hooks: h.remove()
+    layers = {name: m for name, m in everything.items() if m.training or not plain.training}
+    kept,before,modes,hooks = bn_state(plain),_momenta(everything),{m: m.training for m in plain.modules()},[]
+    def tidy():
+        for h in hooks: h.remove()
+        for m, mode in modes.items(): m.training = mode
+    try:
+        if data is None: return _reset(layers)
+        if layers: _recompute(plain, layers, islice(data, n_batches), forward or _forward(plain), kept, hooks)
+        tidy()
+    except BaseException:
+        with uninterrupted():
+            tidy()
+            load_bn_state(plain, kept)
+            _set_momenta(everything, before)
+        raise
 
-def _run(module, data, forward):
-    plain,n = unwrap(module),0               # hooks on a compiled model would have it compiled anew
-    device = next((t.device for t in plain.parameters()), 'cpu')
-    for n, batch in enumerate(data, 1):
-        if forward: forward(module, batch)
-        else: _forward(plain, to_device(batch, device))
+def _recompute(plain, layers, data, forward, kept, hooks):
+    pools,n = {name: _InstancePool() if isinstance(m, _InstanceNorm) else _Pool() for name, m in layers.items()},0
+    plain.eval()
+    with uninterrupted():
+        for name, m in layers.items():
+            m.training = True                                           # not m.train(): it may hold dropout
+            hooks.append(m.register_forward_pre_hook(pools[name], with_kwargs=True))
+    with _as_written():
+        for n, batch in enumerate(data, 1): forward(plain, batch)
     if n == 0: raise ValueError('there is no data: not one batch to take the statistics from')
+    load_bn_state(plain, kept)                                          # the forward passes moved all that are in train mode
+    for name, m in layers.items():
+        if pools[name].n: pools[name].put(m, name)
+
+def _as_written():
+    "Compiled parts of a model run uncompiled inside: the hooks would have them compiled anew"
+    return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
+
+def _forward(plain):
+    device = next((t.device for t in chain(plain.parameters(), plain.buffers())), 'cpu')
+    def _f(module, batch):
+        batch = to_device(batch, device)
+        if isinstance(batch, Mapping): return module(**batch)
+        return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    return _f
+
+def _momenta(layers): return {name: m.momentum for name, m in layers.items()}
 
 def _reset(layers):
-    momenta = {name: m.momentum for name, m in layers.items()}
+    layers = {name: m for name, m in layers.items() if not isinstance(m, _InstanceNorm)}      # for which None means 0
+    momenta = _momenta(layers)
     for m in layers.values():
         m.reset_running_stats()
         m.momentum = None
@@ -120,5 +168,5 @@ def _reset(layers):
 
 def _set_momenta(layers, momenta):
     unknown = [name for name in momenta if name not in layers]
-    if unknown: raise ValueError(f'the module has no BatchNorm layers called {", ".join(unknown)}')
+    if unknown: raise ValueError(f'the module has no layers with running statistics called {", ".join(unknown)}')
     for name, momentum in momenta.items(): layers[name].momentum = momentum

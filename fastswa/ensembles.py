@@ -7,7 +7,6 @@ __all__ = ['LatestAverage', 'uniform_soup', 'Soup', 'greedy_soup']
 
 # %% ../nbs/12_ensembles.ipynb #00000002
 import math
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,12 +27,11 @@ def copies(average, values, into=None, device=None):
     for r, v in zip(res, values): r.copy_(v)
     return res
 
-@contextmanager
-def held(average, weights):
-    "Inside the block the module of an average holds these weights; after it, whatever happened, its own, bit for bit"
-    other = Average(average.source, dtype=average.dtype, include=average._chosen.include, exclude=average._chosen.exclude)
-    other.load_state_dict(dict(n=1, skipped=0, rule=repr(other.rule), weights=weights))
-    with other.applied() as module: yield module
+def holding(average, weights):
+    "An `Average` for the same module that holds these weights: for its `applied`"
+    res = Average(average.source, dtype=average.dtype, include=average._chosen.include, exclude=average._chosen.exclude)
+    res.load_state_dict(dict(n=1, skipped=0, rule=repr(res.rule), weights=weights))
+    return res
 
 class Keeping(Average):
     "An average that keeps more lists of tensors like its own"
@@ -60,9 +58,9 @@ class Keeping(Average):
 # %% ../nbs/12_ensembles.ipynb #00000008
 @dataclass(frozen=True)
 class latest:
-    "What the newest snapshot counts among the `k` newest; not to be followed by an `Average`, which cannot forget one whole"
+    "The `k` newest snapshots count the same"
     k:int
-    def __call__(self, n): return 1/min(n + 1, self.k)
+    def __call__(self, n): raise TypeError('a running average cannot forget a snapshot whole: use a LatestAverage')
 
 # %% ../nbs/12_ensembles.ipynb #00000009
 class LatestAverage(Keeping):

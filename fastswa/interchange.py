@@ -115,7 +115,8 @@ def to_averaged_model(
     It holds the average in the average's own dtype: fp32 for half-precision weights. RuntimeError if there is no snapshot yet, ValueError
     if the average leaves some parameters out, which torch's cannot."""
     module,weights = average.module(),average.weights
-    _refuse('an AveragedModel averages every parameter, this average leaves out', [*_params(module).keys() - weights])
+    left_out = [name for name in _params(module) if name not in weights]
+    _refuse('an AveragedModel averages every parameter, this average leaves out', left_out)
     other = [(d, k, weights[name]) for name, (d, k) in find_tensors(module).items()
              if name in weights and d[k].dtype != weights[name].dtype]
     for d, k, t in other: d[k].data = t.detach().clone()
@@ -130,7 +131,7 @@ def _load(average, n, tensors, what):
     average.verify()
     ours,known = average._chosen.tensors,{name.replace('_orig_mod.', '') for name in average.source.state_dict()}
     _refuse(f'{what} does not fit the model', _differ(ours, tensors) + [f'{k} is not in the model' for k in tensors if k not in known])
-    chosen = {k: tensors[k] for k in ours} if n else {}
+    chosen = {k: tensors[k] for k in ours}
     average.load_state_dict(dict(n=n, skipped=0, rule=repr(average.rule), weights=chosen))
 
 def from_averaged_model(

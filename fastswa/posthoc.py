@@ -6,7 +6,6 @@
 __all__ = ['power_profile', 'PostHocEMA']
 
 # %% ../nbs/12a_posthoc.ipynb #00000002
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np, torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from .averaging import Average
 from .core import unwrap
-from .ensembles import copies, held
+from .ensembles import copies, holding
 from .files import written
 from .rules import power
 
@@ -138,7 +137,7 @@ class PostHocEMA(Average):
             raise RuntimeError(f'a reconstruction needs two snapshots or more; there is {len(steps) or "none"} '
                                f'after {self.n} updates, with every={self.every}')
         if step is not None and step not in steps:
-            raise ValueError(f'there is no snapshot of step {step}; there are those of {", ".join(map(str, steps))}')
+            raise ValueError(f'there is no snapshot of step {step}; there are {len(steps)}, from {steps[0]} to {steps[-1]}: see `steps`')
         steps = [s for s in steps if step is None or s <= step]
         return steps, *fit(steps, [power(sigma_rel=s).exponent for s in self.sigma_rels], gamma)
 
@@ -168,13 +167,12 @@ class PostHocEMA(Average):
         total = [t if p else v for t, v, p in zip(total, values, self._chosen.params)]
         return self._chosen.by_name(copies(self, total, device='cpu'))
 
-    @contextmanager
     def using(self,
         sigma_rel:float, # the window, above 0 and below 0.2887
         step:int|None=None, # one of `steps`; None: the last
     ):
-        "Inside the block the module holds the reconstruction; after it, whatever happened, its own weights"
-        with held(self, self.reconstruct(sigma_rel, step)) as module: yield module
+        "A context: inside it the module holds the reconstruction; after it, whatever happened, its own weights"
+        return holding(self, self.reconstruct(sigma_rel, step)).applied()
 
     def state_dict(self):
         stored = {n: s.name if isinstance(s, Path) else s for n, s in self._stored.items()}

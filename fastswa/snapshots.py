@@ -6,7 +6,7 @@
 __all__ = ['AverageCB']
 
 # %% ../nbs/13b_snapshots.ipynb #00000002
-import warnings
+import math, warnings
 
 from .averaging import Average, update_all
 from .core import Time, unwrap
@@ -50,7 +50,7 @@ class AverageCB(Callback):
     def _begin(self, learn):
         self.average.verify()
         self.average.rule = self.rule(learn)
-        self._from,self._gap = self._units(self.start),self._units(self.every)
+        self._from,self._gap = math.ceil(self._units(self.start)),self._units(self.every)
         self._steps_before,self._last,self._passed = learn.opt_steps,0,0
         self._team = [cb for cb in by_order(learn.cbs) if isinstance(cb, AverageCB)]
         if learn.epoch_steps and 0 < learn.epoch_steps*learn.n_epochs < self.start.steps(learn.epoch_steps, learn.n_epochs):
@@ -59,19 +59,21 @@ class AverageCB(Callback):
 
     def _units(self, time):
         "A span in what it is measured in: optimizer steps for `ba`, else batches, of which not each need bring a step"
-        span = time.steps(self.learn.epoch_batches, self.learn.n_epochs)
-        return int(span) if span == int(span) else span
+        return time.steps(self.learn.epoch_batches, self.learn.n_epochs)
 
     def _count(self, time):
         "How far the fit has come, in the same"
         if time.unit == 'ba': return self.learn.opt_steps - self._steps_before
         return self.learn.epoch*self.learn.epoch_batches + self.learn.iter + 1
 
+    def _multiples(self, time, gap):
+        "How many whole times `gap` fits into that; in integers, since fractions take longer than a small model's average"
+        return self._count(time)*gap.denominator//gap.numerator
+
     def _due(self):
         "Optimizer steps since the last snapshot if it is time for one, else 0"
-        now,before = self._count(self.every),self._passed
-        self._passed = now
-        if self._count(self.start) < self._from or now//self._gap == before//self._gap: return 0
+        before,self._passed = self._passed,self._multiples(self.every, self._gap)
+        if self._passed == before or self._count(self.start) < self._from: return 0
         steps = self.learn.opt_steps - self._steps_before
         self._last,since = steps,steps - self._last
         return since

@@ -155,6 +155,6 @@ class SwitchEMACB(EMACB):
         self._switch_gap,self._switched = self._units(self.switch),0
 
     def taken(self, learn):
-        now = self._count(self.switch)//self._switch_gap
+        now = self._multiples(self.switch, self._switch_gap)
         if now > self._switched and self.average.n: self.average.copy_to()
         self._switched = now

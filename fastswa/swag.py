@@ -7,7 +7,7 @@ __all__ = ['SWAG']
 
 # %% ../nbs/12b_swag.ipynb #00000002
 import math, warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 
@@ -15,19 +15,24 @@ import torch
 from torch import nn
 
 from .batchnorm import bn_layers, update_bn
-from .core import keep_modes, keep_rng, loader_generators, to_device, uninterrupted
-from .ensembles import Keeping, copies, held
+from .core import get_rng_state, keep_modes, loader_generators, set_rng_state, to_device, uninterrupted
+from .ensembles import Keeping, copies, holding
 from .rules import equal
 
 # %% ../nbs/12b_swag.ipynb #00000006
 @contextmanager
-def keep_buffers(module):
-    "Afterwards the buffers are the same tensors as before, with the same contents"
-    kept = [(m._buffers, k, b, b.clone()) for m in module.modules() for k, b in m._buffers.items() if b is not None]
+def untouched(average, generators):
+    "Afterwards the module of an average has its own weights, buffers and modes again, and the random state is as before"
+    module,state = average.source,get_rng_state(generators)
+    modes = {m: m.training for m in module.modules()}
+    buffers = [(m._buffers, k, b, b.clone()) for m in modes for k, b in m._buffers.items() if b is not None]
     try: yield
     finally:
         with uninterrupted(), torch.no_grad():
-            for holder, k, b, old in kept: holder[k] = b.copy_(old)
+            average.restore()
+            for m, mode in modes.items(): m.training = mode
+            for holder, k, b, old in buffers: holder[k] = b.copy_(old)
+            set_rng_state(state, generators)
 
 def outputs(module, batch):
     "What a module makes of a batch: a tensor, a tuple or list whose first element goes in, or a dict that goes in by name"
@@ -128,15 +133,16 @@ class SWAG(Keeping):
         if not isinstance(n, int) or n < 1: raise ValueError(f'n must be a whole number of samples, 1 or more; got {n!r}')
         if bn_data is None and bn_layers(self.source):
             warnings.warn('the model has BatchNorm, whose statistics fit no sample: give training batches as bn_data')
-        if bn_data is not None and iter(bn_data) is bn_data:
+        if isinstance(bn_data, Iterator):
             raise ValueError(f'bn_data is gone through for each sample: give a list or a loader; got a {type(bn_data).__name__}')
         from tqdm import tqdm
-        loaders = [*loader_generators(batches), *loader_generators(bn_data)]
-        with keep_rng(*loaders), keep_modes(self.source), keep_buffers(self.source):
+        loaders,other = [*loader_generators(batches), *loader_generators(bn_data)],holding(self, self.weights)
+        with untouched(other, loaders), untouched(other, loaders):      # one Ctrl-C can cut one of them short
             batches,means = list(batches),None
             if not batches: raise ValueError('there are no batches to predict')
             for i in tqdm(range(n), 'samples', leave=False, disable=None):
-                with held(self, self.sample(scale, generator)) as module:
+                copies(other, other._chosen.in_order(self.sample(scale, generator)), other._avg)
+                with other.applied() as module:
                     if bn_data is not None: update_bn(module, bn_data, forward=forward)
                     new = probabilities(module, batches, forward, activation)
                 means = [m.lerp_(p, 1/(i + 1)) for m, p in zip(means, new)] if means else new

@@ -1,0 +1,277 @@
+"""One update of an average, ours and others', on the weights of three models; what a swap, the memory and SWACB cost.
+
+    pip install -e .[bench]          # timm, ema-pytorch and torch-ema, which are left out of the table where they are missing
+    python benchmarks/averaging.py [--device cpu|cuda] [--rounds 25] [--quick]
+
+The models are the seed convnet, and on random weights the shapes of ResNet-50 and, where a GPU has room for it, of ViT-L/16; fp32, nothing
+is trained. In each round every row has its turn, in an order that changes, and makes as many calls between two looks at the clock as fill
+30 ms (at least one); on a GPU the clock is read when all of them are through. The table has the median over the rounds in microseconds and,
+as `÷ bare`, the median of the ratios round by round.
+
+bare     one `torch._foreach_lerp_` over tensors of exactly the shapes that our average holds, BatchNorm statistics among them; one flat
+         `lerp_`: as if all of them were one tensor.
+limit    12 bytes per parameter (two reads, one write) over the bandwidth of a `copy_` too large for any cache, which is a row of its own in
+         the same rounds. It is no bound for weights that fit in a cache, nor on a CPU whose copy first reads what it overwrites.
+ours     `ema(0.999)` unless it says `equal()`; the check for NaN and infinity is on by default. The four averages of a bank have a decay
+         each, and take a snapshot by `update_all`, or one after the other.
+others   decay 0.999, an update at every call, `foreach` wherever it can be chosen. `AveragedModel` needs `use_buffers=True` to average what
+         all the others do; without it copies the buffers. timm and ema-pytorch average the buffers too, torch-ema parameters only.
+swap     `with avg.applied(): pass`, in and out, beside three copies of the weights.
+SWACB    the seconds within its methods per epoch, with the default arguments in a fit of 20 epochs. Four stand for them: three that wait
+         and one that takes a snapshot every 0.2 epochs, with what happens once per fit divided by 20. Its row in the table of the fit,
+         a validation of its own, is not counted.
+
+At the end the targets, each with the figure that was measured. They are meant for two CPU cores and for an H200.
+"""
+import argparse, gc, importlib.util, os, random, statistics, time, warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fastswa.averaging import Average, ema, equal, update_all
+from fastswa.layers import get_model
+from fastswa.tensors import find_tensors
+
+DECAY, BANK, BARE = 0.999, (0.9, 0.99, 0.999, 0.9999), 'bare _foreach_lerp_'
+
+
+# --- the weights
+
+def convnet(): return get_model(norm=nn.BatchNorm2d)
+
+
+def resnet50():
+    "The parameters and statistics of a ResNet-50 in the order of its layers; there is no way through them"
+    shapes, ni = [(3, 64, 7)], 64
+    for nf, blocks in (64, 3), (128, 4), (256, 6), (512, 3):
+        for i in range(blocks):
+            shapes += [(ni, nf, 1), (nf, nf, 3), (nf, 4*nf, 1)] + [(ni, 4*nf, 1)]*(i == 0)
+            ni = 4*nf
+    convs = [(nn.Conv2d(*shape, bias=False), nn.BatchNorm2d(shape[1])) for shape in shapes]
+    return nn.Sequential(*(m for pair in convs for m in pair), nn.Linear(ni, 1000))
+
+
+def vit_l():
+    "The same for a ViT-L/16 at 224 pixels"
+    blocks = [nn.TransformerEncoderLayer(1024, 16, 4096) for _ in range(24)]
+    tokens = nn.ParameterList([torch.zeros(1, 1, 1024), torch.zeros(1, 197, 1024)])
+    return nn.Sequential(nn.Conv2d(3, 1024, 16), tokens, *blocks, nn.LayerNorm(1024), nn.Linear(1024, 1000))
+
+
+# --- the rows: name → a function without arguments, which makes one update
+
+def yardsticks(model):
+    live = [d[k].detach() for d, k in find_tensors(model).values()]
+    avg = [t.clone() for t in live]
+    a, b = (torch.randn(sum(t.numel() for t in live), device=live[0].device) for _ in range(2))
+
+    def copies():
+        for _ in range(3): torch._foreach_copy_(avg, live)
+    return {BARE: lambda: torch._foreach_lerp_(avg, live, 1 - DECAY), 'one flat lerp_': lambda: a.lerp_(b, 1 - DECAY),
+            'three copies': copies}
+
+
+def ours(model):
+    def one_by_one(averages):
+        for a in averages: a.update()
+
+    def swap(avg):
+        with avg.applied(): pass
+    single, banks = {}, {}
+    for how, check in ('check off', False), ('check on', True):
+        avg, *bank = (Average(model, ema(d), check_finite=check) for d in (DECAY, *BANK))
+        single[f'ours, {how}'] = avg.update
+        banks[f'bank of 4, {how}'] = partial(update_all, bank)
+        banks[f'4 singles, {how}'] = partial(one_by_one, bank)
+    avg.update()
+    return {**single, 'ours, equal()': Average(model, equal()).update, **banks, 'swap in and out': partial(swap, avg)}
+
+
+def averaged_model(model, **kwargs):
+    avg = AveragedModel(model, **kwargs)
+    return lambda: avg.update_parameters(model)
+
+
+def timm(model):
+    found = importlib.util.find_spec('timm')
+    if found is None: raise ImportError('timm is not installed')
+    # by its file, which needs torch only: the package imports torchvision, and PyPI's build of that does not run with a torch for CPUs
+    spec = importlib.util.spec_from_file_location('timm_model_ema', Path(found.submodule_search_locations[0])/'utils'/'model_ema.py')
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    avg = module.ModelEmaV3(model, decay=DECAY)
+    return lambda: avg.update(model)
+
+
+def ema_pytorch(model):
+    from ema_pytorch import EMA
+    return EMA(model, beta=DECAY, update_after_step=0, update_every=1, use_foreach=True).update
+
+
+def torch_ema(model):
+    from torch_ema import ExponentialMovingAverage
+    return ExponentialMovingAverage(model.parameters(), DECAY).update
+
+
+def others(model):
+    "Their rows, and the names of those that are not installed"
+    decay, missing = get_ema_multi_avg_fn(DECAY), []
+    rows = {'torch AveragedModel (SWA)': averaged_model(model),
+            'torch AveragedModel, EMA': averaged_model(model, multi_avg_fn=decay, use_buffers=True),
+            ' without use_buffers': averaged_model(model, multi_avg_fn=decay)}
+    for name, make in ('timm ModelEmaV3', timm), ('ema-pytorch EMA', ema_pytorch), ('torch-ema', torch_ema):
+        try: rows[name] = make(model)
+        except ImportError: missing.append(name)
+    return rows, missing
+
+
+# --- the clock
+
+def timed(f, n, device):
+    "Seconds per call, of n"
+    if device == 'cuda': torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(n): f()
+    if device == 'cuda': torch.cuda.synchronize()
+    return (time.perf_counter() - start)/n
+
+
+def measure(rows, rounds, seconds, device):
+    "For each row the seconds per call, round by round"
+    calls, times, rng = {}, {name: [] for name in rows}, random.Random(0)
+    for name, f in rows.items():
+        timed(f, 3, device)        # the first updates copy, allocate and look things up
+        calls[name] = max(1, round(seconds/timed(f, 3, device)))
+    for _ in range(rounds):
+        for name in rng.sample(list(rows), len(rows)): times[name].append(timed(rows[name], calls[name], device))
+    return times
+
+
+def ratio(times, name, base): return statistics.median(a/b for a, b in zip(times[name], times[base]))
+
+
+def storages():
+    "Bytes of everything that tensors hold, by address"
+    held = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.layout is torch.strided]
+    return {s.data_ptr(): s.nbytes() for s in held}
+
+
+def memory(model):
+    "Bytes of an average, and with the buffer that `update` gathers small tensors in, both as shares of the weights in fp32"
+    gc.collect()
+    before = storages()
+    avg = Average(model, ema(DECAY))
+    for _ in range(2): avg.update()
+    weights = avg.weights.values()
+    size = 4*sum(t.numel() for t in weights)
+    own = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in weights)}
+    return sum(own.values())/size, sum(n for at, n in storages().items() if at not in before)/size
+
+
+def one_model(name, make, args):
+    torch.manual_seed(0)
+    model = make().to(args.device)
+    n = sum(d[k].numel() for d, k in find_tensors(model).values())
+    copies = memory(model)
+    theirs, missing = others(model)
+    size = 2**28 if args.device == 'cuda' else 2**26
+    a, b = (torch.ones(size, device=args.device) for _ in range(2))
+    rows = {'limit': lambda: a.copy_(b), **yardsticks(model), **ours(model), **theirs}
+    times = measure(rows, args.rounds, args.seconds, args.device)
+    bandwidth = 8*size/statistics.median(times['limit'])
+    times['limit'] = [t/(8*size)*12*n for t in times['limit']]
+    print(f'{name}: {n:,} elements, copy at {bandwidth/1e9:.0f} GB/s', flush=True)
+    return times, copies, missing
+
+
+# --- a callback in an epoch
+
+def swa_share(device):
+    "The time in SWACB's methods as a share of an epoch, train and validate, without it"
+    from fastswa.data import DataLoaders, fashion_mnist      # the rest of this script needs torch only
+    from fastswa.learner import TrainLearner
+    from fastswa.swa import SWACB
+
+    def clocked(f, epochs):
+        def _f(learn):
+            start = time.perf_counter()
+            f(learn)
+            spent.append((time.perf_counter() - start)/epochs)
+        return _f
+    dls, spent = DataLoaders.in_memory(fashion_mnist(), 1024, device=device), []
+    swa = SWACB(every='0.2ep', valid=False, apply=False)
+    for event, epochs in ('before_fit', 20), ('after_step', 4), ('cleanup_fit', 20):
+        setattr(swa, event, clocked(getattr(swa, event), epochs))
+    bare, averaged = (TrainLearner(convnet().to(device), dls, F.cross_entropy, 0.1, cbs) for cbs in ([], [swa]))
+    bare.fit(1)                              # warms up
+    epoch = statistics.median(timed(partial(bare.fit, 1), 1, device) for _ in range(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')      # that nothing recomputes the statistics of BatchNorm
+        averaged.fit(4)
+    return sum(spent)/epoch, swa.average.n/4
+
+
+# --- what is printed
+
+def table(results):
+    rows = [name for name in next(iter(results.values())) if name != 'limit']
+    print('\n' + ' '*28 + ''.join(f'{name:>22}' for name in results) + '\n' + ' '*28 + f'{"µs":>12}{"÷ bare":>10}'*len(results))
+    for row in ['limit', *rows]:
+        cells = [f'{statistics.median(t[row])*1e6:12.1f}{ratio(t, row, BARE):10.2f}' for t in results.values()]
+        print(f'{row:28}' + ''.join(cells))
+
+
+def targets(results, copies, device):
+    "What is aimed at, the figure measured, and the most it may be"
+    for name, t in results.items():
+        off, on = (1.25, 1.7) if device == 'cuda' else (1.35 if name == 'convnet' else 1.05, 1.8)
+        yield f'{name}: check off ÷ bare', ratio(t, 'ours, check off', BARE), off
+        yield f'{name}: check on ÷ bare', ratio(t, 'ours, check on', BARE), on
+        for how in 'check off', 'check on':
+            yield f'{name}: bank of 4 ÷ 4 singles, {how}', ratio(t, f'bank of 4, {how}', f'4 singles, {how}'), 1
+        if device == 'cuda' and name == 'ResNet-50':
+            yield f'{name}: check off ÷ limit (moonshot)', ratio(t, 'ours, check off', 'limit'), 1.2
+        yield f'{name}: the average ÷ its weights in fp32, bytes', copies[name][0], 1
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--rounds', type=int, default=25)
+    parser.add_argument('--quick', action='store_true', help='3 short rounds: to see that it runs, not to quote')
+    args = parser.parse_args()
+    args.seconds = 0.03
+    if args.quick: args.rounds, args.seconds = 3, 0.003
+    if args.device == 'cpu': torch.set_num_threads(min(2, os.cpu_count()))
+    where = torch.cuda.get_device_name() if args.device == 'cuda' else f'{torch.get_num_threads()} CPU threads'
+    print(f'One update of an average, {where}, torch {torch.__version__}, {args.rounds} rounds\n')
+
+    models = {'convnet': convnet, 'ResNet-50': resnet50}
+    if args.device == 'cuda':
+        if torch.cuda.mem_get_info()[0] > 40*2**30: models['ViT-L'] = vit_l      # some 25 copies of its 1.2 GB
+        else: print('ViT-L: left out, it needs 40 GB of free memory on the GPU')
+    results, copies = {}, {}
+    for name, make in models.items(): results[name], copies[name], missing = one_model(name, make, args)
+    table(results)
+    if missing: print(f'\nnot installed, so left out: {", ".join(missing)}; `pip install -e .[bench]` brings them')
+
+    print()
+    for name, t in results.items():
+        print(f'{name}: swap in and out ÷ three copies {ratio(t, "swap in and out", "three copies"):.2f}; memory in copies of the '
+              f'weights in fp32: the average {copies[name][0]:.3f}, with the buffer of `update` {copies[name][1]:.3f}')
+    aims = list(targets(results, copies, args.device))
+    try: share, snapshots = swa_share(args.device)
+    except (ImportError, FileNotFoundError) as e: print(f'\nSWACB: not measured: {e}')
+    else:
+        print(f'\nSWACB: {snapshots:.2f} snapshots per epoch of Fashion-MNIST')
+        aims.append(('SWACB ÷ an epoch of Fashion-MNIST, %', 100*share, 0.1))
+
+    width = max(len(what) for what, _, _ in aims)
+    print(f'\n{"target":{width}}{"at most":>10}{"measured":>10}')
+    for what, figure, most in aims: print(f'{what:{width}}{most:10.2f}{figure:10.3f}  {"met" if figure <= most else "MISSED"}')
+
+
+if __name__ == '__main__': main()

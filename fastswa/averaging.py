@@ -6,19 +6,18 @@
 __all__ = ['Average', 'update_all', 'equal', 'ema', 'power']
 
 # %% ../nbs/10_averaging.ipynb #00000002
-import warnings
+import math, warnings
 from contextlib import contextmanager
 from copy import deepcopy
-from itertools import repeat
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import nn
 
 from .blend import Ferry, Late, all_finite, bad_anywhere, bad_flag, blend, masks
-from .core import later, uninterrupted, unwrap
+from .core import later, map_tensors, uninterrupted, unwrap
 from .rules import ema, equal, power
-from .tensors import Selection, alike, check_same, exchange
+from .tensors import Selection, alike, check_same, exchange, reshard
 
 _all_ = ['equal', 'ema', 'power']
 
@@ -42,7 +41,7 @@ class Average:
         self.device = None if device is None else torch.empty(0, device=device).device
         self._chosen,self._stash,self._avg = Selection(module, include, exclude),None,None
         self.source = self._chosen.module
-        self._kind = id(self.source),str(include),str(exclude),dtype,self.device,check_finite      # what averages that move together share
+        self._kind = str(include),str(exclude),dtype,self.device,check_finite      # what averages of one model share that move together
         self.reset()
 
     def reset(self):
@@ -52,12 +51,19 @@ class Average:
         self._avg = self._blocks = self._late = self._ferry = self._sent = None
         self.origin = object()      # with `n`, it tells states of the average apart
 
+    def __getstate__(self):
+        "For deepcopy and pickle, which take no events and streams"
+        self._settle()
+        return vars(self) | dict(_late=None, _ferry=None)
+
     def verify(self):
         "Look the tensors up again if the module holds others than it did; ValueError if they do not fit the average"
+        if self._chosen.sharded: reshard(self.source)
         if self._chosen.current(): return
         new,old = Selection(self.source, self._chosen.include, self._chosen.exclude),self._chosen
         if self._avg is not None: check_same(old.tensors, new.tensors)
-        self._chosen = new
+        self._settle()
+        self._chosen,self._late,self._ferry = new,None,None
         if self._avg is not None: self._hold(new.in_order(old.by_name(self._avg)))
 
     @torch.no_grad()
@@ -80,19 +86,20 @@ class Average:
 
     def update(self,
         module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
-        steps:int=1, # steps since the last update: what is left of the average is what so many updates would leave
+        steps:int=1, # steps since the last update; by a rule with constant weights, as many updates would have left as much of the average
     ) -> int: # snapshots in the average; on a GPU the newest counts until its check is read
         "Take a snapshot of the weights; one that is not finite is skipped whole"
-        self._ready()
+        self._ready(steps)
         if module is not None and unwrap(module) is not self.source: self._step([self], self._of(module), [steps], '_avg')
-        elif self._far and self._chosen.live[0].is_cuda and self.device.type == 'cpu': self._send(steps)
+        elif self._far and self.device.type == 'cpu' and masks(self._chosen.live) and not self._chosen.sharded: self._send(steps)
         else: self._step([self], self._chosen.blocks(self.dtype), [steps])
         return self._taken
 
-    def _ready(self):
+    def _ready(self, steps=1):
+        if not 0 < steps < math.inf: raise ValueError(f'steps must be a number above 0; got {steps!r}')
         if self._stash is not None: raise RuntimeError('the average is applied, its module holds it: update outside of applied()')
         if self._sent is not None: self._settle()
-        self.verify()
+        if self._chosen.sharded or not self._chosen.current(added=False): self.verify()
 
     def _of(self, module): return self._chosen.in_order(Selection(module, self._chosen.include, self._chosen.exclude).tensors)
 
@@ -103,21 +110,29 @@ class Average:
 
     def _step(self, averages, ends, steps, held='_blocks'):
         "Move averages of the same weights, this one among them, towards `ends`"
+        self._carry_out(*self._plan(averages, ends, steps), held)
+
+    def _plan(self, averages, ends, steps):
+        "What is known before anything moves: whether the snapshot is bad, and the weights, as a rule may fail"
         bad = self._bad(ends)
+        return averages, ends, bad, None if bad is True else [a._weight(s) for a, s in zip(averages, steps)]
+
+    def _carry_out(self, averages, ends, bad, weights, held='_blocks'):
         if bad is True:
             for a in averages: a._skip()
             return
-        weights = [a._weight(s) for a, s in zip(averages, steps)]        # before anything moves: a rule may fail
         moving = [(getattr(a, held), w) for a, w in zip(averages, weights) if w is not None]
         if moving: blend([blocks for blocks, _ in moving], ends, [w for _, w in moving], bad)
         for a, w in zip(averages, weights):
             if w is None: a._hold(ends, held)
-            a._count(bad)
+            a._taken += 1
+            if bad is not None: a._await(bad)
 
     def _bad(self, ends):
         "Are some of these not finite: None where they are finite, True, or a flag on the GPU that tells"
         if not self.check_finite: return None
-        bad = bad_flag(ends) if masks(ends) and self._chosen.dense and not self._far else not all_finite(ends)
+        on_device = masks(ends) and masks(self._avg or ends) and self._chosen.dense and not self._far
+        bad = bad_flag(ends) if on_device else not all_finite(ends)
         if self._chosen.sharded: bad = bad_anywhere(bad, ends[0].device)
         return None if bad is False else bad
 
@@ -133,9 +148,7 @@ class Average:
             raise ValueError(f'{self.rule} gave {w!r} for n = {self._taken}: a weight must be a number between 0 and 1')
         return w if steps == 1 else 1 - (1 - w)**steps
 
-    def _count(self, bad):
-        self._taken += 1
-        if bad is None: return
+    def _await(self, bad):
         self._late = self._late or Late(bad.device)
         self._late.add(bad)
 
@@ -169,22 +182,24 @@ class Average:
         with uninterrupted():
             self._stash,self._counts = [],[c.clone() for c in self._chosen.counters]
             for a, t, param in zip(self._avg, self._chosen.live, self._chosen.params):
-                in_place = alike(a, t) and param      # what happens to BatchNorm's statistics stays in the block
+                if in_place := alike(a, t) and param: exchange(a, t)      # what happens to BatchNorm's statistics stays in the block
                 self._stash.append(None if in_place else t.clone())
-                if in_place: exchange(a, t)
-                else: t.copy_(a)
+                if not in_place: t.copy_(a)
 
     @torch.no_grad()
     def restore(self):
         "The module holds its own weights again, bit for bit; nothing happens where it does already"
         with uninterrupted():
             if self._stash is None: return
-            self.verify()
-            for a, t, raw in zip(self._avg, self._chosen.live, self._stash):
+            held = self._chosen
+            for a, t, raw in reversed([*zip(self._avg, held.live, self._stash)]):      # weights may share memory in part
                 if raw is None: exchange(a, t)
                 else: t.copy_(raw)
-            for c, n in zip(self._chosen.counters, self._counts): c.copy_(n)
+            for c, n in zip(held.counters, self._counts): c.copy_(n)
             self._stash = None
+            self.verify()
+            if self._chosen is not held:      # the module got other tensors meanwhile
+                for t, raw in zip(self._chosen.live, self._chosen.in_order(held.by_name(held.live))): t.copy_(raw)
 
     @contextmanager
     def applied(self):
@@ -202,6 +217,7 @@ class Average:
         module:nn.Module|None=None, # None: the module itself, whose own weights are then gone
     ):
         "Copy the average into a module of the same names"
+        if module is None and self._stash is not None: raise RuntimeError('the average is applied: copy_to() outside of applied()')
         avg = self._chosen.in_order(self.weights)
         self.verify()
         for a, t in zip(avg, self._chosen.live if module is None else self._of(module)): t.copy_(a)
@@ -209,8 +225,10 @@ class Average:
     def module(self) -> nn.Module:
         "A copy of the module with the average in it, on its own: in eval mode, without gradients"
         self._need()
-        memo = {id(t): t.detach().clone() for m in self.source.modules() for t in vars(m).values()
-                if torch.is_tensor(t) and not t.is_leaf}      # legacy weight_norm keeps such, and deepcopy refuses them
+        memo = {}
+        def keep(t):
+            if not t.is_leaf: memo[id(t)] = t.detach().clone()      # legacy weight_norm and caches keep such, and deepcopy refuses them
+        for m in self.source.modules(): map_tensors(keep, [*vars(m).values(), m._buffers])
         res = deepcopy(self.source, memo)
         self.copy_to(res)
         return res.eval().requires_grad_(False)
@@ -242,12 +260,16 @@ def update_all(
     steps=1, # steps since the last update, one number or one for each average
 ):
     "Take a snapshot for several averages; those of the same weights share reading and checking them"
-    together = {}
-    for a, s in zip(averages, repeat(steps) if isinstance(steps, int) else steps):
-        if type(a).update is not Average.update or a._far: a.update(steps=s)
-        else:
-            a._ready()
-            together.setdefault(a._kind, []).append((a, s))
-    for group in together.values():
-        lead,steps = group[0][0],[s for _, s in group]
-        lead._step([a for a, _ in group], lead._chosen.blocks(lead.dtype), steps)
+    averages,together,alone = [*averages],{},[]
+    if len({id(a) for a in averages}) < len(averages): raise ValueError('an average is among them twice')
+    steps = [steps]*len(averages) if isinstance(steps, Integral) else [*steps]
+    if len(steps) != len(averages): raise ValueError(f'{len(averages)} averages need as many steps, or one number; got {steps}')
+    for a, s in zip(averages, steps):
+        a._ready(s)
+        if type(a).update is not Average.update or a._far: alone.append((a, s))
+        else: together.setdefault((id(a.source), a._kind), []).append((a, s))
+    leads = [group[0][0] for group in together.values()]
+    plans = [lead._plan([a for a, _ in group], lead._chosen.blocks(lead.dtype), [s for _, s in group])
+             for lead, group in zip(leads, together.values())]      # of all, before any of them moves
+    for a, s in alone: a.update(steps=s)
+    for lead, plan in zip(leads, plans): lead._carry_out(*plan)

@@ -26,7 +26,9 @@ def masks(tensors):
 def bad_flag(tensors):
     "A number on their device: 1 where NaN or infinity is among the elements of `tensors`, else 0"
     flag,one = torch.zeros((), device=tensors[0].device),torch.ones((), device=tensors[0].device)
-    peaks = torch.stack([p.float() for p in torch._foreach_norm(tensors, math.inf)])
+    full = [t for t in tensors if t.numel()]      # the norm of no elements is an error
+    if not full: return flag
+    peaks = torch.stack(torch._foreach_norm(full, math.inf)).double()
     torch._amp_foreach_non_finite_check_and_unscale_([peaks], flag, one)
     return flag
 
@@ -37,11 +39,14 @@ def bad_anywhere(bad, device):
     return flag if torch.is_tensor(bad) else bool(flag)
 
 def _masked_lerp(tensors, ends, w, bad):
-    torch._fused_sgd_(tensors, [e.data for e in ends], [], weight_decay=-1., momentum=0., lr=-w, dampening=0., nesterov=False,
-                      maximize=False, is_first_step=False, grad_scale=None, found_inf=bad)
+    for dtype in {t.dtype for t in tensors}:      # it takes one at a time, and the same layout
+        some = [(a, e if e.stride() == a.stride() else torch.empty_like(a).copy_(e)) for a, e in zip(tensors, ends) if a.dtype is dtype]
+        torch._fused_sgd_([a for a, _ in some], [e.data for _, e in some], [], weight_decay=-1., momentum=0., lr=-w, dampening=0.,
+                          nesterov=False, maximize=False, is_first_step=False, grad_scale=None, found_inf=bad)
 
 class Late:
     "Flags on a device, added up there and read when the sum has come over"
+    @torch.inference_mode(False)
     def __init__(self, device):
         self._count,gpu = torch.zeros((), device=device),torch.device(device).type == 'cuda'
         self._host,self._event = torch.zeros((), pin_memory=gpu),torch.cuda.Event() if gpu else None
@@ -72,6 +77,10 @@ def _pieces(tensors, size):
         n += t.numel()
     yield slice(start, len(tensors))
 
+def _lerp(tensors, ends, w, bad):
+    if bad is None: torch._foreach_lerp_(tensors, ends, w)
+    else: _masked_lerp(tensors, ends, w, bad)
+
 def blend(
     averages, # one list of tensors for each average, all of one dtype and device
     ends, # a list of the same shapes: where they move to
@@ -80,16 +89,15 @@ def blend(
 ):
     "avg ← avg + w·(end − avg), in place"
     same = all([alike(a, e) for a, e in zip(averages[0], ends)])
-    whole = same and len(averages) == 1
-    for part in [slice(None)] if whole else _pieces(ends, 2**20 if ends[0].device.type == 'cpu' else 2**22):
+    if same and len(averages) == 1: return _lerp(averages[0], ends, weights[0], bad)
+    for part in _pieces(ends, 2**20 if ends[0].device.type == 'cpu' else 2**22):
         to = ends[part] if same else [e.to(a, non_blocking=a.device.type != 'cpu') for a, e in zip(averages[0][part], ends[part])]
-        for avg, w in zip(averages, weights):
-            if bad is None: torch._foreach_lerp_(avg[part], to, w)
-            else: _masked_lerp(avg[part], to, w, bad)
+        for avg, w in zip(averages, weights): _lerp(avg[part], to, w, bad)
 
 # %% ../nbs/09a_blend.ipynb #0000000e
 class Ferry:
     "Takes tensors from a GPU into the host's memory, beside what the GPU computes"
+    @torch.inference_mode(False)
     def __init__(self, tensors):
         self.device = tensors[0].device
         self._host = [torch.empty_like(t, device='cpu', pin_memory=True) for t in tensors]

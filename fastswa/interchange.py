@@ -104,7 +104,7 @@ def _toward(rule, avg, new, n):
 def _torch_rule(rule):
     "What `AveragedModel` is to be given so that it follows our rule"
     if isinstance(rule, equal): return {}
-    if isinstance(rule, ema) and rule.warmup is None: return dict(multi_avg_fn=get_ema_multi_avg_fn(1 - rule(1)))
+    if isinstance(rule, ema) and rule.constant: return dict(multi_avg_fn=get_ema_multi_avg_fn(1 - rule(1)))
     return dict(avg_fn=partial(_toward, rule))
 
 def to_averaged_model(
@@ -147,7 +147,7 @@ def from_averaged_model(
 # %% ../nbs/13_interchange.ipynb #0000001f
 def _count(average, n, where):
     "`n`, or 1 where the rule weighs every snapshot after the first alike"
-    if n is None and average.rule(1) != average.rule(10**6):
+    if n is None and not getattr(average.rule, 'constant', False):
         raise ValueError(f'{where} does not say how many snapshots there are, and {average.rule} depends on it: give n=')
     if n is not None and n < 1: raise ValueError(f'n must be 1 or more; got {n}')
     return 1 if n is None else n

@@ -51,7 +51,7 @@ def fit(
 
 # %% ../nbs/12a_posthoc.ipynb #0000000d
 class PostHocEMA(Average):
-    "Averages by `power`, and snapshots of them, from which those of any other `sigma_rel` can be had later; arXiv 2312.02696, sec. 3.2"
+    "Averages by `power`, whose snapshots give the average by any other `sigma_rel` after training; arXiv 2312.02696, sec. 3.2"
     def __init__(self,
         module:nn.Module, # the model whose weights are averaged
         sigma_rels=(0.05, 0.1), # windows of the averages that are stored, as shares of the run
@@ -62,7 +62,7 @@ class PostHocEMA(Average):
     ):
         self.sigma_rels,self.every,self.folder = tuple(sigma_rels),every,None if folder is None else Path(folder)
         if not self.sigma_rels: raise ValueError('sigma_rels must hold at least one')
-        if not isinstance(every, int) or every < 1: raise ValueError(f'every must be a whole number of updates, 1 or more; got {every!r}')
+        if not isinstance(every, int) or every < 1: raise ValueError(f'every must be a whole number above 0; got {every!r}')
         own,*others = [power(sigma_rel=s) for s in self.sigma_rels]
         self._others = [Average(module, rule, **kwargs) for rule in others]
         super().__init__(module, own, **kwargs)
@@ -111,20 +111,22 @@ class PostHocEMA(Average):
         own = module is None or unwrap(module) is self.source
         ends,end_kind = (self._chosen.blocks(self.dtype), '_blocks') if own else (self._of(module), '_avg')
         self._step(self.averages, ends, [1]*len(self.sigma_rels), end_kind)
-        if self._taken and self._taken % self.every == 0: self._store()
+        if self._taken % self.every == 0 and self.n and self.n % self.every == 0: self.store()      # `n` waits for a GPU
         return self._taken
 
-    def _store(self):
-        n = self.n
-        if n == 0 or n % self.every or n in self._stored: return
+    def store(self):
+        "Store a snapshot of the averages as they are now, as `update` does every so many times"
+        self._need()
+        n,now = self.n,self._now()
+        if n in self._stored: return
         if self.folder is None:
-            cpu = [copies(self, self._chosen.in_order(a.weights), device='cpu') for a in self.averages]
-            self._stored[n] = dict(self._now(), weights=[self._chosen.by_name(v) for v in cpu])
+            weights = [copies(self, self._chosen.in_order(w), device='cpu') for w in now['weights']]
+            self._stored[n] = dict(now, weights=[self._chosen.by_name(v) for v in weights])
             return
         for step, p in self._files().items():
             if step > n: p.unlink()      # of a run that was given up for the state from which this one went on
-        self._stored[n] = self.folder/f'ema-{n:08}.pt'
-        with written(self._stored[n]) as tmp: torch.save(self._now(), tmp)
+        with written(path := self.folder/f'ema-{n:08}.pt') as tmp: torch.save(now, tmp)
+        self._stored[n] = path
 
     @property
     def steps(self) -> list:
@@ -137,7 +139,7 @@ class PostHocEMA(Average):
             raise RuntimeError(f'a reconstruction needs two snapshots or more; there is {len(steps) or "none"} '
                                f'after {self.n} updates, with every={self.every}')
         if step is not None and step not in steps:
-            raise ValueError(f'there is no snapshot of step {step}; there are {len(steps)}, from {steps[0]} to {steps[-1]}: see `steps`')
+            raise ValueError(f'no snapshot is of step {step}; {len(steps)} are, from {steps[0]} to {steps[-1]}, see `steps`')
         steps = [s for s in steps if step is None or s <= step]
         return steps, *fit(steps, [power(sigma_rel=s).exponent for s in self.sigma_rels], gamma)
 
@@ -153,9 +155,10 @@ class PostHocEMA(Average):
         sigma_rel:float, # the window, above 0 and below 0.2887
         step:int|None=None, # one of `steps`; None: the last
     ) -> dict: # name → tensor, on the CPU
-        """The average by `power(sigma_rel=…)` at a step, from the snapshots up to it; see `residual` for how near.
+        """The average by `power(sigma_rel=…)` at a step, from the snapshots up to it; `residual` says how near.
 
-        BatchNorm's statistics are those of the newest average in it (coefficients may be negative, variances may not): recompute them. Raises ValueError for a `sigma_rel` or `step` that there is not, RuntimeError if there are fewer than two snapshots."""
+        BatchNorm's statistics are those of the newest average, as coefficients may be negative: recompute them. Raises ValueError
+        for a `sigma_rel` or `step` that there is not, RuntimeError if there are fewer than two snapshots."""
         self.verify()
         steps,coefs,_ = self._fit(sigma_rel, step)
         total = None

@@ -31,8 +31,8 @@ class ema:
             raise ValueError(f'give decay or half_life, not both; got decay={self.decay} and half_life={self.half_life}')
         if self.decay is not None and not (isinstance(self.decay, Real) and 0 <= self.decay <= 1):
             raise ValueError(f'decay must be between 0 and 1; got {self.decay!r}')
-        if self.half_life is not None and not 0 < self.half_life < math.inf:
-            raise ValueError(f'half_life must be a number of updates above 0; got {self.half_life}')
+        if self.half_life is not None and not (isinstance(self.half_life, Real) and 0 < self.half_life < math.inf):
+            raise ValueError(f'half_life must be a number of updates above 0; got {self.half_life!r}')
         if self.warmup not in (None, 'ratio', 'power'):
             raise ValueError(f"warmup must be None, 'ratio' or 'power'; got {self.warmup!r}")
 
@@ -55,8 +55,8 @@ class power:
     def __post_init__(self):
         if (self.gamma is None) == (self.sigma_rel is None):
             raise ValueError(f'give one of gamma and sigma_rel; got gamma={self.gamma} and sigma_rel={self.sigma_rel}')
-        if self.gamma is not None and not 0 <= self.gamma < math.inf: raise ValueError(f'gamma must be 0 or more; got {self.gamma}')
-        if self.sigma_rel is not None and not 0 < self.sigma_rel < 12**-0.5:
+        if self.gamma is not None and not (isinstance(self.gamma, Real) and 0 <= self.gamma < math.inf): raise ValueError(f'gamma must be 0 or more; got {self.gamma}')
+        if self.sigma_rel is not None and not (isinstance(self.sigma_rel, Real) and 0 < self.sigma_rel < 12**-0.5):
             raise ValueError(f'sigma_rel must be above 0 and below 0.2887; got {self.sigma_rel}')
 
     @cached_property

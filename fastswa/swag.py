@@ -127,14 +127,14 @@ class SWAG(Keeping):
         generator:torch.Generator|None=None, # to draw from; None: the global one, which is put back afterwards
         bn_data=None, # batches for BatchNorm's statistics, gone through for each sample
         forward=None, # called with module and batch as it comes, for models that take other inputs
-        activation=nn.Softmax(dim=1), # of the outputs; `nn.Identity()` for regression
+        activation=nn.Softmax(dim=1), # of the outputs, where axis 1 is the classes; `nn.Identity()` for regression
     ) -> torch.Tensor: # (N, …) on the CPU
         "The mean of what `n` sampled models predict, in eval mode; the module and the random state are afterwards as before"
         if not isinstance(n, int) or n < 1: raise ValueError(f'n must be a whole number of samples, 1 or more; got {n!r}')
         if bn_data is None and bn_layers(self.source):
             warnings.warn('the model has BatchNorm, whose statistics fit no sample: give training batches as bn_data')
         if isinstance(bn_data, Iterator):
-            raise ValueError(f'bn_data is gone through for each sample: give a list or a loader; got a {type(bn_data).__name__}')
+            raise ValueError(f'bn_data is gone through for each sample: give a list or loader; got a {type(bn_data).__name__}')
         from tqdm import tqdm
         loaders,other = [*loader_generators(batches), *loader_generators(bn_data)],holding(self, self.weights)
         with untouched(other, loaders), untouched(other, loaders):      # one Ctrl-C can cut one of them short

@@ -6,10 +6,11 @@
 __all__ = ['stat_buffers', 'find_tensors']
 
 # %% ../nbs/09_tensors.ipynb #00000002
+import sys
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .core import unwrap
@@ -48,6 +49,12 @@ def find_tensors(
     return found
 
 # %% ../nbs/09_tensors.ipynb #0000000c
+def reshard(module):
+    "Give up what a forward pass without a backward pass has gathered (FSDP)"
+    if (fsdp := sys.modules.get('torch.distributed.fsdp')) is None: return
+    for m in module.modules():
+        if isinstance(m, fsdp.FSDPModule): m.reshard()
+
 def local(t):
     "What this process holds of a tensor"
     return t.to_local() if hasattr(t, 'to_local') else t      # a DTensor, without importing it
@@ -57,6 +64,7 @@ def distinct(tensors):
     live,index,seen = [],{},{}
     for name, t in tensors.items():
         key = (t.untyped_storage().data_ptr(), t.storage_offset(), t.numel()) if t.numel() else id(t)
+        if t.numel() and not is_dense(t): key += layout(t)
         if key not in seen:
             seen[key] = len(live)
             live.append(t)
@@ -76,27 +84,33 @@ def check_same(
 
 def like(t, dtype=None, device=None):
     "An empty tensor in the layout of `t`; of dtype None: fp32, or that of `t` if it is wider"
+    if dtype and t.is_complex() and not dtype.is_complex: dtype = dtype.to_complex()
     return torch.empty_like(t, dtype=dtype or torch.promote_types(t.dtype, torch.float32), device=device, requires_grad=False)
 
 def layout(t): return t.shape, t.stride()
 
+def is_dense(t): return torch.empty_like(t, device='meta').stride() == t.stride()
+
 def alike(a, b): return a.dtype is b.dtype and a.device == b.device
 
 def exchange(a, b):
-    "Exchange the contents of two tensors, with one copy in between"
-    kept = a.clone()
-    a.copy_(b)
-    b.copy_(kept)
+    "Exchange the contents of two tensors, with one copy in between; if `b` cannot be written, neither has changed"
+    kept = b.clone()
+    b.copy_(a)
+    a.copy_(kept)
 
 # %% ../nbs/09_tensors.ipynb #0000000f
 _SMALL,_BUFFER = 2**15,2**20 # elements: of a tensor that goes into the buffer, and of the buffer
+
+def _patterns(p): return p if p is None or isinstance(p, str) else list(p)
 
 class Selection:
     "The tensors of a model that an average is made of"
     @torch.no_grad()
     def __init__(self, module, include=None, exclude=None):
-        self.module,self.include,self.exclude = unwrap(module),include,exclude
-        places = find_tensors(module, include, exclude)
+        self.module,self.include,self.exclude = unwrap(module),_patterns(include),_patterns(exclude)
+        reshard(self.module)
+        places = find_tensors(self.module, self.include, self.exclude)
         self._slots = [(d, k, d[k]) for d, k in places.values()]
         self.tensors = {name: local(t).detach() for name, (_, _, t) in zip(places, self._slots)}     # tied ones under every name
         self.live,self.index = distinct(self.tensors)                                                # tied ones once
@@ -106,11 +120,21 @@ class Selection:
         self._ptrs = [t.data_ptr() for t in self._owners]
         self.counters = [m._buffers[k] for m in self.module.modules() for k in stat_buffers(m)[2:]]
         self.sharded = any(hasattr(t, 'to_local') for _, _, t in self._slots)
+        modules = [*self.module.modules()]
+        self._children = [m._modules for m in modules if m._modules]      # dicts, compared at the speed of C: modules may be replaced
+        self._were = [dict(d) for d in self._children]
+        self._wide = [t for t in self._owners if t.ndim > 1]
+        self._strides = [t.stride() for t in self._wide]
+        self._sizes = self._count()
         self._pack()
 
-    def current(self):
-        "Does the model still hold these tensors, where they were?"
-        return all([d.get(k) is t for d, k, t in self._slots]) and [t.data_ptr() for t in self._owners] == self._ptrs
+    def current(self, added=True):
+        "Does the model still hold these tensors, where they were, and none that were `added`?"
+        return (all([d.get(k) is t for d, k, t in self._slots]) and [*map(Tensor.data_ptr, self._owners)] == self._ptrs
+                and [*map(Tensor.stride, self._wide)] == self._strides and self._children == self._were
+                and (not added or self._sizes == self._count()))
+
+    def _count(self): return [(len(m._parameters), len(m._modules)) for m in self.module.modules()]
 
     def _first(self):
         "The position of the first name of each distinct tensor"

@@ -91,6 +91,13 @@ class _InstancePool(_Pool):
     def var(self): return self.m2/self.n
 
 # %% ../nbs/11_batchnorm.ipynb #00000009
+def outputs(module, batch):
+    "What a module makes of a batch: a tensor, a tuple or list whose first element goes in, or a dict that goes in by name"
+    batch = to_device(batch, next((t.device for t in chain(module.parameters(), module.buffers())), 'cpu'))
+    if isinstance(batch, Mapping): return module(**batch)
+    return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+# %% ../nbs/11_batchnorm.ipynb #0000000a
 @torch.no_grad()
 def update_bn(
     module:nn.Module, # the model, with the weights for which statistics are wanted
@@ -121,7 +128,7 @@ def update_bn(
         for m, mode in modes.items(): m.training = mode
     try:
         if data is None: return _reset(layers)
-        if layers: _recompute(plain, layers, islice(data, n_batches), forward or _forward(plain), kept, hooks)
+        if layers: _recompute(plain, layers, islice(data, n_batches), forward or outputs, kept, hooks)
         tidy()
     except BaseException:
         with uninterrupted():
@@ -147,14 +154,6 @@ def _recompute(plain, layers, data, forward, kept, hooks):
 def _as_written():
     "Compiled parts of a model run uncompiled inside: the hooks would have them compiled anew"
     return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
-
-def _forward(plain):
-    device = next((t.device for t in chain(plain.parameters(), plain.buffers())), 'cpu')
-    def _f(module, batch):
-        batch = to_device(batch, device)
-        if isinstance(batch, Mapping): return module(**batch)
-        return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    return _f
 
 def _momenta(layers): return {name: m.momentum for name, m in layers.items()}
 

@@ -104,15 +104,19 @@ class PostHocEMA(Average):
         steps:int=1, # not used: time is counted in updates
     ) -> int: # updates so far; on a GPU the newest counts until its check is read
         "Move the averages; RuntimeError in the first update if the folder holds snapshots of an earlier run"
-        if self._stored and self._taken == 0:
-            raise RuntimeError(f'{self.folder} holds snapshots up to step {max(self._stored)}: '
-                               'give another folder for a new run, or load the state of the old one')
+        self.check_new()
         for a in self.averages: a._ready()
         own = module is None or unwrap(module) is self.source
         ends,end_kind = (self._chosen.blocks(self.dtype), '_blocks') if own else (self._of(module), '_avg')
         self._step(self.averages, ends, [1]*len(self.sigma_rels), end_kind)
         if self._taken % self.every == 0 and self.n and self.n % self.every == 0: self.store()      # `n` waits for a GPU
         return self._taken
+
+    def check_new(self):
+        "RuntimeError if there are stored snapshots, but not the averages that belong to them"
+        if self._stored and self._taken == 0:
+            raise RuntimeError(f'{self.folder} holds snapshots up to step {max(self._stored)}: '
+                               'give another folder for a new run, or load the state of the old one')
 
     def store(self):
         "Store a snapshot of the averages as they are now, as `update` does every so many times"

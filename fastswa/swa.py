@@ -137,6 +137,14 @@ class PostHocEMACB(AverageCB):
         self.average.every = max(1, round(self.keep.steps(learn.epoch_steps, learn.n_epochs)))
         return self.average.rule
 
+    def before_fit(self, learn):
+        super().before_fit(learn)
+        if learn.will_train: self.average.check_new()
+
+    def cleanup_fit(self, learn):
+        if learn.error is None and learn.will_train and self.average is not None and self.average.n: self.average.store()
+        super().cleanup_fit(learn)
+
 # %% ../nbs/14_swa.ipynb #00000011
 class SwitchEMACB(EMACB):
     "An `EMACB` from whose average training goes on after each epoch (Switch EMA), arXiv 2402.09240, alg. 1"

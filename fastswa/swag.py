@@ -7,15 +7,15 @@ __all__ = ['SWAG']
 
 # %% ../nbs/12b_swag.ipynb #00000002
 import math, warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
 
 import torch
 from torch import nn
 
-from .batchnorm import bn_layers, update_bn
-from .core import get_rng_state, keep_modes, loader_generators, set_rng_state, to_device, uninterrupted
+from .batchnorm import bn_layers, outputs, update_bn
+from .core import get_rng_state, keep_modes, loader_generators, set_rng_state, uninterrupted
 from .ensembles import Keeping, copies, holding
 from .rules import equal
 
@@ -33,12 +33,6 @@ def untouched(average, generators):
             for m, mode in modes.items(): m.training = mode
             for holder, k, b, old in buffers: holder[k] = b.copy_(old)
             set_rng_state(state, generators)
-
-def outputs(module, batch):
-    "What a module makes of a batch: a tensor, a tuple or list whose first element goes in, or a dict that goes in by name"
-    batch = to_device(batch, next((p.device for p in module.parameters()), 'cpu'))
-    if isinstance(batch, Mapping): return module(**batch)
-    return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 def probabilities(module, batches, forward, activation):
     "The activations of the outputs for each batch, in eval mode; fp32 or wider, on the CPU"

@@ -86,7 +86,7 @@ class Average:
 
     def update(self,
         module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
-        steps:int=1, # steps since the last update; by a rule with constant weights, as many updates would have left as much of the average
+        steps:int=1, # steps since the last update: as much is left of the average as so many updates by a constant rule would leave
     ) -> int: # snapshots in the average; on a GPU the newest counts until its check is read
         "Take a snapshot of the weights; one that is not finite is skipped whole"
         self._ready(steps)
@@ -121,8 +121,8 @@ class Average:
         if bad is True:
             for a in averages: a._skip()
             return
-        moving = [(getattr(a, held), w) for a, w in zip(averages, weights) if w is not None]
-        if moving: blend([blocks for blocks, _ in moving], ends, [w for _, w in moving], bad)
+        moving = averages if None not in weights else [a for a, w in zip(averages, weights) if w is not None]
+        if moving: blend([getattr(a, held) for a in moving], ends, [w for w in weights if w is not None], bad)
         for a, w in zip(averages, weights):
             if w is None: a._hold(ends, held)
             a._taken += 1
@@ -144,7 +144,7 @@ class Average:
         if self._late and (self._late.ready() or self._taken <= self._late.unread or not getattr(self.rule, 'constant', False)): self._settle()
         if self._taken == 0: return None
         w = self.rule(self._taken)
-        if not (isinstance(w, Real) and 0 <= w <= 1):
+        if not (isinstance(w, (float, Real)) and 0 <= w <= 1):      # float is told faster than Real
             raise ValueError(f'{self.rule} gave {w!r} for n = {self._taken}: a weight must be a number between 0 and 1')
         return w if steps == 1 else 1 - (1 - w)**steps
 

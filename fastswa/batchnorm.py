@@ -8,7 +8,7 @@ __all__ = ['bn_layers', 'bn_state', 'load_bn_state', 'update_bn']
 # %% ../nbs/11_batchnorm.ipynb #00000002
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from itertools import chain, islice
 
 import torch
@@ -122,14 +122,14 @@ def update_bn(
     everything = bn_layers(plain)
     if momenta is not None: return _set_momenta(everything, momenta)
     layers = {name: m for name, m in everything.items() if m.training or not plain.training}
-    kept,before,modes,hooks = bn_state(plain),_momenta(everything),{m: m.training for m in plain.modules()},[]
+    kept,before,modes,undo = bn_state(plain),_momenta(everything),{m: m.training for m in plain.modules()},ExitStack()
     def tidy():
-        for h in hooks: h.remove()
+        undo.close()
         for m, mode in modes.items(): m.training = mode
     try:
         if data is None: return _reset(layers)
-        if layers: _recompute(plain, layers, islice(data, n_batches), forward or outputs, kept, hooks)
-        tidy()
+        if layers: _recompute(plain, layers, islice(data, n_batches), forward or outputs, kept, undo)
+        with uninterrupted(): tidy()
     except BaseException:
         with uninterrupted():
             tidy()
@@ -137,23 +137,20 @@ def update_bn(
             _set_momenta(everything, before)
         raise
 
-def _recompute(plain, layers, data, forward, kept, hooks):
+def _recompute(plain, layers, data, forward, kept, undo):
     pools,n = {name: _InstancePool() if isinstance(m, _InstanceNorm) else _Pool() for name, m in layers.items()},0
     plain.eval()
     with uninterrupted():
         for name, m in layers.items():
             m.training = True                                           # not m.train(): it may hold dropout
-            hooks.append(m.register_forward_pre_hook(pools[name], with_kwargs=True))
-    with _as_written():
-        for n, batch in enumerate(data, 1): forward(plain, batch)
+            undo.callback(m.register_forward_pre_hook(pools[name], with_kwargs=True).remove)
+        # compiled parts of a model run uncompiled: the hooks would have them compiled anew
+        if 'torch._dynamo' in sys.modules: undo.enter_context(torch.compiler.set_stance('force_eager'))
+    for n, batch in enumerate(data, 1): forward(plain, batch)
     if n == 0: raise ValueError('there is no data: not one batch to take the statistics from')
     load_bn_state(plain, kept)                                          # the forward passes moved all that are in train mode
     for name, m in layers.items():
         if pools[name].n: pools[name].put(m, name)
-
-def _as_written():
-    "Compiled parts of a model run uncompiled inside: the hooks would have them compiled anew"
-    return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
 
 def _momenta(layers): return {name: m.momentum for name, m in layers.items()}
 

@@ -431,6 +431,12 @@ def ctrl_c(f, at=None):
     return count, False
 
 
+def compiles():
+    "Does torch.compile still compile?"
+    import torch._dynamo
+    return torch._dynamo.eval_frame._stance.stance == 'default'
+
+
 @pytest.mark.parametrize('what', ['data', 'reset'])
 def test_ctrl_c_at_any_line(what):
     "Either nothing has happened, or all of it; hooks and modes never stay"
@@ -450,6 +456,7 @@ def test_ctrl_c_at_any_line(what):
         assert_same(bn_state(net), was if momenta(net) == before and torch.equal(net[1].running_mean, was['1.running_mean']) else done[0])
         assert momenta(net) in (before, done[1]) if what == 'data' else momenta(net) == before, f'line {at} of {total}'
         assert (hooks(net), [m.training for m in net.modules()]) == (0, modes), f'line {at} of {total}'
+        assert compiles(), f'line {at} of {total}: torch.compile is off for everybody'
 
 
 # --- without data

@@ -7,9 +7,10 @@ __all__ = ['Average', 'update_all', 'equal', 'ema', 'power']
 
 # %% ../nbs/10_averaging.ipynb #00000002
 import math, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from numbers import Integral, Real
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from .tensors import Selection, alike, check_same, exchange, reshard
 _all_ = ['equal', 'ema', 'power']
 
 # %% ../nbs/10_averaging.ipynb #00000006
+_HELD = WeakKeyDictionary() # module → averages that are applied to it, one upon the other; it must not be averaged meanwhile
+
 class Average:
     "The running average of a module's weights by a rule"
     def __init__(self,
@@ -37,6 +40,8 @@ class Average:
         if not isinstance(module, nn.Module): raise TypeError(f'an average needs the module itself; got {type(module).__name__}')
         if isinstance(rule, type) or not callable(rule):
             raise TypeError(f'the rule must be called with n, as equal() and ema(decay=0.99) can be; got {rule!r}')
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f'dtype must be a floating-point torch.dtype, or None; got {dtype!r}')
         self.rule,self.dtype,self.check_finite = rule,dtype,check_finite
         self.device = None if device is None else torch.empty(0, device=device).device
         self._chosen,self._stash,self._avg = Selection(module, include, exclude),None,None
@@ -48,7 +53,7 @@ class Average:
         "Forget all snapshots"
         self.restore()
         self._taken = self._skipped = 0
-        self._avg = self._blocks = self._late = self._ferry = self._sent = None
+        self._avg = self._blocks = self._whole = self._late = self._ferry = self._sent = None
         self.origin = object()      # with `n`, it tells states of the average apart
 
     def __getstate__(self):
@@ -69,8 +74,15 @@ class Average:
     @torch.no_grad()
     def _hold(self, values, held='_avg'):
         "Hold a copy of these values, in the layout of the module's tensors"
-        self._avg,self._blocks = self._chosen.empty(self.dtype, self.device)
-        for a, v in zip(getattr(self, held), values): a.copy_(v)
+        avg,blocks = self._chosen.empty(self.dtype, self.device)
+        for a, v in zip(blocks if held == '_blocks' else avg, values): a.copy_(v)
+        self._avg,self._blocks = avg,blocks
+        self._whole = all(map(alike, avg, self._chosen.live))      # nothing is converted: it moves in one call
+
+    @property
+    def sharded(self) -> bool:
+        "Is the model spread over processes, so that each averages its own part?"
+        return self._chosen.sharded
 
     @property
     def n(self) -> int:
@@ -90,6 +102,7 @@ class Average:
     ) -> int: # snapshots in the average; on a GPU the newest counts until its check is read
         "Take a snapshot of the weights; one that is not finite is skipped whole"
         self._ready(steps)
+        if module is not None and not isinstance(module, nn.Module): raise TypeError(f'update() takes a module; got {module!r}')
         if module is not None and unwrap(module) is not self.source: self._step([self], self._of(module), [steps], '_avg')
         elif self._far and self.device.type == 'cpu' and masks(self._chosen.live) and not self._chosen.sharded: self._send(steps)
         else: self._step([self], self._chosen.blocks(self.dtype), [steps])
@@ -97,7 +110,8 @@ class Average:
 
     def _ready(self, steps=1):
         if not 0 < steps < math.inf: raise ValueError(f'steps must be a number above 0; got {steps!r}')
-        if self._stash is not None: raise RuntimeError('the average is applied, its module holds it: update outside of applied()')
+        if _HELD and self.source in _HELD:
+            raise RuntimeError('an average is applied, the module holds it and not its own weights: update outside of applied()')
         if self._sent is not None: self._settle()
         if self._chosen.sharded or not self._chosen.current(added=False): self.verify()
 
@@ -119,8 +133,12 @@ class Average:
 
     def _carry_out(self, averages, ends, bad, weights, held='_blocks'):
         if bad is True:
-            for a in averages: a._skip()
+            for a in averages: a._skip(warn=a is averages[0])
             return
+        with nullcontext() if len(averages) == 1 and self._whole else uninterrupted():      # Ctrl-C must not leave half of it moved
+            self._shift(averages, ends, bad, weights, held)
+
+    def _shift(self, averages, ends, bad, weights, held):
         moving = averages if None not in weights else [a for a, w in zip(averages, weights) if w is not None]
         if moving: blend([getattr(a, held) for a in moving], ends, [w for w in weights if w is not None], bad)
         for a, w in zip(averages, weights):
@@ -133,7 +151,7 @@ class Average:
         if not self.check_finite: return None
         on_device = masks(ends) and masks(self._avg or ends) and self._chosen.dense and not self._far
         bad = bad_flag(ends) if on_device else not all_finite(ends)
-        if self._chosen.sharded: bad = bad_anywhere(bad, ends[0].device)
+        if self._chosen.sharded: bad = bad_anywhere(bad, ends[0].device, self._chosen.meshes)
         return None if bad is False else bad
 
     @property
@@ -162,8 +180,8 @@ class Average:
             self._taken -= bad
             self._skip(bad)
 
-    def _skip(self, times=1):
-        if times and not self._skipped: warnings.warn('the weights hold NaN or infinity: such snapshots are left out of the average')
+    def _skip(self, times=1, warn=True):
+        if times and warn and not self._skipped: warnings.warn('the weights hold NaN or infinity: such snapshots are left out of the average')
         self._skipped += times
 
     @property
@@ -180,6 +198,7 @@ class Average:
     @torch.no_grad()
     def _swap_in(self):
         with uninterrupted():
+            _HELD[self.source] = _HELD.get(self.source, 0) + 1
             self._stash,self._counts = [],[c.clone() for c in self._chosen.counters]
             for a, t, param in zip(self._avg, self._chosen.live, self._chosen.params):
                 if in_place := alike(a, t) and param: exchange(a, t)      # what happens to BatchNorm's statistics stays in the block
@@ -197,6 +216,8 @@ class Average:
                 else: t.copy_(raw)
             for c, n in zip(held.counters, self._counts): c.copy_(n)
             self._stash = None
+            if (left := _HELD.get(self.source, 1) - 1) > 0: _HELD[self.source] = left
+            else: _HELD.pop(self.source, None)
             self.verify()
             if self._chosen is not held:      # the module got other tensors meanwhile
                 for t, raw in zip(self._chosen.live, self._chosen.in_order(held.by_name(held.live))): t.copy_(raw)
@@ -225,6 +246,7 @@ class Average:
     def module(self) -> nn.Module:
         "A copy of the module with the average in it, on its own: in eval mode, without gradients"
         self._need()
+        if self.sharded: raise RuntimeError('no process holds the whole of a sharded model: use applied() or copy_to()')
         memo = {}
         def keep(t):
             if not t.is_leaf: memo[id(t)] = t.detach().clone()      # legacy weight_norm and caches keep such, and deepcopy refuses them
@@ -243,7 +265,10 @@ class Average:
     ):
         "Go on from a saved average, by this one's own rule; raises ValueError where names or shapes differ"
         if self._stash is not None: raise RuntimeError('the average is applied: load outside of applied()')
-        if state['rule'] != repr(self.rule):
+        if missing := [k for k in ('n', 'skipped', 'rule', 'weights') if k not in state]:
+            raise ValueError(f'this is no state of an average, which holds n, skipped, rule and weights: {", ".join(missing)} missing')
+        if not (isinstance(state['n'], Integral) and state['n'] >= 0): raise ValueError(f'n must be 0 or more; got {state["n"]!r}')
+        if state['rule'] != repr(self.rule) and ' at 0x' not in state['rule']:      # the address of a function says nothing
             warnings.warn(f'the saved average followed {state["rule"]}; from here on it follows {self.rule}')
         self.verify()
         loaded = self._chosen.in_order(state['weights'], 'the saved average') if state['n'] else None
@@ -259,7 +284,9 @@ def update_all(
     averages, # `Average`s, of one model or of several
     steps=1, # steps since the last update, one number or one for each average
 ):
-    "Take a snapshot for several averages; those of the same weights share reading and checking them"
+    """Take a snapshot for several averages; those of the same weights share reading and checking them.
+
+    If a rule fails, no `Average` that shares has moved."""
     averages,together,alone = [*averages],{},[]
     if len({id(a) for a in averages}) < len(averages): raise ValueError('an average is among them twice')
     steps = [steps]*len(averages) if isinstance(steps, Integral) else [*steps]

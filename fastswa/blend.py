@@ -25,17 +25,18 @@ def masks(tensors):
 
 def bad_flag(tensors):
     "A number on their device: 1 where NaN or infinity is among the elements of `tensors`, else 0"
-    flag,one = torch.zeros((), device=tensors[0].device),torch.ones((), device=tensors[0].device)
+    flag,one = (torch.full((), v, dtype=torch.float32, device=tensors[0].device) for v in (0., 1.))
     full = [t for t in tensors if t.numel()]      # the norm of no elements is an error
     if not full: return flag
     peaks = torch.stack(torch._foreach_norm(full, math.inf)).double()
     torch._amp_foreach_non_finite_check_and_unscale_([peaks], flag, one)
     return flag
 
-def bad_anywhere(bad, device):
+def bad_anywhere(bad, device, meshes):
     "The flag of a snapshot that is spread over processes: set where it is for any of them"
     flag = bad if torch.is_tensor(bad) else torch.tensor(float(bad), device=device)
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    for mesh in meshes:
+        for group in mesh.get_all_groups(): torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group)
     return flag if torch.is_tensor(bad) else bool(flag)
 
 def _masked_lerp(tensors, ends, w, bad):
@@ -48,8 +49,10 @@ class Late:
     "Flags on a device, added up there and read when the sum has come over"
     @torch.inference_mode(False)
     def __init__(self, device):
-        self._count,gpu = torch.zeros((), device=device),torch.device(device).type == 'cuda'
-        self._host,self._event = torch.zeros((), pin_memory=gpu),torch.cuda.Event() if gpu else None
+        gpu = torch.device(device).type == 'cuda'
+        self._count = torch.zeros((), dtype=torch.float32, device=device)
+        self._host = torch.zeros((), dtype=torch.float32, device='cpu', pin_memory=gpu)
+        self._event = torch.cuda.Event() if gpu else None
         self.unread = self._read = 0
 
     def add(self, flag):

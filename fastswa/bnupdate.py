@@ -7,6 +7,7 @@ __all__ = ['BNUpdateCB']
 
 # %% ../nbs/13a_bnupdate.ipynb #00000002
 from contextlib import closing
+from numbers import Integral
 
 from .batchnorm import bn_state, load_bn_state, update_bn
 from .core import keep_modes, unwrap
@@ -21,7 +22,8 @@ class BNUpdateCB(Callback):
         valid_batches:int|None=20, # batches for the rows during a fit; None: all
     ):
         for k, v in dict(n_batches=n_batches, valid_batches=valid_batches).items():
-            if v is not None and v < 1: raise ValueError(f'{k} must be 1 or more, or None; got {v}')
+            if v is not None and not (isinstance(v, Integral) and v > 0):
+                raise ValueError(f'{k} must be a whole number, 1 or more, or None; got {v!r}')
         self.n_batches,self.valid_batches,self._known,self._own,self._cbs = n_batches,valid_batches,{},None,None
 
     def before_fit(self, learn):

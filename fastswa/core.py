@@ -76,6 +76,11 @@ def unwrap(module):
         else: return module
 
 # %% ../nbs/00_core.ipynb #00000011
+def local(t):
+    "What this process holds of a tensor"
+    return t.to_local() if hasattr(t, 'to_local') else t      # a DTensor, without importing it
+
+# %% ../nbs/00_core.ipynb #00000014
 def set_seed(
     seed:int, # for Python's, NumPy's and torch's generators, on every device
     deterministic:bool|None=None, # use deterministic algorithms? None leaves the setting as it is
@@ -86,7 +91,7 @@ def set_seed(
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
-# %% ../nbs/00_core.ipynb #00000013
+# %% ../nbs/00_core.ipynb #00000016
 def get_rng_state(
     generators=(), # `torch.Generator`s beside the global ones
 ) -> dict:
@@ -115,7 +120,7 @@ def keep_rng(*generators):
     try: yield
     finally: set_rng_state(state, generators)
 
-# %% ../nbs/00_core.ipynb #00000016
+# %% ../nbs/00_core.ipynb #00000019
 def loader_generators(
     dl, # a `torch.utils.data.DataLoader`, or any iterable with a `generator`
 ) -> list: # its own `torch.Generator`s, each once
@@ -125,7 +130,7 @@ def loader_generators(
     found = {id(g): g for g in (getattr(o, 'generator', None) for o in places) if isinstance(g, torch.Generator)}
     return list(found.values())
 
-# %% ../nbs/00_core.ipynb #00000019
+# %% ../nbs/00_core.ipynb #0000001c
 class Time(NamedTuple):
     "A span of training: `value` in optimizer steps (`ba`), epochs (`ep`) or shares of the fit (`dur`)"
     value: Fraction
@@ -158,7 +163,7 @@ class Time(NamedTuple):
                              "this one has none: give the time in optimizer steps, such as '200ba'")
         return self.value*epoch_steps*(n_epochs if self.unit == 'dur' else 1)
 
-# %% ../nbs/00_core.ipynb #0000001d
+# %% ../nbs/00_core.ipynb #00000020
 @contextmanager
 def uninterrupted():
     "Ctrl-C pressed inside the block takes effect at its end (signals reach the main thread only: elsewhere nothing to do)"
@@ -172,7 +177,7 @@ def uninterrupted():
         signal.signal(signal.SIGINT, old)
         if pressed and callable(old): old(*pressed[0])
 
-# %% ../nbs/00_core.ipynb #0000001e
+# %% ../nbs/00_core.ipynb #00000021
 @contextmanager
 def keep_modes(
     model, # a module
@@ -184,14 +189,14 @@ def keep_modes(
         with uninterrupted():
             for m, mode in modes.items(): m.training = mode
 
-# %% ../nbs/00_core.ipynb #00000021
+# %% ../nbs/00_core.ipynb #00000024
 def later(module, name):
     "A method that is the function `name` of a module further down, which is imported when it is called"
     def _f(self, *args, **kwargs): return getattr(import_module(f'fastswa.{module}'), name)(self, *args, **kwargs)
     _f.__name__,_f.__doc__ = name,f'See `fastswa.{module}.{name}`'
     return _f
 
-# %% ../nbs/00_core.ipynb #00000024
+# %% ../nbs/00_core.ipynb #00000027
 def clean_ipython_hist():
     "Make IPython forget the inputs and outputs of the cells that ran; nothing happens outside IPython"
     try: ip = sys.modules['IPython'].get_ipython()

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .averaging import ema, equal
-from .core import uninterrupted, unwrap
+from .core import local, uninterrupted, unwrap
 from .files import written
 from .tensors import find_tensors
 
@@ -78,12 +78,12 @@ def avg_params(
     """Bring the parameters into the running mean in `params`, and count them in `params['.n']`; without that key, 1 was there.
 
     A half-precision mean in the dict is replaced by one in fp32. Weights with NaN or infinity are left out, with a warning.
-    Raises ValueError, and changes nothing, where names or shapes differ."""
+    Raises ValueError, and changes nothing, where a parameter is missing or a shape differs; other keys are left alone."""
     live,n = _params(module),int(params.get('.n', 1 if params else 0))
     if params:
         _refuse('the dict does not fit the module', _differ(live, params))
         _refuse("these are the module's own tensors, not copies: begin with copy_params(module)",
-                [k for k, p in live.items() if p.numel() and params[k].data_ptr() == p.data_ptr()])
+                [k for k, p in live.items() if p.numel() and local(params[k]).data_ptr() == local(p).data_ptr()])
         if n < 1: raise ValueError(f"'.n' must count the sets of weights in the mean, 1 or more; got {n}")
     if not all(p.isfinite().all() for p in live.values()):
         warnings.warn('the weights hold NaN or infinity: they are left out of the mean')
@@ -139,7 +139,7 @@ def from_averaged_model(
     averaged_model:AveragedModel, # of the same architecture; the model in it may be compiled or wrapped
 ):
     "Go on from torch's average, by this one's own rule; ValueError that lists the names and shapes that differ"
-    theirs = unwrap(averaged_model)
+    theirs = unwrap(averaged_model) if isinstance(averaged_model, nn.Module) else averaged_model
     if not isinstance(theirs, AveragedModel): raise TypeError(f'an AveragedModel is needed; got {type(theirs).__name__}')
     tensors = {name: d[k] for name, (d, k) in find_tensors(theirs.module).items()}
     _load(average, int(theirs.n_averaged), tensors, 'the AveragedModel')
@@ -177,6 +177,7 @@ def load_torch_ema(
     n:int|None=None, # snapshots in it; None: its `num_updates` and the one it began with
 ):
     "Go on from an average by torch-ema; ValueError if the number of its tensors, or a shape, is not the model's"
+    _refuse('this is no state of torch-ema', [f'{k} is missing' for k in ('shadow_params', 'num_updates') if k not in state])
     found = {name: d[k] for name, (d, k) in find_tensors(average.source).items()}
     params,shadow = [*average.source.parameters()],state['shadow_params']
     trained = [p for p in params if p.requires_grad]
@@ -199,6 +200,8 @@ def load_ema_pytorch(
     "Go on from an average by ema-pytorch, empty if it is; ValueError that lists the names and shapes that differ"
     theirs = {k.removeprefix('ema_model.'): v for k, v in state.items() if k.startswith('ema_model.')}
     if not theirs: raise ValueError(f"the state has no names that begin with 'ema_model.'; it has {', '.join([*state][:8])}")
+    _refuse('this is no state of ema-pytorch', [f'{k} is missing' for k in ('initted', 'step') if k not in state])
+    if update_every < 1: raise ValueError(f'update_every must be 1 or more; got {update_every}')
     last = int(state['step']) - 1
     n = 1 + max(0, last//update_every - max(0, update_after_step)//update_every) if state['initted'] else 0
     _load(average, n, _plain(theirs, average), 'the average of ema-pytorch')
@@ -211,6 +214,8 @@ def save_safetensors(
     """Write the module's `state_dict` with the average in it, in the average's dtype, and its `n` and rule as metadata.
 
     BatchNorm statistics are the averaged ones; where they were recomputed, the model that holds them is to be saved."""
+    if average.sharded: raise RuntimeError('no process holds the whole of a sharded model: gather the weights, then save them')
     state = {k.replace('_orig_mod.', ''): v for k, v in average.source.state_dict().items()} | average.weights
+    state = {k: v for k, v in state.items() if torch.is_tensor(v)}      # a module may add other things
     tensors = {k: v.detach().to('cpu', copy=True, memory_format=torch.contiguous_format) for k, v in state.items()}
     with written(path) as tmp: save_file(tensors, tmp, dict(format='pt', n=str(average.n), rule=repr(average.rule)))

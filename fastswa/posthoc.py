@@ -6,6 +6,7 @@
 __all__ = ['power_profile', 'PostHocEMA']
 
 # %% ../nbs/12a_posthoc.ipynb #00000002
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np, torch
@@ -55,20 +56,22 @@ class PostHocEMA(Average):
     def __init__(self,
         module:nn.Module, # the model whose weights are averaged
         sigma_rels=(0.05, 0.1), # windows of the averages that are stored, as shares of the run
-        every:int=100, # updates between two snapshots
+        every:int|None=100, # updates between two snapshots; None: only those that `store` takes
         *,
         folder=None, # write snapshots here, and find those that are here; None: keep them in the host's memory
         **kwargs, # for `Average`: `dtype`, `device`, `include`, `exclude`, `check_finite`
     ):
-        self.sigma_rels,self.every,self.folder = tuple(sigma_rels),every,None if folder is None else Path(folder)
-        if not self.sigma_rels: raise ValueError('sigma_rels must hold at least one')
-        if not isinstance(every, int) or every < 1: raise ValueError(f'every must be a whole number above 0; got {every!r}')
-        own,*others = [power(sigma_rel=s) for s in self.sigma_rels]
-        self._others = [Average(module, rule, **kwargs) for rule in others]
-        super().__init__(module, own, **kwargs)
+        rules = [power(sigma_rel=s) for s in sigma_rels]
+        if not rules: raise ValueError('sigma_rels must hold at least one')
+        self.sigma_rels,self.every = tuple(map(float, sigma_rels)),every
+        self.folder = None if folder is None else Path(folder)
+        if every is not None and not (isinstance(every, Integral) and every > 0):
+            raise ValueError(f'every must be a whole number above 0, or None; got {every!r}')
+        self._others = [Average(module, rule, **kwargs) for rule in rules[1:]]
+        super().__init__(module, rules[0], **kwargs)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._adopt(self._files())
+            self._stored = self._checked(self._files())
 
     @property
     def averages(self) -> list:
@@ -82,12 +85,12 @@ class PostHocEMA(Average):
 
     def _files(self): return {int(p.stem[4:]): p for p in self.folder.glob('ema-*.pt') if p.stem[4:].isdigit()}
 
-    def _adopt(self, stored):
-        "Take up stored snapshots; ValueError if files are missing, or the newest is of another model or other `sigma_rels`"
+    def _checked(self, stored):
+        "Stored snapshots in order; ValueError if files are missing, or the newest is of another model or other `sigma_rels`"
         missing = [str(s) for s in stored.values() if isinstance(s, Path) and not s.is_file()]
         if missing: raise ValueError(f'snapshots are missing: {", ".join(missing[:8])}')
         if stored: self._read(stored[max(stored)])
-        self._stored = dict(sorted(stored.items()))
+        return dict(sorted(stored.items()))
 
     def _read(self, stored):
         "The averages in a snapshot, each in the order of `live`"
@@ -109,13 +112,14 @@ class PostHocEMA(Average):
         own = module is None or unwrap(module) is self.source
         ends,end_kind = (self._chosen.blocks(self.dtype), '_blocks') if own else (self._of(module), '_avg')
         self._step(self.averages, ends, [1]*len(self.sigma_rels), end_kind)
-        if self._taken % self.every == 0 and self.n and self.n % self.every == 0: self.store()      # `n` waits for a GPU
+        if self.every and self._taken % self.every == 0 and self.n and self.n % self.every == 0: self.store()      # `n` waits for a GPU
         return self._taken
 
     def check_new(self):
-        "RuntimeError if there are stored snapshots, but not the averages that belong to them"
-        if self._stored and self._taken == 0:
-            raise RuntimeError(f'{self.folder} holds snapshots up to step {max(self._stored)}: '
+        "RuntimeError if the folder holds snapshots, but this not the averages that belong to them"
+        files = self._files() if self.folder and self._taken == 0 else ()
+        if files:
+            raise RuntimeError(f'{self.folder} holds snapshots up to step {max(files)}: '
                                'give another folder for a new run, or load the state of the old one')
 
     def store(self):
@@ -128,7 +132,7 @@ class PostHocEMA(Average):
             self._stored[n] = dict(now, weights=[self._chosen.by_name(v) for v in weights])
             return
         for step, p in self._files().items():
-            if step > n: p.unlink()      # of a run that was given up for the state from which this one went on
+            if step not in self._stored: p.unlink()      # of a run that was given up for the state from which this one went on
         with written(path := self.folder/f'ema-{n:08}.pt') as tmp: torch.save(now, tmp)
         self._stored[n] = path
 
@@ -191,6 +195,7 @@ class PostHocEMA(Average):
             raise ValueError(f'the saved average has sigma_rels {state.get("sigma_rels")}; this one has {self.sigma_rels}')
         files = [s for s in state['stored'].values() if isinstance(s, str)]
         if files and self.folder is None: raise ValueError(f'the snapshots are files ({files[0]}, …): give their folder')
+        stored = self._checked({n: self.folder/s if isinstance(s, str) else s for n, s in state['stored'].items()})
         super().load_state_dict(state)
         for a, s in zip(self._others, state['others'], strict=True): a.load_state_dict(s)
-        self._adopt({n: self.folder/s if isinstance(s, str) else s for n, s in state['stored'].items()})
+        self._stored = stored

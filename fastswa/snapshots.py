@@ -15,7 +15,9 @@ from .events import Callback, by_order
 # %% ../nbs/13b_snapshots.ipynb #00000005
 class AverageCB(Callback):
     "Base of the averaging callbacks: when to take a snapshot, and what becomes of the average"
-    order,per_step = 40,False # is the rule's weight that of one optimizer step, whatever `every` is?
+    order = 40
+    per_step = False # does the rule say what one optimizer step counts, whatever `every` is?
+    clock = Time.parse('1ba') # in whose unit the time between two snapshots is measured then
     def __init__(self,
         start:str='0ba', # from when on, as in `'0ba'`, `'3ep'`, `'0.75dur'`
         every:str='1ba', # how often; below one step means every step
@@ -71,11 +73,11 @@ class AverageCB(Callback):
         return self._count(time)*gap.denominator//gap.numerator
 
     def _due(self):
-        "Optimizer steps since the last snapshot if it is time for one, else 0"
+        "How long ago the last snapshot was, by the clock, if it is time for one; else 0"
         before,self._passed = self._passed,self._multiples(self.every, self._gap)
         if self._passed == before or self._count(self.start) < self._from: return 0
-        steps = self.learn.opt_steps - self._steps_before
-        self._last,since = steps,steps - self._last
+        now = self._count(self.clock)
+        self._last,since = now,now - self._last
         return since
 
     def after_step(self, learn):

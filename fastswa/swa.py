@@ -7,6 +7,7 @@ __all__ = ['EMACB', 'SWACB', 'LAWACB', 'SWAGCB', 'PostHocEMACB', 'SwitchEMACB', 
 
 # %% ../nbs/14_swa.ipynb #00000002
 import math, warnings
+from numbers import Real
 
 from torch import nn
 
@@ -39,12 +40,12 @@ class EMACB(AverageCB):
             raise ValueError(f'give decay or half_life, not both; got decay={decay} and half_life={half_life!r}')
         self.half_life = Time.parse('0.05dur' if half_life is None else half_life, 'half_life') if decay is None else None
         if self.half_life and not self.half_life.value: raise ValueError(f'half_life must be above 0; got {half_life!r}')
-        self.decay,self.warmup = decay,warmup
+        self.decay,self.warmup,self.clock = decay,warmup,self.half_life or self.clock
         ema(decay, warmup=warmup)      # says what is wrong with them, if anything
 
     def rule(self, learn):
         if self.decay is not None: return ema(self.decay, warmup=self.warmup)
-        return ema(half_life=float(self.half_life.steps(learn.epoch_steps, learn.n_epochs)) or 1., warmup=self.warmup)
+        return ema(half_life=float(self._units(self.half_life)), warmup=self.warmup)
 
 class SWACB(AverageCB):
     "Stochastic weight averaging: the mean of snapshots from the last part of the fit, arXiv 1803.05407"
@@ -56,7 +57,8 @@ class SWACB(AverageCB):
         *, name:str='swa', **kwargs
     ):
         super().__init__(start, every, name=name, **kwargs)
-        if swa_lr is not None and not 0 < swa_lr < math.inf: raise ValueError(f'swa_lr must be above 0; got {swa_lr}')
+        if swa_lr is not None and not (isinstance(swa_lr, Real) and 0 < swa_lr < math.inf):
+            raise ValueError(f'swa_lr must be a number above 0; got {swa_lr!r}')
         self.swa_lr,self.anneal,self._options,self._warned = swa_lr,Time.parse(anneal, 'anneal'),(),False
 
     def rule(self, learn): return equal()
@@ -74,6 +76,12 @@ class SWACB(AverageCB):
 
     def after_step(self, learn):
         super().after_step(learn)
+        self._set_rate(learn)
+
+    def before_batch(self, learn):
+        if learn.training: self._set_rate(learn)      # a schedule by epochs may have set it meanwhile
+
+    def _set_rate(self, learn):
         if self.swa_lr is None or self._count(self.start) < self._from: return
         groups,now = learn.opt.param_groups,self._count(self.anneal)
         if self._lrs is None: self._lrs,self._annealed_from = [float(g['lr']) for g in groups],now
@@ -96,7 +104,7 @@ class LAWACB(AverageCB):
     ):
         super().__init__(start, every, name=name, **kwargs)
         self.k = k
-        LatestAverage(nn.Linear(1, 1), k)      # says what is wrong with k, if anything
+        LatestAverage(nn.PReLU(), k)      # says what is wrong with k, if anything
 
     def new_average(self, model): return LatestAverage(model, self.k, **self.options)
     def rule(self, learn): return self.average.rule
@@ -112,7 +120,7 @@ class SWAGCB(SWACB):
     ):
         super().__init__(start, every, name=name, **kwargs)
         self.rank = rank
-        SWAG(nn.Linear(1, 1), rank)      # says what is wrong with rank, if anything
+        SWAG(nn.PReLU(), rank)      # says what is wrong with rank, if anything
 
     def new_average(self, model): return SWAG(model, self.rank, **self.options)
 
@@ -129,17 +137,23 @@ class PostHocEMACB(AverageCB):
         super().__init__(start, '1ba', name=name, **kwargs)
         self.sigma_rels,self.keep,self.folder = sigma_rels,Time.parse(every, 'every'),folder
         if not self.keep.value: raise ValueError(f'every must be above 0; got {every!r}')
-        PostHocEMA(nn.Linear(1, 1), sigma_rels)      # says what is wrong with them, if anything
+        PostHocEMA(nn.PReLU(), sigma_rels)      # says what is wrong with them, if anything
 
-    def new_average(self, model): return PostHocEMA(model, self.sigma_rels, folder=self.folder, **self.options)
+    def new_average(self, model): return PostHocEMA(model, self.sigma_rels, None, folder=self.folder, **self.options)
 
-    def rule(self, learn):
-        self.average.every = max(1, round(self.keep.steps(learn.epoch_steps, learn.n_epochs)))
-        return self.average.rule
+    def rule(self, learn): return self.average.rule
 
     def before_fit(self, learn):
         super().before_fit(learn)
         if learn.will_train: self.average.check_new()
+
+    def _begin(self, learn):
+        super()._begin(learn)
+        self._keep_gap,self._kept = self._units(self.keep),0
+
+    def taken(self, learn):
+        before,self._kept = self._kept,self._multiples(self.keep, self._keep_gap)
+        if self._kept > before and self.average.n: self.average.store()
 
     def cleanup_fit(self, learn):
         if learn.error is None and learn.will_train and self.average is not None and self.average.n: self.average.store()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .core import unwrap
+from .core import local, unwrap
 
 # %% ../nbs/09_tensors.ipynb #00000005
 def stat_buffers(
@@ -26,7 +26,11 @@ def stat_buffers(
     return names if whole else ()
 
 # %% ../nbs/09_tensors.ipynb #00000008
-def _matches(name, patterns): return any(fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
+def _listed(patterns): return [patterns] if isinstance(patterns, str) else patterns or []
+
+def _matches(name, patterns): return any(fnmatchcase(name, p) for p in _listed(patterns))
+
+def _some(names): return ', '.join(names[:8]) + ', …'*(len(names) > 8)
 
 def find_tensors(
     module:nn.Module, # a model, compiled or wrapped ones too
@@ -34,7 +38,7 @@ def find_tensors(
     exclude=None, # glob patterns of names to leave out
 ) -> dict: # name → the dict that holds the tensor, and its key there
     "Where the floating-point parameters and BatchNorm statistics of a model are; ValueError if none is left"
-    found = {}
+    found,names = {},[]
     for prefix, m in unwrap(module).named_modules(remove_duplicate=False):
         places = [(m._parameters, k) for k in m._parameters]
         places += [(m._buffers, k) for k in stat_buffers(m)[:2]]
@@ -43,9 +47,12 @@ def find_tensors(
             if t is None or not (t.is_floating_point() or t.is_complex()): continue
             if is_lazy(t):
                 raise ValueError(f'{name} has no shape yet: run a batch through the lazy module first')
+            names.append(name)
             if (include is None or _matches(name, include)) and not (exclude is not None and _matches(name, exclude)):
                 found[name] = holder, k
     if not found: raise ValueError(f'no weights to average are left by include={include!r}, exclude={exclude!r}')
+    for p in (*_listed(include), *_listed(exclude)):
+        if not any(fnmatchcase(name, p) for name in names): raise ValueError(f'the pattern {p!r} matches no weights; there are {_some(names)}')
     return found
 
 # %% ../nbs/09_tensors.ipynb #0000000c
@@ -54,10 +61,6 @@ def reshard(module):
     if (fsdp := sys.modules.get('torch.distributed.fsdp')) is None: return
     for m in module.modules():
         if isinstance(m, fsdp.FSDPModule): m.reshard()
-
-def local(t):
-    "What this process holds of a tensor"
-    return t.to_local() if hasattr(t, 'to_local') else t      # a DTensor, without importing it
 
 def distinct(tensors):
     "The distinct tensors among named ones, and which of them each name means; tied tensors share a storage"
@@ -80,7 +83,7 @@ def check_same(
     wrong = [f'{k} is missing' for k in ours if k not in theirs] + [f'{k} is new' for k in theirs if k not in ours]
     wrong += [f'{k} is {tuple(theirs[k].shape)} instead of {tuple(ours[k].shape)}' for k in ours
               if k in theirs and ours[k].shape != theirs[k].shape]
-    if wrong: raise ValueError(f'{what} does not have the weights that were averaged: ' + ', '.join(wrong[:8]) + ', …'*(len(wrong) > 8))
+    if wrong: raise ValueError(f'{what} does not have the weights that were averaged: ' + _some(wrong))
 
 def like(t, dtype=None, device=None):
     "An empty tensor in the layout of `t`; of dtype None: fp32, or that of `t` if it is wider"
@@ -119,7 +122,8 @@ class Selection:
         self._owners = [local(t) for t in owners]
         self._ptrs = [t.data_ptr() for t in self._owners]
         self.counters = [m._buffers[k] for m in self.module.modules() for k in stat_buffers(m)[2:]]
-        self.sharded = any(hasattr(t, 'to_local') for _, _, t in self._slots)
+        self.meshes = list({t.device_mesh for _, _, t in self._slots if hasattr(t, 'to_local')})       # over which a tensor is spread
+        self.sharded = bool(self.meshes)
         modules = [*self.module.modules()]
         self._children = [m._modules for m in modules if m._modules]      # dicts, compared at the speed of C: modules may be replaced
         self._were = [dict(d) for d in self._children]
@@ -154,7 +158,7 @@ class Selection:
         return [tensors[names[pos]] for pos in self._first()]
 
     def _pack(self):
-        fit,total,dense = [],0,[torch.empty_like(t, device='meta').stride() == t.stride() for t in self.live]
+        fit,total,dense = [],0,[*map(is_dense, self.live)]
         self.dense = all(dense)                                # no tensor has gaps
         for i, t in enumerate(self.live):
             if t.numel() > _SMALL or total + t.numel() > _BUFFER or not (alike(t, self.live[0]) and t.is_floating_point()): continue

@@ -12,7 +12,7 @@ from copy import copy, deepcopy
 
 import torch
 
-from .core import keep_rng, loader_generators, uninterrupted
+from .core import keep_rng, loader_generators, local, uninterrupted
 from .events import STEPS, Callback, CallbackRunner, by_order, run_cbs
 
 # %% ../nbs/02b_weights.ipynb #00000005
@@ -71,9 +71,14 @@ class WeightSets(CallbackRunner):
 
     def _versions(self): return [(id(p), p._version) for p in self.model.parameters()]
 
+    def _mark(self): return self._versions(),_checksums(self.model)
+
     def _adopt_changes(self):
         "Where somebody put other weights in place of the average that the model held, they are the raw weights now"
-        if self._applied in (None, self._versions()): return
+        if self._applied is None or self._applied[0] == self._versions(): return
+        if self._applied[1] == _checksums(self.model):      # written to, and put back
+            self._applied = self._mark()
+            return
         warnings.warn(f'the weights of {self.weights!r}, which the model held, were changed: the weights as they are now '
                       'count as the raw ones, and that average starts anew')
         average,tensors = self.averages[self.weights],_tensors(self.model)
@@ -96,14 +101,14 @@ class WeightSets(CallbackRunner):
         finally:
             self.quick = kept
             self._switch(before)
-            self._applied = applied and self._versions()
+            self._applied = applied and self._mark()
 
     def apply(self,
         weights:str, # the name of an average; `'raw'` as `restore`
     ):
         "The model holds these weights from now on, until `restore` or the next fit; RuntimeError if the average is empty"
         self._switch(weights)
-        if weights != 'raw': self._applied = self._versions()
+        if weights != 'raw': self._applied = self._mark()
 
     def restore(self):
         "The model holds its raw weights again"
@@ -169,6 +174,12 @@ class WeightSets(CallbackRunner):
 
 # %% ../nbs/02b_weights.ipynb #00000007
 def _tensors(model): return [*model.parameters(), *model.buffers()]
+
+def _checksums(model):
+    "A sum over the bits of each parameter"
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+    sums = [local(p).detach().contiguous().view(bits[p.element_size()]).sum(dtype=torch.int64).cpu() for p in model.parameters()]
+    return [int(s) for s in sums]
 
 def _put(tensors, values):
     with torch.no_grad():

@@ -1,4 +1,5 @@
 "Every public name, for notebooks: `from fastswa.all import *`. Written by hand"
+from fastswa.augment import *
 from fastswa.averaging import *
 from fastswa.batchnorm import *
 from fastswa.blend import *
@@ -11,15 +12,20 @@ from fastswa.ensembles import *
 from fastswa.events import *
 from fastswa.files import *
 from fastswa.finder import *
+from fastswa.hooks import *
 from fastswa.init import *
 from fastswa.interchange import *
 from fastswa.layers import *
 from fastswa.learner import *
 from fastswa.looks import *
+from fastswa.lsuv import *
 from fastswa.meter import *
+from fastswa.mixing import *
+from fastswa.norms import *
 from fastswa.plot import *
 from fastswa.posthoc import *
 from fastswa.progress import *
+from fastswa.readings import *
 from fastswa.rules import *
 from fastswa.sched import *
 from fastswa.snapshots import *
@@ -27,5 +33,7 @@ from fastswa.sources import *
 from fastswa.swa import *
 from fastswa.swag import *
 from fastswa.tensors import *
+from fastswa.transforms import *
 from fastswa.views import *
+from fastswa.watch import *
 from fastswa.weights import *

@@ -64,7 +64,7 @@ class latest:
 
 # %% ../nbs/12_ensembles.ipynb #00000009
 class LatestAverage(Keeping):
-    "The mean of the `k` newest snapshots (LAWA), arXiv 2209.14981; keeps `k + 1` copies of the weights"
+    "The mean of the `k` newest snapshots (LAWA), arXiv 2209.14981; keeps `k + 1` copies of the weights; `update` waits for a GPU"
     _key = 'snapshots'
     def __init__(self,
         module:nn.Module, # the model whose weights are averaged

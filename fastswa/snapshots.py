@@ -28,7 +28,7 @@ class AverageCB(Callback):
         include=None, # glob patterns of the weights to average; None: all
         exclude=None, # glob patterns of the weights to leave out
         dtype=None, # of the average; None: fp32, or that of the weights if it is wider
-        device=None, # of the average, such as `'cpu'` where the GPU is full; None: that of the weights
+        device=None, # of the average, such as `'cpu'`, see `Average`; None: that of the weights
         check_finite:bool=True, # skip snapshots that hold NaN or infinity?
     ):
         self.start,self.every = Time.parse(start, 'start'),Time.parse(every, 'every')

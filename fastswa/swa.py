@@ -25,7 +25,7 @@ _all_ = ['AverageCB', 'BNUpdateCB']
 
 # %% ../nbs/14_swa.ipynb #00000006
 class EMACB(AverageCB):
-    "Exponential moving average of the weights; `decay` and `half_life` are per optimizer step, whatever `every` is"
+    "Exponential moving average of the weights; `decay` is per optimizer step and `half_life` a time, whatever `every` is"
     per_step = True
     def __init__(self,
         decay:float|None=None, # what is left of the average after a step, from 0 to 1

@@ -43,7 +43,7 @@ def probabilities(module, batches, forward, activation):
 
 # %% ../nbs/12b_swag.ipynb #00000007
 class SWAG(Keeping):
-    "A Gaussian around the SWA solution, arXiv 1902.02476; keeps `rank + 2` copies of the weights"
+    "A Gaussian around the SWA solution, arXiv 1902.02476; keeps `rank + 2` copies of the weights; `update` waits for a GPU"
     _key = 'moments'
     def __init__(self,
         module:nn.Module, # the model whose weights are averaged

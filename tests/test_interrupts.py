@@ -12,7 +12,8 @@ from torch import nn, optim
 from fastswa.learner import TrainLearner
 from fastswa.swa import BNUpdateCB, EMACB
 
-FILES = tuple(f'fastswa/{m}.py' for m in 'averaging weights swa batchnorm learner events core'.split()) + ('/contextlib.py',)
+FILES = tuple(f'fastswa/{m}.py' for m in 'averaging blend tensors weights snapshots bnupdate swa batchnorm learner events core'.split()) + (
+    '/contextlib.py',)
 
 
 def data(n_train=4):

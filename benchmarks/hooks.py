@@ -2,13 +2,14 @@
 
     python benchmarks/hooks.py [--rounds 9] [--bs 1024] [--toy]
 
-The variants alternate in one process; each figure is the median over the rounds, and the ratio is that of the medians; beside it the smallest and
-the largest ratio of a single round. `acts` are the four activations, `layers` the convolutions, norms and activations, `all` every module with its
-containers, which is what an `ActivationStats()` without a filter watches. An epoch ends when what was read is on the CPU and in a report. The
-target is 10 % of the epoch at the default interval.
+The variants alternate in one process; each figure is the median over the rounds, the ratio is that of the medians, with the smallest and the
+largest of a single round. `acts` are the four activations, `layers` the convolutions, norms and activations, `all` every module, containers
+too, which is what `ActivationStats()` watches. An epoch ends when what was read is on the CPU and in a report. The target is 10 % of the
+epoch at the default interval.
 """
 import argparse, statistics, time
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,8 @@ class Run:
         set_seed(0)
         model = get_model(act_gr, norm=nn.BatchNorm2d).apply(partial(init_weights, leaky=0.1))
         self.stats = stats
-        self.learn = TrainLearner(model, dls, F.cross_entropy, 0.1, [DeviceCB(), *([stats] if stats else [])], partial(optim.SGD, momentum=0.85))
+        cbs = [DeviceCB(), stats] if stats else DeviceCB()
+        self.learn = TrainLearner(model, dls, F.cross_entropy, 0.1, cbs, partial(optim.SGD, momentum=0.85))
 
     def epoch(self):
         self.learn.fit(1, valid=False)
@@ -58,11 +60,11 @@ def main():
     args = parser.parse_args()
     device = default_device()
     dls = DataLoaders.in_memory(toy_images(20_000, 1000) if args.toy else fashion_mnist(), args.bs, device=device)
-    runs = {'without': Run(dls), f'acts, every={default} (default)': Run(dls, watch(acts)),
-            f'acts, every={default}, grads': Run(dls, watch(acts, grads=True)), f'layers, every={default}': Run(dls, watch(layers)),
-            f'layers, every={default}, grads': Run(dls, watch(layers, grads=True)), f'all, every={default}': Run(dls, ActivationStats()),
-            f'all, every={default}, grads': Run(dls, ActivationStats(grads=True)), 'acts, every=1': Run(dls, watch(acts, every=1)),
-            'layers, every=1, grads': Run(dls, watch(layers, every=1, grads=True))}
+    kinds = dict(acts=acts, layers=layers, all=nn.Module)
+    runs = {'without': Run(dls)}
+    for (kind, classes), every, grads in product(kinds.items(), (default, 1), (False, True)):
+        if every == default or kind == 'acts':
+            runs[f'{kind}, every={every}' + ', grads'*grads] = Run(dls, watch(classes, every=every, grads=grads))
     times = {name: [] for name in runs}
     for r in range(args.rounds + 1):
         names = list(runs)
@@ -70,7 +72,8 @@ def main():
             t = timed(runs[name].epoch)
             if r: times[name].append(t)             # the first round warms up
     where = torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} CPU threads'
-    print(f'{"toy images" if args.toy else "Fashion-MNIST"}, batch {args.bs}, {where}, torch {torch.__version__}, {args.rounds} rounds\n')
+    data = 'toy images' if args.toy else 'Fashion-MNIST'
+    print(f'{data}, batch {args.bs}, {where}, torch {torch.__version__}, {args.rounds} rounds, the default is every={default}\n')
     print('| | modules | s per epoch | ÷ without (min … max) |\n| --- | --: | --: | --: |')
     base = times['without']
     for name, ts in times.items():

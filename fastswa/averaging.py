@@ -7,7 +7,7 @@ __all__ = ['Average', 'update_all', 'equal', 'ema', 'power']
 
 # %% ../nbs/10_averaging.ipynb #00000002
 import math, warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from numbers import Integral, Real
 from weakref import WeakKeyDictionary
@@ -110,7 +110,7 @@ class Average:
 
     def _ready(self, steps=1):
         if not 0 < steps < math.inf: raise ValueError(f'steps must be a number above 0; got {steps!r}')
-        if _HELD and self.source in _HELD:
+        if _HELD.data and self.source in _HELD:      # `data` is empty as a rule, which is told faster
             raise RuntimeError('an average is applied, the module holds it and not its own weights: update outside of applied()')
         if self._sent is not None: self._settle()
         if self._chosen.sharded or not self._chosen.current(added=False): self.verify()
@@ -135,8 +135,9 @@ class Average:
         if bad is True:
             for a in averages: a._skip(warn=a is averages[0])
             return
-        with nullcontext() if len(averages) == 1 and self._whole else uninterrupted():      # Ctrl-C must not leave half of it moved
-            self._shift(averages, ends, bad, weights, held)
+        if len(averages) == 1 and self._whole: self._shift(averages, ends, bad, weights, held)
+        else:
+            with uninterrupted(): self._shift(averages, ends, bad, weights, held)      # Ctrl-C must not leave half of it moved
 
     def _shift(self, averages, ends, bad, weights, held):
         moving = averages if None not in weights else [a for a, w in zip(averages, weights) if w is not None]

@@ -47,7 +47,7 @@ class ActivationStats(HooksCallback):
     def __init__(self,
         mod_filter=noop, # called with each module of the model: is it watched?
         every:int=10, # read each how many-th training batch?
-        grads:bool=False, # read the gradients of the outputs too? They are those of `backward`, times a loss scale if there is one
+        grads:bool=False, # read the gradients of the outputs too, as `backward` makes them, with a loss scale if there is one?
         dead:float=1e-6, # an output that is no larger counts as zero
         axis:int=1, # the axis of the units: 1 for (N, C, H, W), -1 for (N, T, C)
     ):
@@ -100,7 +100,8 @@ class ActivationStats(HooksCallback):
         if s is None: return 'no gradient came back' if grads else 'its output has no real numbers to read'
         bad = [b for b, mean in zip(s.batches, s.means) if not mean.isfinite()]
         notes = ['called several times in a batch, read the first time']*(h.calls > h.stats.n)
-        return '; '.join(notes + [f'not finite from batch {b} on' if len(bad) > 1 else f'not finite in batch {b}' for b in bad[:1]])
+        if bad: notes.append(f'not finite from batch {bad[0]} on' if len(bad) > 1 else f'not finite in batch {bad[0]}')
+        return '; '.join(notes)
 
     def _series(self, grads):
         "Each hook that has readings, with them"

@@ -19,8 +19,9 @@ LOWEST = {False: 0., True: -10.}         # log → where they begin
 
 @contextmanager
 def _in_any_order(t):
-    "Inside, torch may add up in any order, which is the same for counts; asked for deterministic algorithms, it would refuse to on a GPU"
-    strict,warn = t.is_cuda and torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    "Counts come out the same in any order; asked for deterministic algorithms, torch would refuse to count on a GPU"
+    strict = t.is_cuda and torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
     if strict: torch.use_deterministic_algorithms(False)
     try: yield
     finally:
@@ -46,7 +47,8 @@ def readable(outp):
 def readings_of(h, grads=False):
     "What a hook has read; ValueError if that is nothing"
     res = getattr(h, 'grads' if grads else 'stats', None)
-    if res is None: raise ValueError(f'no {"gradients" if grads else "outputs"} were read by this hook: {getattr(h, "name", h)}')
+    what = 'gradients' if grads else 'outputs'
+    if res is None: raise ValueError(f'no {what} were read by this hook: {getattr(h, "name", h)}')
     return res
 
 # %% ../nbs/20b_readings.ipynb #00000006
@@ -57,7 +59,7 @@ def reading(
     dead:float=1e-6, # what is no larger counts as zero
     log:bool=False, # histogram of the logarithms of the sizes?
 ) -> torch.Tensor: # (4 + bins,), on the device of `x`
-    "Mean, standard deviation, share of elements that are zero, share of dead units, then the histogram, scaled up to all elements"
+    "Mean, standard deviation, share of zeros, share of dead units, then the histogram, scaled up to all elements"
     if not x.is_floating_point(): x = x.float()
     units = axis % x.ndim if x.ndim > 1 else None
     top = x.abs() if units == 0 else torch.maximum(x.amax(0, True), -x.amin(0, True))       # all at once is slow on a CPU
@@ -72,7 +74,7 @@ def reading(
 
 # %% ../nbs/20b_readings.ipynb #0000000b
 class Readings:
-    "The readings of a tensor over the batches, on its device until they are looked at. As a sequence: means, stds, hists, each a list"
+    "The readings of a tensor over the batches, on its device until looked at. As a sequence: lists of means, stds, hists"
     def __init__(self): self.n,self._new,self._old = 0,[],((), torch.empty(0, 0))
 
     def add(self,
@@ -124,7 +126,7 @@ def get_hist(
     h, # a `Hook` with statistics
     grads:bool=False, # of the gradients?
 ) -> torch.Tensor: # (bins, readings)
-    "Logarithms of one plus the counts, for `show_image(get_hist(h), origin='lower')`; the last row is what is beyond the bins"
+    "`log1p` of the counts, for `show_image(get_hist(h), origin='lower')`; the last row is what is beyond the bins"
     return readings_of(h, grads).hists.T.log1p()
 
 def get_min(

@@ -73,8 +73,8 @@ class Hooks(list):
 def _compiled(m): return '_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None) is not None
 
 class HooksCallback(Callback):
-    """A hook on each module while a fit lasts; iterate over the callback for the hooks. What `torch.compile` made sees no hooks:
-    a compiled model runs without compilation in the batches that they are for"""
+    """A hook on each module while a fit lasts; iterate over the callback for the hooks.
+    What `torch.compile` made sees no hooks: in the batches that they are for, a compiled model runs without compilation"""
     def __init__(self,
         hookfunc, # called as that of a `Hook`
         mod_filter=noop, # called with each module of the model: is it watched?

@@ -208,8 +208,8 @@ def test_single_hooks_go_when_nobody_holds_them():
     kept = list(hooks)
     del hooks[1:3]
     assert n_hooks(model) == 2 and len(hooks) == 2 and len(kept) == 4
-    with pytest.raises(TypeError, match="needs a module; got 'x'"): Hooks([model, 'x'], append_stats)
-    assert n_hooks(model) == 2
+    with pytest.raises(TypeError, match="needs a module; got 'x'") as e: Hooks([model, 'x'], append_stats)
+    assert n_hooks(model) == 2 and e.tb is not None         # though the traceback holds the list
 
 
 def test_what_a_hook_returns_replaces_the_output():
@@ -363,6 +363,21 @@ def test_gradients_are_those_of_autograd(inplace):
         np.testing.assert_allclose([h.stats.means[0], h.stats.stds[0]], [o.mean(), o.std()], rtol=1e-5, atol=1e-6*o.std())
         np.testing.assert_allclose([h.grads.means[0], h.grads.stds[0]], [g.mean(), g.std()], rtol=1e-5, atol=1e-6*g.std())
         assert h.grads.zeros[0] == pytest.approx((g == 0).mean()) and h.grads.dead[0] == pytest.approx((g == 0).all(0).mean())
+        np.testing.assert_array_equal(h.grads.hists[0], np.histogram(np.abs(g), [0, *10**np.arange(-10, 0.25, 0.25), np.inf])[0])
+
+
+def test_the_axis_of_the_units():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.act, self.head = nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)
+        def forward(self, x): return self.head(self.act(self.lin(x[:, 0]))).mean(1)     # a sequence: (N, 6, 5)
+    for axis, dead in ((-1, 2/5), (1, 0)):
+        model = Net()
+        with torch.no_grad(): model.lin.bias.copy_(torch.tensor([-99., -99., 9, 9, 9]))
+        stats = ActivationStats(is_act, every=1, grads=True, axis=axis)
+        learner(stats, model=model, lr=0.).fit(1)
+        assert (next(iter(stats)).stats.dead == torch.tensor(dead)).all()
 
 
 def test_gradients_of_frozen_layers():
@@ -508,9 +523,10 @@ def test_autocast():
 
 # --- memory, compilation
 
-def test_no_activation_is_kept():
+@pytest.mark.parametrize('grads', [False, True])
+def test_no_activation_is_kept(grads):
     outs = []
-    stats = ActivationStats(every=1, grads=True)
+    stats = ActivationStats(every=1, grads=grads)
     keep = HooksCallback(lambda h, m, i, o: outs.append(weakref.ref(o)))
     learn = learner(stats, keep)
     learn.fit(2, valid=False)
@@ -518,7 +534,7 @@ def test_no_activation_is_kept():
     gc.collect()
     assert len(outs) > 50 and not any(o() is not None for o in outs)
     for h in stats:
-        for r in (h.stats, h.grads): assert all(row.numel() <= 46 and row.untyped_storage().nbytes() <= 4*46 for _, row in r._new)
+        for r in (h.stats, h.grads) if grads else (h.stats,): assert all(row.numel() <= 46 and row.untyped_storage().nbytes() <= 4*46 for _, row in r._new)
 
 
 def test_many_readings_move_to_the_cpu():
@@ -528,7 +544,7 @@ def test_many_readings_move_to_the_cpu():
     assert torch.equal(rec.means, torch.arange(2500.))
 
 
-@pytest.mark.parametrize('style', ['wrapper', 'in place', 'a part'])
+@pytest.mark.parametrize('style', ['wrapper', 'in place', 'a part', 'a part, in place'])
 def test_compiled_models(style):
     "Compiled code does not see hooks that came later, so those batches run without; the others do not compile anew"
     torch._dynamo.reset()
@@ -546,7 +562,10 @@ def test_compiled_models(style):
     model = Net()
     if style == 'wrapper': model = torch.compile(model, backend=backend)
     elif style == 'in place': model.compile(backend=backend)
-    else: model = nn.Sequential(model, nn.Identity()); model[0].compile(backend=backend)  # noqa: E702
+    elif style == 'a part': model = nn.Sequential(torch.compile(model, backend=backend), nn.Identity())
+    else:
+        model = nn.Sequential(model, nn.Identity())
+        model[0].compile(backend=backend)
     learn = learner(model=model)
     learn.fit(1, valid=False)
     n_built, n_runs = len(built), len(runs)

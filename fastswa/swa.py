@@ -45,7 +45,7 @@ class EMACB(AverageCB):
 
     def rule(self, learn):
         if self.decay is not None: return ema(self.decay, warmup=self.warmup)
-        return ema(half_life=float(self._units(self.half_life)), warmup=self.warmup)
+        return ema(half_life=float(self._units(self.half_life)) or 1., warmup=self.warmup)      # 0 in a fit of no epochs
 
 class SWACB(AverageCB):
     "Stochastic weight averaging: the mean of snapshots from the last part of the fit, arXiv 1803.05407"

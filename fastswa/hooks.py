@@ -46,7 +46,7 @@ class ActivationStats(HooksCallback):
     "Statistics of what modules put out in training, and of the gradients that come back to them"
     def __init__(self,
         mod_filter=noop, # called with each module of the model: is it watched?
-        every:int=10, # read each how many-th training batch?
+        every:int=16, # read each how many-th training batch?
         grads:bool=False, # read the gradients of the outputs too, as `backward` makes them, with a loss scale if there is one?
         dead:float=1e-6, # an output that is no larger counts as zero
         axis:int=1, # the axis of the units: 1 for (N, C, H, W), -1 for (N, T, C)

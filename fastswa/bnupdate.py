@@ -16,7 +16,7 @@ from .events import Callback
 # %% ../nbs/13a_bnupdate.ipynb #00000005
 class BNUpdateCB(Callback):
     "BatchNorm statistics for every averaged set of weights, from training batches as the model gets them"
-    order = 45
+    order,watches = 45,True
     def __init__(self,
         n_batches:int|None=None, # batches for weights that are applied, saved or validated by hand; None: all
         valid_batches:int|None=20, # batches for the rows during a fit; None: all
@@ -24,10 +24,21 @@ class BNUpdateCB(Callback):
         for k, v in dict(n_batches=n_batches, valid_batches=valid_batches).items():
             if v is not None and not (isinstance(v, Integral) and v > 0):
                 raise ValueError(f'{k} must be a whole number, 1 or more, or None; got {v!r}')
-        self.n_batches,self.valid_batches,self._known,self._own,self._cbs = n_batches,valid_batches,{},None,None
+        self.n_batches,self.valid_batches,self._known,self._own,self._cbs,self._learn = n_batches,valid_batches,{},None,None,None
 
     def before_fit(self, learn):
         if learn.will_train: self._cbs = [*learn.cbs]      # those that prepare a batch may be of this fit only
+        self._learn = learn
+
+    def state_dict(self):
+        "The statistics of averages that have not changed since: another look at them finds the same"
+        return {name: dict(n=n, n_batches=k, stats=stats) for name, ((_, n, k), _, stats) in self._known.items()}
+
+    def load_state_dict(self, state):
+        "Take them up; while a fit lasts"
+        if self._learn is None or not self._learn.in_fit: return
+        averages,dl = self._learn.averages,self._learn.dls.train
+        self._known = {k: ((averages[k].origin, s['n'], s['n_batches']), dl, s['stats']) for k, s in state.items() if k in averages}
 
     def before_weights(self, learn):
         average,n = learn.averages[learn.weights],self.valid_batches if learn.quick else self.n_batches

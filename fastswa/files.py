@@ -7,7 +7,7 @@ __all__ = ['written']
 
 # %% ../nbs/00a_files.ipynb #00000002
 import os, tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # %% ../nbs/00a_files.ipynb #00000005
@@ -15,15 +15,24 @@ from pathlib import Path
 def written(
     path, # the file to be
 ):
-    "A temporary path to write to, which becomes `path` at the end of the block, or is removed if the block fails"
+    "A temporary path to write to, which becomes `path` at the end of the block, once it is on the disk, or is removed if the block fails"
     path = Path(path)
     fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
     os.close(fd)
     try:
         yield Path(tmp)
         os.chmod(tmp, 0o666 & ~_umask())
+        _flush(tmp)
         os.replace(tmp, path)
+        with suppress(OSError): _flush(path.parent)      # not every network folder can
     finally: Path(tmp).unlink(missing_ok=True)
+
+def _flush(path):
+    "Have the system write what it still holds of a file, or the names in a folder"
+    if os.name == 'nt': return                   # Windows flushes neither by a handle that only reads
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
 
 def _umask():
     mask = os.umask(0)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from .core import batch_size, keep_modes, later, map_tensors
+from .core import batch_size, get_rng_state, keep_modes, later, loader_generators, map_tensors
 from .events import CANCELS, STEPS, Callback, CancelStepException, as_list, check_cbs, with_cbs
 from .meter import LossMeter
 from .weights import WeightSets
@@ -51,7 +51,7 @@ class Learner(WeightSets):
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
         super().__init__()
         self.cbs,self.history,self.epochs,self.training,self.will_train = as_list(cbs),[],range(0),False,False
-        self.in_fit = False
+        self.in_fit,self.completed,self.rng,self._resume = False,0,None,None
         self.opt = self.dl = self.batch = self.preds = self.loss = self.epoch_steps = self.epoch_batches = None
         self.opt_steps = self.n_epochs = self.epoch = self.iter = 0
         self._opt_params,self._grads,self._frozen = [],{},[]
@@ -63,6 +63,7 @@ class Learner(WeightSets):
         cbs=None, # further callbacks, for this fit only
         lr:float|None=None, # learning rate of this fit; `learn.lr` if None
         reset_opt:bool=False, # start with a new optimizer?
+        resume=None, # a checkpoint, or a folder of them: go on from there, up to `n_epochs` in all
     ):
         "Train and validate; raises FloatingPointError when the training loss is not finite"
         if not isinstance(n_epochs, Integral) or n_epochs < 0:
@@ -71,6 +72,8 @@ class Learner(WeightSets):
         own = [s for s in STEPS if getattr(type(self), s) is not getattr(Learner, s)]
         check_cbs([*self.cbs, *extra], own, train)
         _check_dls(self.dls, train, valid)
+        if resume is not None and (reset_opt or not train):
+            raise ValueError('resume= goes on with a training run and its optimizer: it needs train=True and reset_opt=False')
         with ExitStack() as stack:
             stack.push(lambda *exc: self._switch('raw' if train and exc[0] else self.weights))
             stack.callback(self._drop, extra)
@@ -82,24 +85,30 @@ class Learner(WeightSets):
                 stack.enter_context(self._gradients())
                 self._start_averages()
             stack.enter_context(keep_modes(self.model))
-            self.n_epochs,self.epochs,self.will_train = n_epochs,range(n_epochs),train
+            self.n_epochs,self.will_train = n_epochs,train
             self.epoch_steps = self.epoch_batches = _length(self.dls.train) if train else None
             stack.callback(setattr, self, 'in_fit', self.in_fit)
             self.in_fit = True
+            stack.callback(setattr, self, '_resume', None)
+            if resume is not None: self._resume = self._resumed(resume)
+            self.completed = self._resume.epoch if self._resume else 0
+            self.epochs = range(self.completed, n_epochs)
             self._fit(train, valid)
 
     @with_cbs('fit')
     def _fit(self, train, valid):
         self._frozen = [m for m in self.model.modules() if self.model.training and not m.training]
+        if self._resume and not self.epochs: self._resume.go_on()
         for self.epoch in self.epochs:
             if train: self.one_epoch(True)
             if valid and self.dls.valid is not None: self._validate(valid, quick=train)
+            self.completed = self.epoch + 1
 
     def one_epoch(self,
         training:bool, # a training epoch, or one of validation?
     ):
         "One pass over `dls.train` or `dls.valid`, and its row in `learn.history`"
-        self.training,self.dl = training,self.dls.train if training else self.dls.valid
+        self.training,self.dl,self.iter = training,self.dls.train if training else self.dls.valid,-1
         self.set_mode(training)
         with torch.set_grad_enabled(training): self._one_epoch()
 
@@ -112,8 +121,8 @@ class Learner(WeightSets):
 
     @with_cbs('epoch')
     def _one_epoch(self):
-        self._meter,self.iter = LossMeter(),-1
-        for self.iter,self.batch in enumerate(self.dl):
+        self._meter = LossMeter()
+        for self.iter,self.batch in self._batches():
             try: self.one_batch()
             except Exception as e:
                 if not isinstance(e, CANCELS): _say_where(e, self)
@@ -123,6 +132,12 @@ class Learner(WeightSets):
         if self.training: self._check_loss(wait=True)
         self.history.append(dict(loss=self._meter.mean(), epoch=self.epoch, train='train' if self.training else 'eval',
                                  weights=self.weights))
+
+    def _batches(self):
+        if not self.training: return enumerate(self.dl)
+        if self._resume: return self._resume.go_on()
+        self.rng = get_rng_state(loader_generators(self.dl))      # the order of this epoch follows from it
+        return enumerate(self.dl)
 
     @with_cbs('batch')
     def one_batch(self):
@@ -137,6 +152,10 @@ class Learner(WeightSets):
 
     def _one_step(self):
         self.backward()
+        self.take_step()
+
+    def take_step(self):
+        "What follows the gradients, from `after_backward` to `zero_grad`"
         self.callback('after_backward')
         done = self.opt_steps
         self.step()
@@ -201,6 +220,10 @@ class Learner(WeightSets):
     summary = later('looks', 'summary')
     show_image_batch = later('looks', 'show_image_batch')
     lr_find = later('sched', 'lr_find')
+    save = later('checkpoint', 'save')
+    load = later('checkpoint', 'load')
+    export = later('checkpoint', 'export')
+    _resumed = later('checkpoint', 'resumed')
 
 # %% ../nbs/03_learner.ipynb #00000008
 class TrainCB(Callback):

@@ -42,3 +42,14 @@ class LossMeter:
         if not torch.is_tensor(self.losses[-1]): return None if math.isfinite(self.losses[-1]) else len(self.sizes) - 1
         bad = (~self._all().isfinite()).nonzero() if wait else ()
         return int(bad[0]) if len(bad) else None
+
+    def state_dict(self): return dict(losses=self._all() if self.losses else None, sizes=torch.tensor(self.sizes, dtype=torch.long))
+
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+        device='cpu', # of the losses to come
+    ):
+        "Go on with an epoch"
+        losses,self.sizes = state['losses'],state['sizes'].tolist()
+        if torch.device(device).type != 'cpu': self.losses = [] if losses is None else [losses.to(device)]
+        else: self.losses = [] if losses is None else losses.tolist()

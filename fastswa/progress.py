@@ -17,7 +17,7 @@ from .views import Table, View, find_view, format_time, format_value
 # %% ../nbs/05_progress.ipynb #00000005
 class ProgressCB(Callback):
     "Show training, in the way that suits where it runs"
-    order = 60
+    order,watches = 60,True
     shows_rows = True # so that `MetricsCB` does not print them
 
     def __init__(self,
@@ -55,6 +55,12 @@ class ProgressCB(Callback):
         self._read()
         self.view.stop()
         if learn.history and learn.history[-1] is not self._last: self._add(learn.history[-1])
+
+    def state_dict(self): return dict(losses=torch.tensor(self.losses, dtype=torch.double), valid=self.valid)
+
+    def load_state_dict(self, state):
+        "Go on with the curves of a fit"
+        self.losses,self.valid = state['losses'].tolist(),{k: list(v) for k, v in state['valid'].items()}
 
     def after_fit(self, learn): self._finished = True
 

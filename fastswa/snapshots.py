@@ -101,16 +101,21 @@ class AverageCB(Callback):
         "If the model holds this average, it holds its raw weights again"
         if self.learn is not None and self.learn.weights == self.name: self.learn.restore()
 
+    places = '_last', '_passed', '_steps_before' # where in a fit it stands
+
     def state_dict(self):
         if self._loaded is not None: return self._loaded
-        return self.average.state_dict() if self.average is not None else {}
+        if self.average is None: return {}
+        return dict(self.average.state_dict(), place=[getattr(self, k, 0) for k in self.places])
 
     def load_state_dict(self, state):
-        "Take up a saved average: at once while a fit lasts, else when the next one starts"
+        "Take up a saved average: when the next fit starts, or at once while a fit lasts, which then goes on as the saved one would have"
         self._loaded = state
-        if self.average is not None and self.learn.averages.get(self.name) is self.average and self.learn.in_fit: self._load()
+        if self.average is not None and self.learn.averages.get(self.name) is self.average and self.learn.in_fit: self._load(going_on=True)
 
-    def _load(self):
+    def _load(self, going_on=False):
         if self._loaded: self.average.load_state_dict(self._loaded)
         else: self.average.reset()
+        if going_on:
+            for k, v in zip(self.places, self._loaded.get('place', ())): setattr(self, k, v)
         self._loaded = None

@@ -49,6 +49,7 @@ class EMACB(AverageCB):
 
 class SWACB(AverageCB):
     "Stochastic weight averaging: the mean of snapshots from the last part of the fit, arXiv 1803.05407"
+    places = *AverageCB.places, '_lrs', '_annealed_from'
     def __init__(self,
         start:str='0.75dur', # from when on
         every:str='0.01dur', # how often
@@ -71,7 +72,7 @@ class SWACB(AverageCB):
 
     def _begin(self, learn):
         super()._begin(learn)
-        self._options,self._lrs = group_options(learn.opt),None
+        self._options,self._lrs,self._annealed_from = group_options(learn.opt),None,0
         if self.swa_lr is not None: self._anneal = self._units(self.anneal)
 
     def after_step(self, learn):
@@ -127,6 +128,7 @@ class SWAGCB(SWACB):
 # %% ../nbs/14_swa.ipynb #0000000e
 class PostHocEMACB(AverageCB):
     "Keeps what is needed to choose the length of the average after training: arXiv 2312.02696; see `PostHocEMA`"
+    places = *AverageCB.places, '_kept'
     def __init__(self,
         sigma_rels=(0.05, 0.1), # widths of the averages that are followed; the row shows the first
         every:str='0.05dur', # how often they are stored
@@ -162,6 +164,7 @@ class PostHocEMACB(AverageCB):
 # %% ../nbs/14_swa.ipynb #00000011
 class SwitchEMACB(EMACB):
     "An `EMACB` from whose average training goes on after each epoch (Switch EMA), arXiv 2402.09240, alg. 1"
+    places = *AverageCB.places, '_switched'
     def __init__(self,
         decay:float|None=None, # what is left of the average after a step, from 0 to 1
         half_life:str|None=None, # or: the time after which a snapshot counts half; `'0.05dur'` if neither is given

@@ -124,8 +124,10 @@ class WeightSets(CallbackRunner):
         try:
             self.training,self.dl = training,dl
             for self.batch in dl:
-                run_cbs(cbs, 'before_batch', self)
-                yield self.batch
+                try:
+                    run_cbs(cbs, 'before_batch', self)
+                    yield self.batch
+                finally: run_cbs(cbs, 'cleanup_batch', self)
         finally: self.batch,self.training,self.dl = kept
 
     @contextmanager

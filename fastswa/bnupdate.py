@@ -24,25 +24,21 @@ class BNUpdateCB(Callback):
         for k, v in dict(n_batches=n_batches, valid_batches=valid_batches).items():
             if v is not None and not (isinstance(v, Integral) and v > 0):
                 raise ValueError(f'{k} must be a whole number, 1 or more, or None; got {v!r}')
-        self.n_batches,self.valid_batches,self._known,self._own,self._cbs,self._learn = n_batches,valid_batches,{},None,None,None
+        self.n_batches,self.valid_batches,self._known,self._loaded,self._own,self._cbs = n_batches,valid_batches,{},{},None,None
 
     def before_fit(self, learn):
-        if learn.will_train: self._cbs = [*learn.cbs]      # those that prepare a batch may be of this fit only
-        self._learn = learn
+        if learn.will_train: self._cbs,self._loaded = [*learn.cbs],{}      # those that prepare a batch may be of this fit only
 
     def state_dict(self):
         "The statistics of averages that have not changed since: another look at them finds the same"
-        return {name: dict(n=n, n_batches=k, stats=stats) for name, ((_, n, k), _, stats) in self._known.items()}
+        return self._loaded | {name: dict(n=n, n_batches=k, stats=stats) for name, ((_, n, k), _, stats) in self._known.items()}
 
-    def load_state_dict(self, state):
-        "Take them up; while a fit lasts"
-        if self._learn is None or not self._learn.in_fit: return
-        averages,dl = self._learn.averages,self._learn.dls.train
-        self._known = {k: ((averages[k].origin, s['n'], s['n_batches']), dl, s['stats']) for k, s in state.items() if k in averages}
+    def load_state_dict(self, state): self._known,self._loaded = {},dict(state)
 
     def before_weights(self, learn):
         average,n = learn.averages[learn.weights],self.valid_batches if learn.quick else self.n_batches
         self._own,stamp,dl = bn_state(learn.model),(average.origin, average.n, n),learn.dls.train
+        if s := self._loaded.pop(learn.weights, None): self._known[learn.weights] = (average.origin, s['n'], s['n_batches']),dl,s['stats']
         known = self._known.get(learn.weights)
         if known is None or known[0] != stamp or known[1] is not dl:
             self._compute(learn, n)

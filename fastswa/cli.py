@@ -6,13 +6,13 @@
 __all__ = ['train', 'main']
 
 # %% ../nbs/40_cli.ipynb #00000002
-import csv, json, sys, tempfile, warnings
+import csv, json, sys, warnings
 from functools import partial
 from pathlib import Path
 
 from fastcore.script import anno_parser
 
-from .files import written
+from .files import check_folder, written
 
 # %% ../nbs/40_cli.ipynb #00000005
 def _one_of(name, value, allowed):
@@ -33,12 +33,8 @@ def _device(name):
 
 def _out(path):
     "The output folder, made and found writable"
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path): pass
-    except OSError as e: raise ValueError(f'--out must be a folder that can be written to; {path}: {e.strerror}') from e
-    return path
+    try: return check_folder(path)
+    except OSError as e: raise ValueError(f'--out: {e.strerror}') from e
 
 # %% ../nbs/40_cli.ipynb #00000007
 def _loaders(data, bs, device):

@@ -126,7 +126,7 @@ def loader_generators(
 ) -> list: # its own `torch.Generator`s, each once
     "The generators a loader draws from, beside torch's global one"
     batch_sampler = getattr(dl, 'batch_sampler', None)
-    places = dl, getattr(dl, 'sampler', None), batch_sampler, getattr(batch_sampler, 'sampler', None)
+    places = dl, getattr(dl, 'sampler', None), batch_sampler, getattr(batch_sampler, 'sampler', None), getattr(dl, 'tfm', None)
     found = {id(g): g for g in (getattr(o, 'generator', None) for o in places) if isinstance(g, torch.Generator)}
     return list(found.values())
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['copy_params', 'avg_params', 'to_averaged_model', 'from_averaged_model', 'load_timm_ema', 'load_torch_ema',
-           'load_ema_pytorch', 'save_safetensors']
+           'load_ema_pytorch', 'write_tensors', 'save_safetensors']
 
 # %% ../nbs/13_interchange.ipynb #00000002
 import warnings
@@ -207,6 +207,16 @@ def load_ema_pytorch(
     _load(average, n, _plain(theirs, average), 'the average of ema-pytorch')
 
 # %% ../nbs/13_interchange.ipynb #00000029
+def write_tensors(
+    state:dict, # name → tensor; other things, which a module may add, are left out
+    path, # the file; it is replaced as a whole or not at all
+    metadata:dict, # text → text
+):
+    "Write a safetensors file: copies on the CPU, contiguous, each with memory of its own"
+    tensors = {k.replace('_orig_mod.', ''): v.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
+               for k, v in state.items() if torch.is_tensor(v)}
+    with written(path) as tmp: save_file(tensors, tmp, dict(metadata, format='pt'))
+
 def save_safetensors(
     average, # an `Average` with at least one snapshot
     path, # the file; it is replaced as a whole or not at all
@@ -216,6 +226,4 @@ def save_safetensors(
     BatchNorm statistics are the averaged ones; where they were recomputed, the model that holds them is to be saved."""
     if average.sharded: raise RuntimeError('no process holds the whole of a sharded model: gather the weights, then save them')
     state = {k.replace('_orig_mod.', ''): v for k, v in average.source.state_dict().items()} | average.weights
-    state = {k: v for k, v in state.items() if torch.is_tensor(v)}      # a module may add other things
-    tensors = {k: v.detach().to('cpu', copy=True, memory_format=torch.contiguous_format) for k, v in state.items()}
-    with written(path) as tmp: save_file(tensors, tmp, dict(format='pt', n=str(average.n), rule=repr(average.rule)))
+    write_tensors(state, path, dict(n=str(average.n), rule=repr(average.rule)))

@@ -93,6 +93,7 @@ class Learner(WeightSets):
             if resume is not None: self._resume = self._resumed(resume)
             self.completed = self._resume.epoch if self._resume else 0
             self.epochs = range(self.completed, n_epochs)
+            self.epoch,self.iter,self.training = self.completed,-1,train
             self._fit(train, valid)
 
     @with_cbs('fit')

@@ -6,6 +6,7 @@
 __all__ = ['DeviceCB', 'BatchTransformCB', 'SingleBatchCB', 'HasLearnCB', 'MetricsCB', 'Watched', 'RecorderCB']
 
 # %% ../nbs/04_callbacks.ipynb #00000002
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -61,25 +62,31 @@ class MetricsCB(Callback):
             if isinstance(m, type): raise TypeError(f'{name} is given a class, {m.__name__}: write {m.__name__}()')
             lacking = [k for k in ('reset', 'update', 'compute') if not hasattr(m, k)]
             if lacking: raise TypeError(f'{name} is no metric: {m!r} has no {", ".join(lacking)}')
-        self.metrics = metrics
+        self.metrics,self._n = metrics,0
 
     def before_fit(self, learn):
+        self._n = 0
         names = [name for cb in learn.cbs if isinstance(cb, MetricsCB) for name in cb.metrics]
         twice = {name for name in names if names.count(name) > 1}
         if twice: raise ValueError(f'several MetricsCB have a metric called {", ".join(sorted(twice))}')
 
     def before_epoch(self, learn):
         for m in self.metrics.values(): m.reset()
+        self._n = 0      # batches since
 
-    def state_dict(self): return {k: m.state_dict() for k, m in self.metrics.items() if hasattr(m, 'state_dict')}
+    def state_dict(self):
+        return dict(batches=self._n, metrics={k: m.state_dict() for k, m in self.metrics.items() if self._n and hasattr(m, 'state_dict')})
 
     def load_state_dict(self, state):
-        "Go on with an epoch: what the metrics have summed up so far"
-        for k, s in state.items():
-            if k in self.metrics: self.metrics[k].load_state_dict(s)
+        "Go on with an epoch: what the metrics have summed up so far; a warning where one cannot"
+        self._n = state['batches']
+        for k, m in self.metrics.items():
+            if k in state['metrics']: m.load_state_dict(state['metrics'][k])
+            elif self._n: warnings.warn(f'the metric {k!r} has no saved state: in the row of this epoch it is that of the batches to come')
 
     def after_batch(self, learn):
         if not self.metrics: return
+        self._n += 1
         preds,targets = map_tensors(torch.Tensor.detach, learn.preds),self.targets(learn)
         for m in self.metrics.values():
             if torch.is_tensor(preds) and getattr(m, 'device', preds.device) != preds.device: m.to(preds.device)

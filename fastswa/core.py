@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['def_device', 'map_tensors', 'default_device', 'to_device', 'to_cpu', 'first_tensor', 'batch_size', 'unwrap',
-           'set_seed', 'get_rng_state', 'set_rng_state', 'keep_rng', 'loader_generators', 'Time', 'uninterrupted',
-           'keep_modes', 'clean_ipython_hist', 'clean_tb', 'clean_mem']
+           'set_seed', 'get_rng_state', 'set_rng_state', 'keep_rng', 'generators_in', 'loader_generators', 'Time',
+           'uninterrupted', 'keep_modes', 'clean_ipython_hist', 'clean_tb', 'clean_mem']
 
 # %% ../nbs/00_core.ipynb #00000002
 import gc, random, signal, sys, threading, traceback
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import copy
 from fractions import Fraction
+from functools import partial
 from importlib import import_module
 from typing import NamedTuple
 
@@ -121,14 +122,24 @@ def keep_rng(*generators):
     finally: set_rng_state(state, generators)
 
 # %% ../nbs/00_core.ipynb #00000019
+def generators_in(
+    o, # a generator, a transform, a module, a `partial`, or a list of such
+) -> list:
+    "The `torch.Generator`s of its own that something draws from, as far as can be seen from outside"
+    if isinstance(o, torch.Generator): return [o]
+    if isinstance(o, (list, tuple)): return [g for x in o for g in generators_in(x)]
+    if isinstance(o, partial): return generators_in([o.func, *o.args, *o.keywords.values()])
+    if isinstance(o, torch.nn.Module): return [m.generator for m in o.modules() if isinstance(getattr(m, 'generator', None), torch.Generator)]
+    return [o.generator] if isinstance(getattr(o, 'generator', None), torch.Generator) else []
+
 def loader_generators(
     dl, # a `torch.utils.data.DataLoader`, or any iterable with a `generator`
 ) -> list: # its own `torch.Generator`s, each once
-    "The generators a loader draws from, beside torch's global one"
+    "The generators a loader draws from, beside torch's global one; also those of its transform `tfm`"
     batch_sampler = getattr(dl, 'batch_sampler', None)
-    places = dl, getattr(dl, 'sampler', None), batch_sampler, getattr(batch_sampler, 'sampler', None), getattr(dl, 'tfm', None)
-    found = {id(g): g for g in (getattr(o, 'generator', None) for o in places) if isinstance(g, torch.Generator)}
-    return list(found.values())
+    places = dl, getattr(dl, 'sampler', None), batch_sampler, getattr(batch_sampler, 'sampler', None)
+    found = generators_in([*(getattr(o, 'generator', None) for o in places), getattr(dl, 'tfm', None)])
+    return list({id(g): g for g in found}.values())
 
 # %% ../nbs/00_core.ipynb #0000001c
 class Time(NamedTuple):

@@ -11,8 +11,8 @@ from io import StringIO
 from itertools import count
 from pathlib import Path
 
-from .files import written
-from .loggers import RowsCB, ready_folder
+from .files import check_folder, written
+from .loggers import RowsCB
 
 # %% ../nbs/08b_csvlog.ipynb #00000006
 class CSVLoggerCB(RowsCB):
@@ -25,7 +25,7 @@ class CSVLoggerCB(RowsCB):
         self._old,self._ours,self._times = None,False,[]
         super().before_fit(learn)
         if self.path.exists() and not self.path.is_file(): raise OSError(f'the log must be a file; {self.path} is something else')
-        ready_folder(self.path.parent)
+        check_folder(self.path.parent)
 
     def before_epoch(self, learn):
         super().before_epoch(learn)

@@ -57,7 +57,7 @@ def param_groups(
     return [dict(own, name=', '.join(dict.fromkeys(w for *_, words in members[i] for w in words)),
                  params=[p for _, p, _ in members[i]], param_names=[n for n, *_ in members[i]]) for i, own in enumerate(owns)]
 
-# %% ../nbs/06b_groups.ipynb #0000000c
+# %% ../nbs/06b_groups.ipynb #0000000e
 def _check_opt(opt):
     if not all(hasattr(opt, k) for k in ('state_dict', 'load_state_dict', 'param_groups')):
         raise TypeError(f'an optimizer with state_dict, load_state_dict and param_groups is needed; got {type(opt).__name__}')
@@ -89,7 +89,7 @@ def opt_state(
                 state={where[i]: {k: _plain(v) for k, v in s.items()} for i, s in raw['state'].items() if i in where},
                 other={i: s for i, s in raw['state'].items() if i not in where})
 
-# %% ../nbs/06b_groups.ipynb #0000000f
+# %% ../nbs/06b_groups.ipynb #00000011
 @dataclass(repr=False)
 class LoadReport:
     "What became of a saved optimizer state: names of parameters, and groups that kept their options"
@@ -157,7 +157,7 @@ def load_opt_state(
 
 def _load(opt, groups, params, state, old, report):
     index,raw = {n: i for i, n in enumerate(old)},dict(state=dict(state.get('other', {})), param_groups=[])
-    options = [dict(g) for g in opt.param_groups]
+    held,options = [*opt.param_groups],[dict(g) for g in opt.param_groups]
     for i, (g, ns) in enumerate(zip(options, groups)):
         theirs = [s for s in state['groups'] if {old[n] for n in ns if n in report.matched} & set(s['params'])]
         if len(theirs) != 1: report.kept.append(i)
@@ -165,9 +165,10 @@ def _load(opt, groups, params, state, old, report):
     news = {n: map_tensors(torch.clone, state['state'][old[n]]) for n in report.matched if old[n] in state['state']}
     raw['state'].update({index[n]: s for n, s in news.items()})
     opt.load_state_dict(raw)
-    for g, own in zip(opt.param_groups, options):             # a tensor among the options stays the same tensor
-        for k, v in own.items():
-            if torch.is_tensor(v): g[k] = v.copy_(torch.as_tensor(g[k]))
+    for i, (g, new, own) in enumerate(zip(held, opt.param_groups, options)):      # groups, and tensors among their options, stay the same objects
+        g.clear()
+        g.update(new | {k: v.copy_(torch.as_tensor(new[k])) for k, v in own.items() if torch.is_tensor(v)})
+        opt.param_groups[i] = g
     for n, s in news.items():                                 # torch casts to the parameter's type what may not have been of it
         if str(params[n].dtype) != state['params'][old[n]]['dtype']: continue
         mine = opt.state[params[n]]

@@ -183,6 +183,8 @@ class Learner(WeightSets):
         same = len(params) == len(self._opt_params) and all(p is o for p, o in zip(params, self._opt_params))
         if self.opt is None or reset or not same:
             self.opt,self._opt_params = self.opt_func(params, lr),params
+            if strange := {id(p) for g in getattr(self.opt, 'param_groups', ()) for p in g['params']} - {*map(id, params)}:
+                raise ValueError(f'the optimizer got {len(strange)} parameters that are not the model\'s: opt_func must use those of learn.model')
             if hasattr(self.opt, 'register_step_post_hook'): self.opt.register_step_post_hook(self._stepped)
         for g in getattr(self.opt, 'param_groups', ()):
             if 'lr' not in g: continue

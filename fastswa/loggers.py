@@ -6,7 +6,7 @@
 __all__ = ['LogCB', 'TensorBoardCB']
 
 # %% ../nbs/08a_loggers.ipynb #00000002
-import tempfile, warnings
+import warnings
 from numbers import Real
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 
 from .core import Time, batch_size
 from .events import Callback
+from .files import check_folder
 from .meter import LossMeter
 
 # %% ../nbs/08a_loggers.ipynb #00000006
@@ -36,11 +37,6 @@ class RowsCB(Callback):
         except Exception as e:
             warned,self._warned = self._warned,True
             if not warned: warnings.warn(f'{type(self).__name__} failed; the fit goes on, and further failures are not told: {e!r}')
-
-def ready_folder(path):
-    "Make a folder; raises OSError if it cannot be made or written to"
-    path.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path).close()
 
 # %% ../nbs/08a_loggers.ipynb #00000008
 class LogCB(RowsCB):
@@ -114,7 +110,7 @@ class TensorBoardCB(LogCB):
         super().before_fit(learn)
         try: import torch.utils.tensorboard
         except ImportError as e: raise ImportError('TensorBoardCB needs tensorboard: pip install fastswa[tensorboard]') from e
-        ready_folder(self.folder)
+        check_folder(self.folder)
 
     def after_loss(self, learn):
         super().after_loss(learn)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import get_rng_state, loader_generators, set_rng_state, unwrap
+from .core import generators_in, get_rng_state, loader_generators, set_rng_state, unwrap
 from .events import by_order
 from .files import written
 from .groups import load_opt_state, opt_state
@@ -66,11 +66,9 @@ def read_checkpoint(
 
 # %% ../nbs/07a_resume.ipynb #00000008
 def _generators(learn):
-    "Every `torch.Generator` that loaders and callbacks draw from"
-    found = [g for k in ('train', 'valid') for g in loader_generators(getattr(learn.dls, k, None))]
-    for cb in by_order(learn.cbs):
-        for o in vars(cb).values():
-            found += [g for x in (o if isinstance(o, (list, tuple)) else [o]) for g in (x, getattr(x, 'generator', None)) if isinstance(g, torch.Generator)]
+    "Every `torch.Generator` that loaders, model and callbacks draw from"
+    found = [g for k in ('train', 'valid') for g in loader_generators(getattr(learn.dls, k, None))] + generators_in(learn.model)
+    for cb in by_order(learn.cbs): found += generators_in([*vars(cb).values()])
     return list({id(g): g for g in found}.values())
 
 def _data(learn):

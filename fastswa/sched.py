@@ -132,7 +132,7 @@ class EpochSchedCB(BaseSchedCB):
     def steps(self, learn): return int(learn.n_epochs)
 
     def before_fit(self, learn):
-        self._row = None      # of the last training epoch, until the schedule has stepped for it
+        self._row,self._learn = None,learn      # row of the last training epoch, until the schedule has stepped for it
         super().before_fit(learn)
 
     def before_epoch(self, learn):
@@ -164,9 +164,10 @@ class EpochSchedCB(BaseSchedCB):
             warnings.filterwarnings('ignore', '.*lr_scheduler.step')
             super()._step(value)
 
-    def state_dict(self): return {} if self.schedo is None else dict(super().state_dict(), row=self._row)
+    def state_dict(self): return {} if self.schedo is None else dict(super().state_dict(), row=_plain(self._row))
 
     def load_state_dict(self, state):
         if not state or self._opt is None: return
         super().load_state_dict(state)
         self._row = state.get('row')
+        if self._row is not None and self._row['epoch'] < self._learn.epoch: self.before_epoch(self._learn)

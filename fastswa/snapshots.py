@@ -109,9 +109,9 @@ class AverageCB(Callback):
         return dict(self.average.state_dict(), place=[getattr(self, k, 0) for k in self.places])
 
     def load_state_dict(self, state):
-        "Take up a saved average: when the next fit starts, or at once while a fit lasts, which then goes on as the saved one would have"
+        "Take up a saved average: at once while a fit lasts, else when the next one starts"
         self._loaded = state
-        if self.average is not None and self.learn.averages.get(self.name) is self.average and self.learn.in_fit: self._load(going_on=True)
+        if self.average is not None and self.learn.averages.get(self.name) is self.average and self.learn.in_fit: self._load(going_on=self.learn._resume is not None)
 
     def _load(self, going_on=False):
         if self._loaded: self.average.load_state_dict(self._loaded)

@@ -12,6 +12,7 @@ from torch.optim import lr_scheduler
 
 import fastswa.csvlog
 from fastswa.callbacks import MetricsCB
+from fastswa.checkpoint import CheckpointCB
 from fastswa.csvlog import CSVLoggerCB
 from fastswa.events import Callback, CancelFitException, CancelStepException
 from fastswa.learner import TrainLearner
@@ -24,6 +25,8 @@ class Error:
     def reset(self): self.sum = self.n = 0
     def update(self, preds, targets): self.sum, self.n = self.sum + (preds - targets).abs().sum().item(), self.n + targets.numel()
     def compute(self): return self.sum/self.n
+    def state_dict(self): return dict(vars(self))
+    def load_state_dict(self, d): vars(self).update(d)
 
 class Kept:
     def __init__(self): self.dicts = []
@@ -247,6 +250,15 @@ def test_csv_resumed_on_another_way(tmp_path):
     check(path, learn.history)
     check(tmp_path/'log.1.csv', whole.history)
 
+def test_csv_resumed_and_ended_early(tmp_path):
+    "Rows that are not overtaken are not lost either, and the file is the table of the last fit"
+    path = tmp_path/'log.csv'
+    whole = fit(learner(CSVLoggerCB(path)), 4)
+    with pytest.warns(UserWarning, match='kept as'): learn = fit(learner(CSVLoggerCB(path)), 2)
+    assert learn.history == whole.history[:4]
+    check(path, learn.history)
+    check(tmp_path/'log.1.csv', whole.history)
+
 @pytest.mark.parametrize('cb', [lambda p: CSVLoggerCB(p), lambda p: CSVLoggerCB(p/'log.csv'), lambda p: TensorBoardCB(p),
                                 lambda p: TensorBoardCB(p/'runs')])
 def test_no_such_folder(tmp_path, cb):
@@ -257,6 +269,14 @@ def test_no_such_folder(tmp_path, cb):
     learn = learner(cb(path))
     with pytest.raises(OSError): learn.fit(1)
     assert learn.opt_steps == 0 and (tmp_path/'there').read_text() == 'a file'
+
+def test_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    "Played, since root may write anywhere"
+    def refuses(dir): raise PermissionError(13, 'Permission denied', str(dir))
+    monkeypatch.setattr('tempfile.TemporaryFile', refuses)
+    learn = learner(CSVLoggerCB(tmp_path/'log.csv'))
+    with pytest.raises(PermissionError): learn.fit(1)
+    assert learn.opt_steps == 0
 
 def test_csv_device_file():
     "As root, a file renamed to /dev/null would be the end of it"
@@ -296,6 +316,16 @@ def test_every(every, want):
     kept = Kept()
     fit(learner(LogCB(kept, every=every)), 3)
     assert [s for s, _ in kept.of('train/loss')] == list(want)
+
+def test_several_steps_in_a_batch():
+    "Where the count goes up by two, no interval is passed over"
+    class Twice(TrainLearner):
+        def step(self):
+            self.opt.step()
+            self.opt.step()
+    kept, base = Kept(), learner(sizes=[4]*9)
+    fit(Twice(base.model, base.dls, lr=0.01, cbs=[LogCB(kept, every='3ba')]), 1)
+    assert [s for s, _ in kept.of('train/loss')] == [4, 6, 10, 12, 16, 18]
 
 def test_rate_is_that_of_the_step():
     "Schedules move on after the step: what is logged is what the step used, group by group"
@@ -464,6 +494,27 @@ def test_only_validation():
     kept = Kept()
     learn = fit(learner(LogCB(kept)), 1, train=False)
     assert kept.dicts == [{'raw/loss': learn.history[0]['loss'], 'epoch': 0, 'step': 0}]
+
+@pytest.mark.parametrize('at', [(0, 1), (1, 3), (2, 4), (3, 0)])
+def test_with_a_checkpoint_every_log_is_that_of_a_run_that_was_not_stopped(tmp_path, at):
+    "Stopped at any batch and resumed by another learner: no row twice, no interval cut short, no file kept aside"
+    def run(kept, *cbs, folder=tmp_path): return learner(
+        EMACB(), MetricsCB(error=Error()), CSVLoggerCB(folder/'log.csv'), LogCB(kept, every='3ba'), *cbs, noise=0.5)
+    whole, first, then = Kept(), Kept(), Kept()
+    want = fit(run(whole, folder=tmp_path/'whole'), 4)
+    stopped = run(first, At(*at, raises(ZeroDivisionError()), order=99), CheckpointCB(tmp_path/'ckpt', every='1ba'))
+    with pytest.raises(ZeroDivisionError): stopped.fit(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn = run(then, CheckpointCB(tmp_path/'ckpt', every='1ba'))
+        learn.fit(4, resume=tmp_path/'ckpt')
+    assert learn.history == want.history
+    check(tmp_path/'log.csv', want.history)
+    assert files(tmp_path) == ['ckpt', 'log.csv', 'whole']
+    here = at[0]*5 + at[1] + 1
+    if at[1] == 4: here -= 1                                 # no checkpoint after the last batch of an epoch, but after its validation
+    seen = [d for d in first.dicts if d['step'] <= here and not (here % 3 and 'lr' in d and d['step'] == here)] + then.dicts
+    assert seen == whole.dicts
 
 # TensorBoard
 

@@ -230,6 +230,26 @@ def test_plateau_resumes():
         got = resumed(EpochSchedCB, never, state, **kwargs)
         assert got[:N] == used[2*N:3*N] and state[0]['now']['num_bad_epochs'] == 1      # the row of epoch 1 is still to come
 
+@pytest.mark.parametrize('valid', [True, False])
+def test_plateau_resumes_between_training_and_its_metric(valid):
+    "Saved when the training of an epoch has ended: the schedule still owes a step for it, before the first batch of the next"
+    sched = partial(S.ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.9999)
+    class Take(Callback):
+        order = 95
+        def after_epoch(self, learn):
+            if learn.training and learn.epoch == 1: self.state = reopened([cb.state_dict(), learn.opt.state_dict()])
+    class Later(Callback):
+        def before_fit(self, learn): learn.epochs = range(2, EPOCHS)
+    cb, take, used, rest, new = EpochSchedCB(sched), Take(), Used(), Used(), EpochSchedCB(sched)
+    TrainLearner(linear(), data(), lr=0.1, cbs=[cb, take, used], opt_func=OPTS['sgd']).fit(EPOCHS, valid=valid)
+    assert take.state[0]['row']['epoch'] == 1
+    def give(learn):
+        learn.opt.load_state_dict(take.state[1])
+        new.load_state_dict(take.state[0])
+    learn = TrainLearner(linear(), data(), lr=0.1, cbs=[new, Later(), At(2, give), rest], opt_func=OPTS['sgd'])
+    learn.fit(EPOCHS, valid=False)
+    assert rest.seen[:N] == used.seen[2*N:3*N] and rest.seen[0] != used.seen[N]
+
 def test_numbers_of_numpy_in_a_state():
     "A rate from np.logspace is common; torch.load(weights_only=True) refuses it"
     cb = BatchSchedCB(partial(S.StepLR, step_size=np.int64(2), gamma=np.float64(0.5)))

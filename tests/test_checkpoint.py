@@ -1,0 +1,399 @@
+"""Checkpoints: what is in them, a resume that is exact wherever the run was stopped, and files that are refused"""
+import multiprocessing, os, random, resource, signal, subprocess, sys, textwrap, time, warnings
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, IterableDataset
+
+import killed_run
+from fastswa.augment import AugmentCB, MixUpCB, RandErase, RandFlip
+from fastswa.callbacks import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB
+from fastswa.checkpoint import CheckpointCB, read_checkpoint
+from fastswa.core import set_seed
+from fastswa.cycles import OneCycleCB, WarmupStableDecayCB
+from fastswa.data import BatchLoader
+from fastswa.events import Callback
+from fastswa.fitting import EarlyStoppingCB
+from fastswa.learner import MomentumLearner
+from fastswa.precision import MixedPrecisionCB
+from fastswa.progress import ProgressCB
+from fastswa.sched import BatchSchedCB, EpochSchedCB
+from fastswa.swa import BNUpdateCB, EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from fastswa.train import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
+from fastswa.views import LogView
+from killed_run import Data, learner, net, result, the_run
+
+pytestmark = pytest.mark.filterwarnings('ignore:the model has BatchNorm', 'ignore:.*lr_scheduler.step')
+spawn = multiprocessing.get_context('forkserver')
+spawn.set_forkserver_preload(['torch', 'fastswa.augment', 'fastswa.checkpoint', 'fastswa.cycles', 'fastswa.swa'])
+
+
+def same(a, b):
+    wrong = [k for k in a if a[k] != b[k]]
+    assert a.keys() == b.keys() and not wrong, wrong
+
+
+@pytest.fixture(scope='module')
+def whole():
+    "The result of a run that nothing stopped"
+    learn = the_run()
+    set_seed(1)
+    learn.fit(killed_run.N_EPOCHS)
+    return result(learn)
+
+
+def start(*args):
+    "A process that goes on with the run"
+    here,there = spawn.Pipe()
+    p = spawn.Process(target=killed_run.main, args=(args[0], there, *args[1:]))
+    p.start()
+    there.close()
+    assert here.recv() == 'begun'
+    return p, here
+
+
+def finish(p, pipe):
+    while isinstance(res := pipe.recv(), str): pass
+    p.join()
+    return res
+
+
+def test_killed_at_twenty_random_moments(tmp_path, whole):
+    "SIGKILL, again and again; a checkpoint at each step, so that many of the kills hit its writing. Wrong: a loader that replays, an average that restarts"
+    rnd,kills,folder,finished = random.Random(0),0,tmp_path/'0',0
+    p,pipe = start(folder)
+    began = time.perf_counter()
+    same(finish(p, pipe), whole)
+    length = time.perf_counter() - began
+    folder = tmp_path/'1'
+    while kills < 20:
+        p,pipe = start(folder)
+        p.join(rnd.uniform(0, 0.25*length))
+        kills += p.exitcode is None
+        p.kill()
+        p.join()
+        if p.exitcode == 0:                              # it came to its end: the next one starts from the beginning
+            same(finish(p, pipe), whole)
+            finished,folder = finished + 1, tmp_path/f'{finished + 2}'
+    same(finish(*start(folder)), whole)
+    assert not [*folder.glob('.*')], 'what a killed process left half-written is removed'
+
+
+@pytest.mark.parametrize('die', [('replace', 1), ('replace', 7), ('fsync', 1), ('fsync', 12), ('chmod', 20)])
+def test_killed_in_the_middle_of_a_checkpoint_write(tmp_path, whole, die):
+    p,pipe = start(tmp_path, '1ba', die)
+    p.join()
+    assert p.exitcode == -signal.SIGKILL
+    assert all(f.suffix == '.pt' and read_checkpoint(f) for f in tmp_path.glob('step-*'))
+    same(finish(*start(tmp_path)), whole)
+
+
+@pytest.mark.parametrize('sig, status', [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_signals_leave_a_checkpoint(tmp_path, whole, sig, status):
+    "With checkpoints far apart, the one that a signal asks for is the only one"
+    p,pipe = start(tmp_path, '100ep')
+    assert pipe.recv() == 'a batch'
+    os.kill(p.pid, sig)
+    p.join()
+    assert p.exitcode == status
+    assert len([*tmp_path.glob('step-*.pt')]) == 1
+    same(finish(*start(tmp_path)), whole)
+
+
+def test_second_ctrl_c_does_not_wait(tmp_path):
+    class Pressed(Callback):
+        def after_batch(self, learn):
+            if learn.iter == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+    learn,before = learner(Pressed(), CheckpointCB(tmp_path)),signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt): learn.fit(2)
+    assert not [*tmp_path.glob('step-*')] and signal.getsignal(signal.SIGINT) is before
+
+
+class PowerCut(Callback):
+    "End a fit by an error after a batch, and save before"
+    order = 99
+    def __init__(self, epoch, batch, path): self.at,self.path = (epoch, batch),path
+    def after_batch(self, learn):
+        if not learn.training or (learn.epoch, learn.iter) != self.at: return
+        learn.save(self.path)
+        raise RuntimeError('power cut')
+
+
+class Noise:
+    "A transform with a generator of its own"
+    def __init__(self): self.generator = torch.Generator().manual_seed(5)
+    def __call__(self, x): return x + torch.randn(x.shape, generator=self.generator)/10
+
+
+class Endless:
+    "A loader without a length"
+    def __init__(self, dl): self.dl = dl
+    def __iter__(self): return iter(self.dl)
+
+
+def loaders(kind):
+    data = Data()
+    x,y = data.train.dataset.tensors
+    pixels = (x - x.min()).mul(20).byte()
+    if kind == 'workers': data = Data(num_workers=2)
+    elif kind == 'generator': data.train = DataLoader(data.train.dataset, 32, shuffle=True, generator=torch.Generator().manual_seed(3))
+    elif kind == 'in memory': data.train = BatchLoader(pixels, y, 32, Noise(), True)
+    elif kind == 'in memory, seeded': data.train = BatchLoader(pixels, y, 32, Noise(), True, torch.Generator().manual_seed(3))
+    elif kind == 'no length': data.train = Endless(data.train)
+    return data
+
+
+def plateau(): return EpochSchedCB(partial(lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5), metric='ema/loss')
+
+
+RUNS = {
+    'sgd, cosine by epochs': lambda: learner(EpochSchedCB(partial(lr_scheduler.CosineAnnealingLR, T_max=3)), opt_func=partial(optim.SGD, momentum=0.9)),
+    'plateau on an average': lambda: learner(EMACB(0.8, apply=False), plateau()),
+    'warm restarts, by batches': lambda: learner(BatchSchedCB(partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=5))),
+    'warmup, stable, decay': lambda: learner(WarmupStableDecayCB(), LAWACB(2, '3ba', apply=False)),
+    'all averages': lambda: learner(EMACB(apply=False), EMACB(0.7, every='3ba', name='slow'), SWACB('0.2dur', '2ba', swa_lr=0.05, anneal='1ep'), SWAGCB(3, '5ba', '2ba'),
+                                    LAWACB(3, '2ba'), PostHocEMACB(every='4ba'), SwitchEMACB(half_life='3ba', switch='5ba'), BNUpdateCB(valid_batches=2)),
+    'accumulation, clipping': lambda: learner(GradAccumCB(3), GradClipCB(norm=0.3), EMACB(0.8), OneCycleCB()),
+    'accumulation by samples, no length': lambda: learner(GradAccumCB(samples=70), EMACB(0.8, every='2ba'), dls=loaders('no length')),
+    'fp16': lambda: learner(MixedPrecisionCB('fp16', init_scale=2.**40, growth_interval=3), EMACB(0.8), OneCycleCB()),
+    'bf16, guarded, mixup': lambda: learner(MixedPrecisionCB(), NaNGuardCB(), MixUpCB(classes=4, generator=torch.Generator().manual_seed(2))),
+    'momentum in the gradients': lambda: learner(EMACB(0.8), cls=MomentumLearner),
+    'lbfgs': lambda: learner(ClosureCB(), opt_func=lambda ps, lr: optim.LBFGS(ps, 0.1, max_iter=3)),
+    'adagrad': lambda: learner(EMACB(0.8), opt_func=optim.Adagrad),
+    'erased by a generator of its own': lambda: learner(AugmentCB(RandErase(generator=torch.Generator().manual_seed(1)), RandFlip())),
+    'workers': lambda: learner(EMACB(0.8), dls=loaders('workers')),
+    'a generator of its own': lambda: learner(OneCycleCB(), dls=loaders('generator')),
+    'in memory': lambda: learner(OneCycleCB(), dls=loaders('in memory')),
+    'in memory, seeded': lambda: learner(OneCycleCB(), dls=loaders('in memory, seeded')),
+    'stopped early': lambda: learner(EarlyStoppingCB(patience=1, min_delta=0.1), EMACB(0.8), ProgressCB(view=LogView), MetricsCB(hits=killed_run.Hits())),
+}
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_any_run_resumes_exactly(name, tmp_path):
+    "Stopped after the first, a middle and the last batch of an epoch. Wrong: whatever a callback, a loader or a generator does not remember"
+    def fit(learn, n=3, **kwargs):
+        if 'resume' not in kwargs: set_seed(1)
+        try: learn.fit(n, **kwargs)
+        except RuntimeError as e: assert str(e) == 'power cut'
+        return learn
+    whole = result(fit(RUNS[name]()))
+    for at in ((0, 0), (1, 3), (1, 7), (2, 4)):
+        path = tmp_path/f'{at[0]}{at[1]}.pt'
+        fit(RUNS[name](), cbs=PowerCut(*at, path))
+        if not path.exists(): continue                   # stopped early, before that
+        set_seed(99)                                     # another process has other random state
+        same(result(fit(RUNS[name](), resume=path)), whole)
+    assert path.exists() or name == 'stopped early'
+
+
+def test_resumed_twice_and_with_more_epochs(tmp_path):
+    "A finished run of a constant rate goes on with more epochs as if they had been asked for at once"
+    cb = lambda: EMACB(0.8, apply=False)
+    set_seed(1)
+    whole = learner(cb())
+    whole.fit(3)
+    set_seed(1)
+    learner(cb()).fit(1, cbs=CheckpointCB(tmp_path))
+    for n in (2, 3):
+        learn = learner(cb())
+        with pytest.warns(UserWarning, match=f'the fit was of {n - 1} epochs and is of {n} now'): learn.fit(n, cbs=CheckpointCB(tmp_path), resume=tmp_path)
+    same(dict(result(learn), random=None), dict(result(whole), random=None))
+
+
+def test_what_is_in_it(tmp_path):
+    "Everything the issue names, readable without the library. Wrong: only one of raw and average; whatever needs pickle"
+    learn = the_run()
+    learn.fit(2)
+    learn.apply('ema')
+    learn.save(tmp_path/'a.pt')
+    state = torch.load(tmp_path/'a.pt', weights_only=True)
+    raw = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    learn.restore()
+    for k, v in learn.model.state_dict().items(): assert torch.equal(state['weights']['raw'][k], v)
+    assert not torch.equal(state['weights']['raw']['0.weight'], raw['0.weight'])
+    for name, a in learn.averages.items():
+        assert state['averages'][name]['n'] == a.n and state['averages'][name]['rule'] == repr(a.rule)
+        for k, v in a.weights.items(): assert torch.equal(state['averages'][name]['weights'][k], v)
+    assert {*state['opt']} >= {'groups', 'state'} or 'state' in str(state['opt'].keys())
+    assert {*state['rng']} >= {'python', 'numpy', 'torch', 'cuda'} and {*state['made']} >= {'python', 'torch', 'fastswa', 'time'}
+    assert state['history'] == learn.history and state['opt_steps'] == learn.opt_steps
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(model=lambda: nn.Sequential(*net()[:5], nn.Linear(54, 5))), r'other shapes: 5.weight \(4, 54\), here \(5, 54\)'),
+    (dict(opt_func=optim.SGD), 'AdamW'),
+    (dict(dls=lambda: Data(300)), r'8 batches, here 10; 250 samples, here 300'),
+    (dict(dls=lambda: Data(250, 25)), r'32 batch size, here 25'),
+    (dict(cbs=[BatchSchedCB(partial(lr_scheduler.CosineAnnealingLR, T_max=32)), EMACB(0.8)]), r'only in the file: OneCycleCB; only here: BatchSchedCB'),
+    (dict(cbs=[OneCycleCB(pct_start=0.5), EMACB(0.8)]), 'the saved schedule is another one'),
+    (dict(cbs=[OneCycleCB()]), r"only in the file: EMACB 'ema'"),
+    (dict(n=6), 'total_steps'),
+])
+def test_another_run_is_refused(tmp_path, change, words):
+    "At once, by a sentence; nothing that is trained has changed"
+    learner(OneCycleCB(), EMACB(0.8)).fit(4, cbs=PowerCutQuiet(1, 2, tmp_path/'a.pt'))
+    change = {k: v() if k in ('model', 'dls') else v for k, v in change.items()}
+    cbs,n = change.pop('cbs', [OneCycleCB(), EMACB(0.8)]),change.pop('n', 4)
+    learn = learner(*cbs, **change)
+    before,file = {k: v.clone() for k, v in learn.model.state_dict().items()},(tmp_path/'a.pt').read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(ValueError, match=words): learn.fit(n, resume=tmp_path/'a.pt')
+    for k, v in learn.model.state_dict().items(): assert torch.equal(v, before[k])
+    assert (tmp_path/'a.pt').read_bytes() == file
+
+
+class PowerCutQuiet(PowerCut):
+    def after_batch(self, learn):
+        from fastswa.events import CancelFitException
+        try: super().after_batch(learn)
+        except RuntimeError: raise CancelFitException
+
+
+def test_a_corrupt_byte_anywhere(tmp_path):
+    "Each changed byte is noticed, or it changes nothing: `torch.load` itself reads changed weights without a word"
+    path = tmp_path/'a.pt'
+    learn = learner(EMACB(0.8))
+    learn.fit(1)
+    learn.save(path)
+    good,whole,rnd = read_checkpoint(path),path.read_bytes(),random.Random(0)
+    silent,refused = 0,0
+    for _ in range(300):
+        i = rnd.randrange(len(whole))
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << rnd.randrange(8)]) + whole[i + 1:])
+        try: state = read_checkpoint(path)
+        except ValueError as e:
+            assert str(path) in str(e)
+            refused += 1
+            continue
+        silent += 1                                      # alignment, dates: nothing that is read
+        for k, v in good['weights']['raw'].items(): assert torch.equal(v, state['weights']['raw'][k])
+        assert str(state) == str(good)
+    assert refused > 100, (refused, silent)
+    weights = whole.find(good['weights']['raw']['5.weight'].numpy().tobytes()[:64])
+    path.write_bytes(whole[:weights] + bytes([whole[weights] ^ 1]) + whole[weights + 1:])
+    assert not torch.equal(torch.load(path, weights_only=True)['weights']['raw']['5.weight'], good['weights']['raw']['5.weight'])
+    with pytest.raises(ValueError, match='another checksum'): read_checkpoint(path)
+
+
+def test_a_damaged_newest_falls_back(tmp_path, capsys):
+    "The one before it is gone on from, and a warning says so; where all are damaged, the fit does not start from the beginning"
+    learner().fit(2, cbs=CheckpointCB(tmp_path))
+    newest = tmp_path/'step-00000016.pt'
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match='step-00000016.pt is damaged.*going on from step-00000008.pt, which is older'):
+        learner().fit(2, resume=tmp_path)
+    assert 'going on from' in capsys.readouterr().out
+    (tmp_path/'step-00000008.pt').write_text('')
+    with pytest.raises(ValueError, match='step-00000008.pt is damaged'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learner().fit(2, resume=tmp_path)
+
+
+def test_a_full_disk(tmp_path):
+    "A write that fails half-way: an OSError that says so, no half file, and the one before is whole"
+    script = f'''
+        import resource, signal, sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from killed_run import *
+        from fastswa.checkpoint import read_checkpoint
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        class Full(CheckpointCB):
+            order = 94
+            def after_batch(self, learn):
+                if learn.iter == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+        learn = learner(EMACB(0.8))
+        try: learn.fit(2, cbs=[CheckpointCB({str(tmp_path)!r}, '2ba'), Full({str(tmp_path/'other')!r}, '100ep')])
+        except OSError as e: print(type(e).__name__, e)
+        print(sorted(p.name for p in __import__('pathlib').Path({str(tmp_path)!r}).iterdir()))
+        print(read_checkpoint({str(tmp_path/'step-00000004.pt')!r})['opt_steps'])
+    '''
+    res = subprocess.run([sys.executable, '-c', textwrap.dedent(script)], capture_output=True, text=True)
+    assert 'could not be written to' in res.stdout and 'step-00000006.pt (what was there before still is): ' in res.stdout, res.stdout + res.stderr
+    assert "['other', 'step-00000002.pt', 'step-00000004.pt']\n4\n" in res.stdout
+
+
+def test_folders_that_cannot_be_written_to(tmp_path):
+    "Before training, not after an epoch"
+    (tmp_path/'file').write_text('')
+    seen = []
+    class Seen(Callback):
+        def before_batch(self, learn): seen.append(1)
+    for folder in (tmp_path/'file', '/proc/checkpoints'):
+        with pytest.raises(OSError, match='a folder that can be written to is needed'): learner(Seen(), CheckpointCB(folder)).fit(1)
+    if os.geteuid():
+        (tmp_path/'locked').mkdir(mode=0o500)
+        with pytest.raises(PermissionError, match='a folder that can be written to is needed'): learner(Seen(), CheckpointCB(tmp_path/'locked')).fit(1)
+    assert not seen
+
+
+def test_what_cannot_be_saved_is_said_before_training(tmp_path):
+    class Odd(Callback):
+        def state_dict(self): return dict(a=[{1, 2}])
+    with pytest.raises(TypeError, match=r'callbacks.\d.state.a.0 is a set'): learner(Odd(), CheckpointCB(tmp_path)).fit(1)
+    class MySGD:
+        def __init__(self, ps, lr): self.ps = [*ps]
+        def step(self): pass
+        def zero_grad(self): pass
+    with pytest.raises(TypeError, match='MySGD'): learner(CheckpointCB(tmp_path), opt_func=MySGD).fit(1)
+
+
+def test_best_is_remembered(tmp_path):
+    "After a resume too (skorch#267): a worse epoch must not replace best.pt"
+    class Fixed(MetricsCB):
+        values = [0.5, 0.9, 0.7, 0.8]
+        def after_epoch(self, learn): learn.history[-1]['score'] = self.values[learn.epoch]
+    learner(Fixed()).fit(2, cbs=CheckpointCB(tmp_path, best='score'))
+    cb = CheckpointCB(tmp_path, best='score')
+    with pytest.warns(UserWarning, match='is of 4 now'): learner(Fixed()).fit(4, cbs=cb, resume=tmp_path)
+    assert (cb.best, cb.best_epoch) == (0.9, 1)
+    best = read_checkpoint(tmp_path/'best.pt')
+    assert best['opt_steps'] == 16 and best['history'][-1]['score'] == 0.9
+
+
+def test_keep_and_every(tmp_path):
+    for every, keep, steps in (('1ep', None, [8, 16, 24]), ('0.5ep', None, [4, 8, 12, 16, 20, 24]), ('10ba', None, [10, 20, 24]), ('0.25dur', 2, [18, 24])):
+        folder = tmp_path/f'{every}{keep}'
+        learner().fit(3, cbs=CheckpointCB(folder, every, keep))
+        assert sorted(int(p.stem[5:]) for p in folder.iterdir()) == steps, every
+
+
+def test_metric_without_state(tmp_path):
+    class Bare:
+        def reset(self): self.n = 0
+        def update(self, preds, targets): self.n += 1
+        def compute(self): return self.n
+    learner(MetricsCB(n=Bare())).fit(1, cbs=PowerCutQuiet(0, 3, tmp_path/'a.pt'))
+    with pytest.warns(UserWarning, match="the metric 'n' has no saved state"): learner(MetricsCB(n=Bare())).fit(1, resume=tmp_path/'a.pt')
+
+
+def test_compiled_prefixes_stay_out(tmp_path):
+    "Lightning#20233: a checkpoint of a compiled model is one of the model, and the other way round"
+    model = torch.compile(net(), backend='eager')
+    learn = learner(EMACB(0.8), model=model)
+    learn.fit(1, cbs=CheckpointCB(tmp_path))
+    state = read_checkpoint(tmp_path/'step-00000008.pt')
+    names = [*state['weights']['raw'], *state['averages']['ema']['weights'], *(n for g in state['opt']['groups'] for n in g.get('names', g.get('param_names', [])))]
+    assert names and not [n for n in names if '_orig_mod' in n]
+    plain = learner(EMACB(0.8))
+    plain.load(tmp_path/'step-00000008.pt')
+    learn.export(tmp_path/'raw.safetensors', 'raw')
+    from safetensors.torch import load_file
+    assert [*load_file(tmp_path/'raw.safetensors')] and sorted(load_file(tmp_path/'raw.safetensors')) == sorted(net().state_dict())
+
+
+def test_export_of_tied_and_channels_last_weights(tmp_path):
+    "safetensors itself refuses both"
+    from safetensors.torch import load_file
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)).to(memory_format=torch.channels_last)
+    model[2].weight = model[1].weight
+    learner(model=model).export(tmp_path/'a.safetensors')
+    file = load_file(tmp_path/'a.safetensors')
+    for k, v in model.state_dict().items(): assert torch.equal(file[k], v)

@@ -125,9 +125,11 @@ class Watched:
         if self.weights not in names: raise ValueError(f'{self.name!r}: no weights are called {self.weights!r}; there are {", ".join(names)}')
 
     def value(self, learn) -> float|None:
-        "Its value, if the row that has just ended is the one; ValueError if that has no such column"
-        if learn.training or learn.weights != self.weights: return None
-        row = learn.history[-1]
+        "Its value, if the row that has just ended is the one it is in"
+        return None if learn.training or learn.weights != self.weights else self.of(learn.history[-1], learn)
+
+    def of(self, row, learn) -> float:
+        "Its value in a row; ValueError if there is no such column"
         columns = [k for k in row if k not in ('epoch', 'train', 'weights')]
         if self.column in columns: return row[self.column]
         others = [f'{w}/{k}' for w in learn.averages for k in columns]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import generators_in, get_rng_state, loader_generators, set_rng_state, unwrap
+from .core import get_rng_state, loader_generators, set_rng_state, unwrap
 from .events import by_order
 from .files import written
 from .groups import load_opt_state, opt_state
@@ -65,12 +65,6 @@ def read_checkpoint(
     return state
 
 # %% ../nbs/07a_resume.ipynb #00000008
-def _generators(learn):
-    "Every `torch.Generator` that loaders, model and callbacks draw from"
-    found = [g for k in ('train', 'valid') for g in loader_generators(getattr(learn.dls, k, None))] + generators_in(learn.model)
-    for cb in by_order(learn.cbs): found += generators_in([*vars(cb).values()])
-    return list({id(g): g for g in found}.values())
-
 def _data(learn):
     dl = learn.dls.train
     def length(o): return len(o) if hasattr(o, '__len__') else None
@@ -97,7 +91,7 @@ def learner_state(
         model=type(model).__name__, weights=dict(raw=model.state_dict()), averages={k: a.state_dict() for k, a in learn.averages.items()},
         grads={n: p.grad for n, p in model.named_parameters() if p.grad is not None}, opt=learn.opt and opt_state(learn.model, learn.opt), opt_steps=learn.opt_steps,
         callbacks=callbacks, history=learn.history, n_epochs=learn.n_epochs, data=_data(learn), place=_place(learn),
-        rng=get_rng_state(_generators(learn))))
+        rng=get_rng_state(learn.generators())))
 
 # %% ../nbs/07a_resume.ipynb #0000000a
 def _random(state):
@@ -172,12 +166,12 @@ class Resume:
                 set_rng_state(_random(learn.rng), gens)
                 learn._meter.load_state_dict(place['meter'], device)
                 learn.loss = place['loss'].to(device)
-            else: set_rng_state(_random(state['rng']), _generators(learn))
+            else: set_rng_state(_random(state['rng']), learn.generators())
             batches = iter(learn.dl)
             for _ in islice(batches, place['batch']): pass
-            if learn.iter >= 0: set_rng_state(_random(state['rng']), _generators(learn))
+            if learn.iter >= 0: set_rng_state(_random(state['rng']), learn.generators())
             return enumerate(batches, place['batch'])
-        set_rng_state(_random(state['rng']), _generators(learn))
+        set_rng_state(_random(state['rng']), learn.generators())
 
 def load_weights(learn, state):
     "Put weights, gradients, history and count of a checkpoint into a learner"

@@ -13,6 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from .core import later
+from .callbacks import Watched
 from .events import Callback
 from .finder import LRFinderCB, group_options, lr_find, restore_options
 
@@ -126,8 +127,7 @@ class EpochSchedCB(BaseSchedCB):
         metric:str='loss', # what `ReduceLROnPlateau` watches: a column of the raw row, or `'ema/loss'` for another set of weights
     ):
         super().__init__(sched)
-        self.metric = metric
-        self._weights,self._column = metric.split('/', 1) if '/' in metric else ('raw', metric)
+        self.watched = Watched(metric)
 
     def steps(self, learn): return int(learn.n_epochs)
 
@@ -137,27 +137,20 @@ class EpochSchedCB(BaseSchedCB):
 
     def before_epoch(self, learn):
         if self._opt is None or not learn.training or not self._by_metric: return
-        names = 'raw', *learn._rows
-        if self._weights not in names:
-            raise ValueError(f'metric={self.metric!r}: no weights are called {self._weights!r}; there are {", ".join(names)}')
+        self.watched.check(learn)
         if self._row is None: return
-        if self._weights == 'raw': self._step_on(self._row, learn)
-        elif learn.averages[self._weights].n:
-            raise ValueError(f'metric={self.metric!r}: this fit does not validate the weights {self._weights!r}')
+        weights = self.watched.weights
+        if weights == 'raw': self._step(self.watched.of(self._row, learn))
+        elif learn.averages[weights].n: raise ValueError(f'{self.watched.name!r}: this fit does not validate the weights {weights!r}')
+        self._row = None
 
     def after_epoch(self, learn):
         if self._opt is None: return
         if learn.training: self._row = learn.history[-1]
         if not self._by_metric and learn.training: self._step(None)
-        elif self._by_metric and not learn.training and learn.weights == self._weights: self._step_on(learn.history[-1], learn)
-
-    def _step_on(self, row, learn):
-        columns = [k for k in row if k not in ('epoch', 'train', 'weights')]
-        if self._column not in columns:
-            others = [f'{w}/{k}' for w in learn.averages for k in columns]
-            raise ValueError(f'metric={self.metric!r}: no such column; there are {", ".join(columns + others)}')
-        self._step(row[self._column])
-        self._row = None
+        elif self._by_metric and (value := self.watched.value(learn)) is not None:
+            self._step(value)
+            self._row = None
 
     def _step(self, value):
         with warnings.catch_warnings():      # an epoch may end without a step of the optimizer, all of them skipped

@@ -12,7 +12,7 @@ from copy import copy, deepcopy
 
 import torch
 
-from .core import keep_rng, loader_generators, local, uninterrupted
+from .core import generators_in, keep_rng, loader_generators, local, uninterrupted
 from .events import STEPS, Callback, CallbackRunner, by_order, run_cbs
 
 # %% ../nbs/02b_weights.ipynb #00000005
@@ -132,15 +132,20 @@ class WeightSets(CallbackRunner):
 
     @contextmanager
     def looking(self):
-        "Random state, the loaders' too, goes on afterwards as if nothing had been drawn inside"
+        "Random state, that of loaders and transforms too, goes on afterwards as if nothing had been drawn inside"
         kept,self.dls = self.dls,copy(self.dls)
         loaders = {name: getattr(self.dls, name) for name in ('train', 'valid') if hasattr(self.dls, name)}
         for name, dl in loaders.items():
             if _undisturbed(dl) is not dl: setattr(self.dls, name, _undisturbed(dl))
-        gens = {id(g): g for dl in loaders.values() for g in loader_generators(dl)}
         try:
-            with keep_rng(*gens.values()): yield
+            with keep_rng(*self.generators()): yield
         finally: self.dls = kept
+
+    def generators(self) -> list:
+        "Every `torch.Generator` that the loaders, the model and the callbacks that prepare batches draw from, beside the global ones"
+        found = [g for k in ('train', 'valid') for g in loader_generators(getattr(self.dls, k, None))] + generators_in(self.model)
+        for cb in by_order(self.cbs): found += generators_in([*vars(cb).values()] if cb.prepares else cb)
+        return list({id(g): g for g in found}.values())
 
     @contextmanager
     def aside(self,

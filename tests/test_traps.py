@@ -101,15 +101,12 @@ Named are public issues in which users were bitten; *measured* was reproduced wi
         here: test_26_an_average_that_is_applied_stops_all
         here: test_26_a_real_dtype_for_complex_weights
 """
-import ast
 import copy
-import json
 import math
 import pickle
 import re
 import threading
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -126,29 +123,9 @@ from fastswa.events import Callback, CancelStepException
 from fastswa.learner import TrainLearner
 from fastswa.rules import ema, equal, power
 from fastswa.swa import BNUpdateCB, EMACB, SWACB
+from trap_table import check_table
 
-ROOT = Path(__file__).parents[1]
-
-
-def places():
-    "Number of the trap, file and name or text, for each line of the table"
-    number = 0
-    for line in __doc__.splitlines():
-        if m := re.match(r' ?(\d+)  \S', line): number = int(m[1])
-        elif m := re.match(r' {8}(\S+): (.+)', line): yield number, m[1], m[2]
-
-
-def test_the_table_holds():
-    "All 26 are there, in order, and every test that is named exists"
-    rows = list(places())
-    assert list(dict.fromkeys(n for n, _, _ in rows)) == list(range(1, 27))
-    for n, file, what in rows:
-        path = Path(__file__) if file == 'here' else ROOT/file
-        if path.suffix == '.ipynb': found = any(what in ''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'])
-        else: found = what in {f.name for f in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(f, ast.FunctionDef)}
-        assert found, f'{n}: {file} has no {what!r}'
-    own = {what for _, file, what in rows if file == 'here'}
-    assert own == {k for k in globals() if re.match(r'test_\d', k)}, 'the table does not name the tests of this file'
+def test_the_table_holds(): check_table(__doc__, __file__, 26)
 
 
 def data(n=160, bs=16):

@@ -1,0 +1,63 @@
+"""A checkpoint of a model of 25 million weights with an EMA: the time to write it, against `torch.save` of the same tensors.
+
+    python benchmarks/checkpoint.py [--rounds 7] [--folder DIR]
+
+The writers alternate in one process. A checkpoint is also flushed to the disk, which `torch.save` alone leaves to the system; the line
+`torch.save, flushed` does that too. Target: at most 1.5 x `torch.save`.
+"""
+import argparse, os, statistics, tempfile, time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+
+from fastswa.checkpoint import read_checkpoint
+from fastswa.learner import TrainLearner
+from fastswa.resume import learner_state
+from fastswa.swa import EMACB
+
+
+def flushed(state, path):
+    torch.save(state, path)
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--folder', default=None, help='where to write; a temporary folder by default')
+    args = parser.parse_args()
+    model = nn.Sequential(*(o for _ in range(24) for o in (nn.Linear(1020, 1020), nn.LayerNorm(1020), nn.ReLU())))
+    x = torch.randn(2, 1020)
+    dls = SimpleNamespace(train=[(x, x)], valid=None)
+    learn = TrainLearner(model, dls, F.mse_loss, 1e-4, EMACB(apply=False), optim.SGD)
+    learn.fit(1)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        ours,theirs = Path(folder)/'ours.pt',Path(folder)/'theirs.pt'
+        tensors = dict(raw=model.state_dict(), ema=learn.averages['ema'].weights)
+        writers = {'torch.save': lambda: torch.save(tensors, theirs), 'torch.save, flushed': lambda: flushed(tensors, theirs),
+                   'learn.save': lambda: learn.save(ours), 'learner_state alone': lambda: learner_state(learn)}
+        times = {k: [] for k in writers}
+        for r in range(args.rounds + 1):
+            for k, f in writers.items():
+                os.sync()
+                start = time.perf_counter()
+                f()
+                if r: times[k].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        read_checkpoint(ours)
+        reading = time.perf_counter() - start
+        start = time.perf_counter()
+        torch.load(ours, weights_only=True)
+        print(f'{sum(p.numel() for p in model.parameters())/1e6:.1f}M weights and an EMA, {ours.stat().st_size/1e6:.0f} MB\n')
+        for k, ts in times.items():
+            ratio = statistics.median(t/b for t, b in zip(ts, times['torch.save']))
+            print(f'{k:22}{1e3*statistics.median(ts):9.1f} ms {ratio:8.2f} x')
+        print(f'read, checksums too   {1e3*reading:9.1f} ms {reading/(time.perf_counter() - start):8.2f} x torch.load')
+
+
+if __name__ == '__main__': main()

@@ -126,6 +126,41 @@ def test_training_does_not_wait(no_waiting):
     assert [a.n for a in avs] == [7]*3
 
 
+def test_a_fit_does_not_wait(no_waiting):
+    "The learner and its usual callbacks: loss and metrics stay on the GPU, the bar is drawn by time"
+    from contextlib import ExitStack
+    from types import SimpleNamespace
+    from torcheval.metrics import MulticlassAccuracy
+    from fastswa.callbacks import DeviceCB, MetricsCB
+    from fastswa.cycles import OneCycleCB
+    from fastswa.events import Callback
+    from fastswa.learner import TrainLearner
+    from fastswa.loggers import LogCB
+    from fastswa.precision import MixedPrecisionCB
+    from fastswa.progress import ProgressCB
+    from fastswa.swa import BNUpdateCB, EMACB, SWACB
+    from fastswa.train import GradAccumCB, GradClipCB
+    from fastswa.views import View
+
+    class Alarm(Callback):
+        "No waiting from the third batch to the last"
+        order, stack = -99, ExitStack()
+        def before_batch(self, learn):
+            if learn.training and learn.iter == 2: self.stack.enter_context(no_waiting())
+        def cleanup_batch(self, learn):
+            if learn.iter == 29: self.stack.close()
+
+    g = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(32, 8, generator=g).cuda(), torch.randint(4, (32,), generator=g).cuda()) for _ in range(30)]
+    model, silent = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)), SimpleNamespace(log=lambda d: None)
+    cbs = [Alarm(), DeviceCB('cuda'), MetricsCB(accuracy=MulticlassAccuracy(device='cuda')), ProgressCB(view=View), EMACB(), SWACB(), BNUpdateCB(),
+           OneCycleCB(), GradAccumCB(2), GradClipCB(norm=1.), MixedPrecisionCB(), LogCB(silent, '100ba')]
+    learn = TrainLearner(model.cuda(), SimpleNamespace(train=batches, valid=batches), nn.functional.cross_entropy, 1e-3, cbs, torch.optim.AdamW)
+    try: learn.fit(2)
+    finally: Alarm.stack.close()
+    assert learn.opt_steps == 30
+
+
 @pytest.mark.parametrize('device', [None, 'cpu', 'cuda'])
 @pytest.mark.parametrize('bad', [(), (0,), (0, 1), (3,), (2, 3), (0, 4, 7), (7,)], ids=str)
 @pytest.mark.parametrize('rule', RULES)

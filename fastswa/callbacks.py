@@ -81,7 +81,7 @@ class MetricsCB(Callback):
         "Go on with an epoch: what the metrics have summed up so far; a warning where one cannot"
         self._n = state['batches']
         for k, m in self.metrics.items():
-            if k in state['metrics']: m.load_state_dict(state['metrics'][k])
+            if state['metrics'].get(k): m.load_state_dict(state['metrics'][k])
             elif self._n: warnings.warn(f'the metric {k!r} has no saved state: in the row of this epoch it is that of the batches to come')
 
     def after_batch(self, learn):
@@ -119,10 +119,15 @@ class Watched:
         self.name,self.mode = name,mode or ('min' if name.endswith('loss') else 'max')
         self.weights,self.column = name.split('/', 1) if '/' in name else ('raw', name)
 
-    def check(self, learn):
-        "ValueError if the learner has no such set of weights"
+    def check(self, learn,
+        rows=False, # also whether there was a row of it in the epoch before?
+    ):
+        "ValueError if the learner has no such set of weights; called before a training epoch"
         names = 'raw', *learn._rows
         if self.weights not in names: raise ValueError(f'{self.name!r}: no weights are called {self.weights!r}; there are {", ".join(names)}')
+        before = [r['weights'] for r in learn.history if r['train'] == 'eval' and r['epoch'] == learn.epoch - 1]
+        if rows and learn.epoch > learn.epochs[0] and self.weights not in before and (self.weights == 'raw' or learn.averages[self.weights].n):
+            raise ValueError(f'{self.name!r}: this fit does not validate the weights {self.weights!r}')
 
     def value(self, learn) -> float|None:
         "Its value, if the row that has just ended is the one it is in"

@@ -6,16 +6,18 @@
 __all__ = ['save', 'load', 'export', 'resumed', 'CheckpointCB', 'read_checkpoint']
 
 # %% ../nbs/08_checkpoint.ipynb #00000002
-import os, re, shutil, signal, sys, threading, warnings
+import os, shutil, signal, sys, threading, warnings
 from fractions import Fraction
+from numbers import Integral
 from pathlib import Path
 
 from .callbacks import Watched
 from .core import Time, unwrap
 from .events import Callback, by_order
 from .files import check_folder, written
+from .finder import restore_options
 from .groups import load_opt_state
-from .resume import Resume, check_model, learner_state, load_weights, read_checkpoint, write_checkpoint
+from .resume import Resume, check_model, learner_state, load_weights, newest, numbered, read_checkpoint, step_of, write_checkpoint
 
 # %% ../nbs/08_checkpoint.ipynb #00000003
 _all_ = ['read_checkpoint']
@@ -25,22 +27,27 @@ def save(
     learn, # a `Learner`, also in the midst of a fit
     path, # the file; it is replaced as a whole or not at all
 ):
-    "Write a checkpoint. Raises OSError if the file cannot be written, TypeError if a callback's state cannot"
+    """Write a checkpoint; within a fit, from `after_batch` or `before_epoch` of a callback whose `order` is 90 or more, since a fit goes on from where
+    others have done theirs. Raises OSError if the file cannot be written, TypeError for what cannot be saved, RuntimeError while a batch is half done"""
+    if learn.in_fit and learn.will_train and learn.training and not learn.settled:
+        raise RuntimeError('a batch is half done: save in after_batch or before_epoch, by a callback whose order is 90 or more, or use CheckpointCB')
     with learn.using('raw'): write_checkpoint(learner_state(learn), path)
 
 def load(
     learn, # a `Learner` of the same model
-    path, # a file from `save` or `CheckpointCB`
+    path, # a file from `save` or `CheckpointCB`; of a folder the newest
     opt:bool=True, # the optimizer's state too?
 ):
     "Take up weights, averages, optimizer and history of a checkpoint; ValueError for a damaged file or another model"
     if learn.in_fit: raise RuntimeError('load() is for between the fits: fit(…, resume=path) goes on in the midst of one')
-    state = read_checkpoint(path)
+    path,state,_ = newest(path)
     check_model(learn.model, state['weights']['raw'], path)
-    learn.restore()
     if opt and state['opt']:
         learn._ready_opt(None, False)
-        load_opt_state(learn.model, learn.opt, state['opt'])
+        try: load_opt_state(learn.model, learn.opt, state['opt'])
+        except ValueError as e: raise ValueError(f'{path}: {e}. With opt=False the optimizer is left alone') from e
+        restore_options(learn.opt, learn.options)      # those of the file may be of the midst of a schedule
+    learn.restore()
     load_weights(learn, dict(state, grads={}))
     learn._start_averages()
     learn.will_train = False
@@ -71,26 +78,19 @@ def export(
     with learn.using(name): write_tensors(unwrap(learn.model).state_dict(), path, meta)
 
 # %% ../nbs/08_checkpoint.ipynb #0000000e
-def _found(folder): return sorted(Path(folder).glob('step-*.pt'), key=lambda p: int(re.findall(r'\d+', p.stem)[-1]))
-
 def resumed(
     learn, # a learner, whose fit has begun
     path, # a checkpoint, or a folder of them
 ) -> Resume|None: # None: the folder has none
     "What a fit goes on from: the newest checkpoint of a folder that can be read"
     path = Path(path)
-    files = [path] if path.is_file() else _found(path)[::-1]
-    if not files:
-        if path.suffix == '.pt': raise FileNotFoundError(f'there is no checkpoint {path}')
+    if not path.suffix == '.pt' and not (path.is_dir() and numbered(path)):
+        if path.is_file(): raise ValueError(f'{path} is a file, but none with the ending .pt, as checkpoints have')
         if not learn.quiet: print(f'no checkpoint in {path}: the fit starts from the beginning')
         return None
-    for i, file in enumerate(files):
-        try: state = read_checkpoint(file)
-        except ValueError as e:
-            if file is files[-1]: raise
-            warnings.warn(f'{e}; going on from {files[i + 1].name}, which is older')
-        else: break
+    file,state,damaged = newest(path)
     res = Resume(learn, state, file)
+    res.damaged = damaged
     if not learn.quiet: print(f'going on from {file}: {res.epoch} epochs and {res.place["batch"]} batches, {state["opt_steps"]} steps')
     return res
 
@@ -106,7 +106,7 @@ class CheckpointCB(Callback):
     ):
         self.path,self.every,self.keep = Path(path),Time.parse(every, 'every'),keep
         if not self.every.value: raise ValueError(f'every must be above 0; got {every!r}')
-        if keep is not None and not keep >= 1: raise ValueError(f'keep must be 1 or more, or None; got {keep!r}')
+        if keep is not None and (not isinstance(keep, Integral) or keep < 1): raise ValueError(f'keep must be a whole number, 1 or more, or None; got {keep!r}')
         self.watched = Watched(best, mode) if best else None
         self.best = self.best_epoch = None
         self.saved,self._signals,self._asked,self._learn = [],{},None,None
@@ -116,17 +116,23 @@ class CheckpointCB(Callback):
         if not learn.will_train: return
         check_folder(self.path)
         for p in self.path.glob('.step-*'): p.unlink(missing_ok=True)      # of a process that was killed while writing
-        theirs = [p for p in _found(self.path) if p not in self.saved]
-        if theirs and not learn._resume:
-            raise ValueError(f'{self.path} holds checkpoints of another run, such as {theirs[-1].name}: go on with it by fit(…, resume={str(self.path)!r}), '
-                             'or give another folder')
-        self.saved = _found(self.path)
+        self._check_found(learn)
         if learn is not self._learn: self._learn,self.best,self.best_epoch = learn,None,None
         unit,self._steps,self._n,self._improved = self.every.unit,learn.opt_steps,0,False
         self._gap = self.every.value*(learn.n_epochs if unit == 'dur' else 1)
         learner_state(learn)      # says now, rather than in an hour, what cannot be saved
         if threading.current_thread() is threading.main_thread():
             self._old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (signal.SIG_IGN, None)}
+
+    def _check_found(self, learn):
+        clash = [cb for cb in learn.cbs if isinstance(cb, CheckpointCB) and cb is not self and cb.path == self.path]
+        if clash: raise ValueError(f'two CheckpointCB write to {self.path}: give each its folder')
+        found,go = numbered(self.path),f'go on with the newest by fit(…, resume={str(self.path)!r}), or give another folder'
+        if not learn.resuming:
+            if theirs := [p for p in found if p not in self.saved]: raise ValueError(f'{self.path} holds checkpoints of another run, such as {theirs[-1].name}: {go}')
+        elif newer := [p for p in found if step_of(p) > learn.resuming.state['opt_steps'] and p not in learn.resuming.damaged]:
+            raise ValueError(f'{self.path} holds newer checkpoints than {learn.resuming.path.name}, such as {newer[-1].name}: {go}')
+        self.saved = found
 
     def _ask(self, sig, frame):
         if self._asked: return self._stop(sig)
@@ -135,7 +141,12 @@ class CheckpointCB(Callback):
 
     def _stop(self, sig):
         self._asked = None
+        self._restore_signals()
         raise KeyboardInterrupt if sig == signal.SIGINT else SystemExit(128 + sig)
+
+    def _restore_signals(self):
+        for s, old in self._old.items(): signal.signal(s, old)
+        self._old = {}
 
     def _due(self, learn):
         if self.every.unit == 'ba': now = learn.opt_steps - self._steps
@@ -144,7 +155,9 @@ class CheckpointCB(Callback):
         return self._n > before
 
     def before_epoch(self, learn):
-        if learn.training and not learn._resume: self._write(learn, self._due(learn) or self._improved)
+        if not learn.training or learn.resuming: return
+        if self.watched: self.watched.check(learn, rows=True)
+        self._write(learn, self._due(learn) or self._improved)
 
     def after_batch(self, learn):
         if learn.training and learn.iter + 1 != learn.epoch_batches: self._write(learn, self._due(learn))
@@ -154,10 +167,9 @@ class CheckpointCB(Callback):
         if value is not None and self.watched.better(value, self.best): self.best,self.best_epoch,self._improved = value,learn.epoch,True
 
     def cleanup_fit(self, learn):
-        for s, old in self._old.items(): signal.signal(s, old)
-        self._old = {}
-        if learn.error is None and learn.will_train and learn.n_epochs: self._write(learn, True)
-        if self._asked and learn.error is None: self._stop(self._asked)
+        try:
+            if learn.error is None and learn.will_train and learn.n_epochs: self._write(learn, True)
+        finally: self._restore_signals()
 
     def _write(self, learn, due):
         if not (due or self._asked) or (state := learner_state(learn))['place'] is None: return
@@ -167,7 +179,7 @@ class CheckpointCB(Callback):
         if improved: _link(path, self.path/'best.pt')
         self.saved = [p for p in self.saved if p != path] + [path]
         while self.keep and len(self.saved) > self.keep: self.saved.pop(0).unlink(missing_ok=True)
-        if self._asked and learn.in_fit and self._old: self._stop(self._asked)
+        if self._asked: self._stop(self._asked)
 
     def state_dict(self): return dict(best=self.best, best_epoch=self.best_epoch, n=int(getattr(self, '_n', 0)), steps=getattr(self, '_steps', 0))
     def load_state_dict(self, state): self.best,self.best_epoch,self._n,self._steps = (state[k] for k in ('best', 'best_epoch', 'n', 'steps'))

@@ -137,7 +137,7 @@ def loader_generators(
 ) -> list: # its own `torch.Generator`s, each once
     "The generators a loader draws from, beside torch's global one; also those of its transform `tfm`"
     batch_sampler = getattr(dl, 'batch_sampler', None)
-    places = dl, getattr(dl, 'sampler', None), batch_sampler, getattr(batch_sampler, 'sampler', None)
+    places = dl, getattr(dl, 'sampler', None), batch_sampler, getattr(batch_sampler, 'sampler', None), getattr(dl, 'dataset', None)
     found = generators_in([*(getattr(o, 'generator', None) for o in places), getattr(dl, 'tfm', None)])
     return list({id(g): g for g in found}.values())
 
@@ -227,7 +227,7 @@ def clean_tb():
     "Let go of the last exception and of the frames its traceback holds"
     for name in ('last_traceback', 'last_exc', 'last_value', 'last_type'):
         o = getattr(sys, name, None)
-        tb = o if name == 'last_traceback' else getattr(o, '__traceback__', None)
+        tb = o if name == 'last_traceback' else o.__traceback__ if isinstance(o, BaseException) else None
         if tb is not None: traceback.clear_frames(tb)
         if hasattr(sys, name): delattr(sys, name)
 

@@ -24,6 +24,7 @@ class Callback:
     order = 0
     prepares = False # does `before_batch` prepare the batch for the model (device, transforms)?
     measures = False # does it add columns to the rows of `learn.history`?
+    needed = False # does it take part where things are looked at or tried out, though it acts at none of the events that decide about a step?
     watches = False # does a run go the same way without it, so that one can be resumed with or without its state?
 
 def by_order(cbs): return sorted(cbs, key=attrgetter('order'))

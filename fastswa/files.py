@@ -17,6 +17,8 @@ def written(
 ):
     "A temporary path to write to, which becomes `path` at the end of the block, once it is on the disk, or is removed if the block fails"
     path = Path(path)
+    if path.is_dir(): raise IsADirectoryError(f'{path} is a folder: give the path of the file in it')
+    if not path.parent.is_dir(): raise FileNotFoundError(f'there is no folder {path.parent} for {path.name}')
     fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
     os.close(fd)
     try:

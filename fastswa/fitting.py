@@ -6,6 +6,8 @@
 __all__ = ['CompileCB', 'ChannelsLastCB', 'EarlyStoppingCB']
 
 # %% ../nbs/06c_fitting.ipynb #00000002
+from numbers import Integral
+
 import torch
 
 from .callbacks import BatchTransformCB, Watched
@@ -47,18 +49,25 @@ class EarlyStoppingCB(Callback):
         min_delta:float=0., # an improvement is more than this
         mode:str|None=None, # is `'min'` or `'max'` good? None: `'min'` for names that end in `loss`
     ):
-        if not patience >= 1: raise ValueError(f'patience must be 1 or more epochs; got {patience!r}')
+        if not isinstance(patience, Integral) or patience < 1: raise ValueError(f'patience must be 1 or more epochs; got {patience!r}')
         if not min_delta >= 0: raise ValueError(f'min_delta must be 0 or more; got {min_delta!r}')
         self.watched,self.patience,self.min_delta = Watched(metric, mode),patience,min_delta
         self._start()
 
-    def _start(self): self.best,self.best_epoch,self._looked = None,None,None
+    def _start(self): self.best,self.best_epoch,self._looked,self._loaded = None,None,None,False
 
     def before_fit(self, learn): self._start()
 
     def before_epoch(self, learn):
         if not learn.training: return
-        self.watched.check(learn)
+        self.watched.check(learn, rows=True)
+        self._check(learn)
+
+    def before_batch(self, learn):
+        if self._loaded and learn.training: self._check(learn)      # a resumed fit may have been at its end
+        self._loaded = False
+
+    def _check(self, learn):
         if self._looked is None: return
         since = self._looked - (-1 if self.best_epoch is None else self.best_epoch)
         if since < self.patience: return
@@ -72,4 +81,4 @@ class EarlyStoppingCB(Callback):
         if self.watched.better(value, self.best, self.min_delta): self.best,self.best_epoch = value,learn.epoch
 
     def state_dict(self): return dict(best=self.best, best_epoch=self.best_epoch, looked=self._looked)
-    def load_state_dict(self, state): self.best,self.best_epoch,self._looked = state['best'],state['best_epoch'],state['looked']
+    def load_state_dict(self, state): self.best,self.best_epoch,self._looked,self._loaded = state['best'],state['best_epoch'],state['looked'],True

@@ -138,6 +138,7 @@ def load_opt_state(
     state:dict, # from `opt_state`
     strict:bool=True, # must all names, shapes and groups be the same?
     rename=None, # dict or function: name here → name there; in a dict also of whole modules, and None for what starts anew
+    load:bool=True, # or only see whether and how it fits?
 ) -> LoadReport: # what was matched, what starts anew, what is left over
     "Load a saved state by names; ValueError, before anything is changed, if it is of another optimizer or (`strict`) does not fit"
     _check_opt(opt)
@@ -152,7 +153,7 @@ def load_opt_state(
     if whole and not differ and [*old.values()] != [*state['params']]: differ = ['for LBFGS the order counts, and it is another']
     if differ and strict: raise ValueError('the saved optimizer state does not fit: ' + '; '.join(differ))
     if differ and whole: report = LoadReport(anew=list(old), left=list(state['params']))
-    _load(opt, groups, params, state, old, report)
+    if load: _load(opt, groups, params, state, old, report)
     return report
 
 def _load(opt, groups, params, state, old, report):

@@ -7,6 +7,7 @@ __all__ = ['Learner', 'TrainCB', 'TrainLearner', 'MomentumLearner']
 
 # %% ../nbs/03_learner.ipynb #00000002
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from copy import deepcopy
 from numbers import Integral
 
 import torch
@@ -51,10 +52,10 @@ class Learner(WeightSets):
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
         super().__init__()
         self.cbs,self.history,self.epochs,self.training,self.will_train = as_list(cbs),[],range(0),False,False
-        self.in_fit,self.completed,self.rng,self._resume = False,0,None,None
+        self.in_fit,self.settled,self.completed,self.rng,self.resuming = False,True,0,None,None
         self.opt = self.dl = self.batch = self.preds = self.loss = self.epoch_steps = self.epoch_batches = None
         self.opt_steps = self.n_epochs = self.epoch = self.iter = 0
-        self._opt_params,self._grads,self._frozen = [],{},[]
+        self.options,self._opt_params,self._grads,self._frozen = [],[],{},[]
 
     def fit(self,
         n_epochs:int=1, # passes over the training data
@@ -75,6 +76,7 @@ class Learner(WeightSets):
         if resume is not None and (reset_opt or not train):
             raise ValueError('resume= goes on with a training run and its optimizer: it needs train=True and reset_opt=False')
         with ExitStack() as stack:
+            stack.callback(self._let_go)
             stack.push(lambda *exc: self._switch('raw' if train and exc[0] else self.weights))
             stack.callback(self._drop, extra)
             self.cbs.extend(extra)
@@ -89,21 +91,21 @@ class Learner(WeightSets):
             self.epoch_steps = self.epoch_batches = _length(self.dls.train) if train else None
             stack.callback(setattr, self, 'in_fit', self.in_fit)
             self.in_fit = True
-            stack.callback(setattr, self, '_resume', None)
-            if resume is not None: self._resume = self._resumed(resume)
-            self.completed = self._resume.epoch if self._resume else 0
+            stack.callback(setattr, self, 'resuming', None)
+            if resume is not None: self.resuming = self._resumed(resume)
+            self.completed = self.resuming.epoch if self.resuming else 0
             self.epochs = range(self.completed, n_epochs)
-            self.epoch,self.iter,self.training = self.completed,-1,train
+            self.epoch,self.iter,self.training,self.settled = self.completed,-1,train,True
             self._fit(train, valid)
 
     @with_cbs('fit')
     def _fit(self, train, valid):
         self._frozen = [m for m in self.model.modules() if self.model.training and not m.training]
-        if self._resume and not self.epochs: self._resume.go_on()
+        if self.resuming and not self.epochs: self.resuming.go_on()
         for self.epoch in self.epochs:
             if train: self.one_epoch(True)
             if valid and self.dls.valid is not None: self._validate(valid, quick=train)
-            self.completed = self.epoch + 1
+            self.completed,self.settled = self.epoch + 1,True
 
     def one_epoch(self,
         training:bool, # a training epoch, or one of validation?
@@ -111,6 +113,7 @@ class Learner(WeightSets):
         "One pass over `dls.train` or `dls.valid`, and its row in `learn.history`"
         self.training,self.dl,self.iter = training,self.dls.train if training else self.dls.valid,-1
         self.set_mode(training)
+        self.settled = True
         with torch.set_grad_enabled(training): self._one_epoch()
 
     def set_mode(self,
@@ -124,11 +127,13 @@ class Learner(WeightSets):
     def _one_epoch(self):
         self._meter = LossMeter()
         for self.iter,self.batch in self._batches():
+            self.settled = False
             try: self.one_batch()
             except Exception as e:
                 if not isinstance(e, CANCELS): _say_where(e, self)
                 raise
             if self.training: self._check_loss(wait=False)
+        self.settled = False
         if self.iter < 0: raise ValueError(f'the {"training" if self.training else "validation"} loader gave no batch')
         if self.training: self._check_loss(wait=True)
         self.history.append(dict(loss=self._meter.mean(), epoch=self.epoch, train='train' if self.training else 'eval',
@@ -136,7 +141,7 @@ class Learner(WeightSets):
 
     def _batches(self):
         if not self.training: return enumerate(self.dl)
-        if self._resume: return self._resume.go_on()
+        if self.resuming: return self.resuming.go_on()
         self.rng = get_rng_state(loader_generators(self.dl))      # the order of this epoch follows from it
         return enumerate(self.dl)
 
@@ -150,6 +155,7 @@ class Learner(WeightSets):
         if self.training:
             with suppress(CancelStepException): self._one_step()
         self._meter.add(self.loss, batch_size(self.batch))
+        self.settled = True      # but for what `after_batch` does
 
     def _one_step(self):
         self.backward()
@@ -176,6 +182,10 @@ class Learner(WeightSets):
         raise FloatingPointError(f'the training loss stopped being finite at batch {bad} of epoch {self.epoch}: try a lower '
                                  'learning rate (`learn.lr_find()`), or look for bad values in the data')
 
+    def _let_go(self):
+        "A batch that was not finished does not keep its graph"
+        self.preds,self.loss = map_tensors(torch.Tensor.detach, (self.preds, self.loss))
+
     def _drop(self, extra): self.cbs[:] = [cb for cb in self.cbs if not any(cb is o for o in extra)]
 
     def _ready_opt(self, lr, reset):
@@ -191,6 +201,7 @@ class Learner(WeightSets):
             mult = g.setdefault('lr_mult', float(g['lr'])/lr if lr else 1.)
             if torch.is_tensor(g['lr']): g['lr'].fill_(lr*mult)
             else: g['lr'] = lr*mult
+        self.options = [deepcopy({k: v for k, v in g.items() if k != 'params'}) for g in getattr(self.opt, 'param_groups', ())]
 
     def _stepped(self, opt, args, kwargs): self.opt_steps += opt is self.opt
 

@@ -36,6 +36,7 @@ class CapturePreds(Callback):
         self.all_preds.append(to_cpu(learn.preds))
         self.all_targs.append(MetricsCB.targets(self, learn))
     def after_fit(self, learn):
+        if not self.all_preds: raise ValueError('every batch was cancelled: there are no predictions')
         self.all_preds,self.all_targs = _cat(self.all_preds),to_cpu(_cat(self.all_targs))
         if self.inps: self.all_inps = _cat(self.all_inps)
 

@@ -22,6 +22,9 @@ def whole(name, v):
 def number(name, v, low=0):
     if not (isinstance(v, Real) and low < v < math.inf): raise ValueError(f'{name} must be a number above {low}; got {v!r}')
 
+def only_one(cb, learn):
+    if sum(type(o) is type(cb) for o in learn.cbs) > 1: raise ValueError(f'there are several {type(cb).__name__} in the callbacks: keep one')
+
 def refuse_momentum(cb, learn):
     if isinstance(learn, MomentumLearner):
         raise ValueError(f'{type(cb).__name__} does not go with MomentumLearner, which keeps momentum in the gradients: '
@@ -49,15 +52,18 @@ class MixedPrecisionCB(Callback):
         dtypes = {p.dtype for p in learn.model.parameters()}
         if dtypes & {*_DTYPES.values()}: raise ValueError('mixed precision keeps the weights in fp32 and casts them itself: '
                                                           f'the model has parameters in {", ".join(map(str, dtypes))}')
-        self.device = next(learn.model.parameters()).device.type
+        only_one(self, learn)
         if self.dtype is not torch.float16 or not learn.will_train: return
+        device = next(learn.model.parameters()).device
         refuse_momentum(self, learn)
         if not hasattr(learn.opt, 'param_groups'): raise TypeError(f'fp16 needs an optimizer of torch; got {type(learn.opt).__name__}')
-        if self.scaler is None: self.scaler = torch.amp.GradScaler(self.device, **self.options)
+        if self.scaler is None:
+            self.scaler = torch.amp.GradScaler(device.type, **self.options)
+            self.scaler.scale(torch.zeros((), device=device))      # makes its tensors, which otherwise the first loss does
         if learn.quiet: self._before = self.state_dict()          # what is tried out leaves no trace
 
     def before_batch(self, learn):
-        self._cast = torch.autocast(self.device, self.dtype)
+        self._cast = torch.autocast(next(learn.model.parameters()).device.type, self.dtype)
         self._cast.__enter__()
 
     def after_predict(self, learn): learn.preds = map_tensors(lambda t: t.float() if t.dtype is self.dtype else t, learn.preds)

@@ -65,6 +65,7 @@ def _same(a, b):
 def _check_same(saved, here):
     kinds = [k for k in saved.keys() | here.keys() if k.endswith('kind')]
     keys = [k for k in kinds if saved.get(k) != here.get(k)] or [k for k in saved if k in here and not _same(saved[k], here[k])]
+    keys = [k for k in keys if not isinstance(saved.get(k), (list, dict))] or keys      # a number says more than a list of settings
     if keys: raise ValueError('the saved schedule is another one: '
                               + '; '.join(f'{k} was {saved.get(k)!r} and is {here.get(k)!r}' for k in sorted(keys)))
 
@@ -110,8 +111,12 @@ class BaseSchedCB(Callback):
     def load_state_dict(self, state):
         "Go on from where a saved schedule was; ValueError if that was another one. Between fits nothing: the next one starts anew"
         if not state or self._opt is None: return
-        _check_same(state['new'], self._new)
+        self.check_state(state)
         self.schedo.load_state_dict(dict(state['now']))
+
+    def check_state(self, state):
+        "ValueError if a saved state is of another schedule"
+        if state and self._opt is not None: _check_same(state['new'], self._new)
 
     plot = later('cycles', 'plot_sched')
 

@@ -111,7 +111,7 @@ class AverageCB(Callback):
     def load_state_dict(self, state):
         "Take up a saved average: at once while a fit lasts, else when the next one starts"
         self._loaded = state
-        if self.average is not None and self.learn.averages.get(self.name) is self.average and self.learn.in_fit: self._load(going_on=self.learn._resume is not None)
+        if self.average is not None and self.learn.averages.get(self.name) is self.average and self.learn.in_fit: self._load(going_on=self.learn.resuming is not None)
 
     def _load(self, going_on=False):
         if self._loaded: self.average.load_state_dict(self._loaded)

@@ -79,7 +79,7 @@ class SWACB(AverageCB):
         super().after_step(learn)
         self._set_rate(learn)
 
-    def before_batch(self, learn):
+    def before_epoch(self, learn):
         if learn.training: self._set_rate(learn)      # a schedule by epochs may have set it meanwhile
 
     def _set_rate(self, learn):
@@ -147,7 +147,7 @@ class PostHocEMACB(AverageCB):
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        if learn.will_train: self.average.check_new()
+        if learn.will_train and not learn.resuming: self.average.check_new()
 
     def _begin(self, learn):
         super()._begin(learn)

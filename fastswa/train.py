@@ -18,7 +18,7 @@ from .blend import all_finite
 from .core import batch_size
 from .events import Callback, CancelBatchException, CancelStepException
 from .fitting import ChannelsLastCB, CompileCB, EarlyStoppingCB
-from .precision import MixedPrecisionCB, number, refuse_momentum, whole
+from .precision import MixedPrecisionCB, number, only_one, refuse_momentum, whole
 
 # %% ../nbs/07_train.ipynb #00000003
 _all_ = ['ChannelsLastCB', 'CompileCB', 'EarlyStoppingCB', 'MixedPrecisionCB']
@@ -31,7 +31,8 @@ def gradients(
     return [p.grad for p in learn.model.parameters() if p.grad is not None]
 
 class GradAccumCB(Callback):
-    "A step for several batches: their gradients add up, each counts by its size, and a last, shorter window by what it has"
+    """A step for several batches: their gradients add up, each counts by its size, and a last, shorter window by what it has.
+    For losses that are means over the batch"""
     order = 25
     def __init__(self,
         batches:int|None=None, # in a step
@@ -45,14 +46,18 @@ class GradAccumCB(Callback):
     def _start(self): self.k,self.n,self.total,self.first,self._last = 0,0,0.,None,False
 
     def before_fit(self, learn):
-        self._start()
+        self._kept = None
         if not learn.will_train: return
         refuse_momentum(self, learn)
+        only_one(self, learn)
+        if learn.quiet: self._kept = self.state_dict()          # what is tried out leaves no trace
+        self._start()
         bs = getattr(learn.dls.train, 'batch_size', None)
         k = self.batches or (math.ceil(self.samples/bs) if bs else None)
         learn.epoch_steps = math.ceil(learn.epoch_batches/k) if learn.epoch_batches and k else None
 
     def before_epoch(self, learn):
+        if not learn.training: return
         if self.k: learn.zero_grad()             # of an epoch that was cut short
         self._start()
 
@@ -75,6 +80,9 @@ class GradAccumCB(Callback):
         if not (learn.training and self.k): return
         self._last = True
         with suppress(CancelStepException): learn.take_step()
+
+    def cleanup_fit(self, learn):
+        if self._kept is not None: self.load_state_dict(self._kept)
 
     def state_dict(self): return dict(k=self.k, n=self.n, total=self.total, first=self.first)
     def load_state_dict(self, state): self.k,self.n,self.total,self.first = (state[o] for o in ('k', 'n', 'total', 'first'))
@@ -109,6 +117,9 @@ class NaNGuardCB(Callback):
 
     def before_fit(self, learn): self._row = 0
 
+    def before_batch(self, learn):
+        if learn.training: self._buffers = [(b, b.clone()) for b in learn.model.buffers()]
+
     def after_loss(self, learn):
         if not learn.training or torch.isfinite(learn.loss.detach()).all(): return
         self._bad('the loss')
@@ -123,6 +134,7 @@ class NaNGuardCB(Callback):
             raise CancelStepException
 
     def _bad(self, what):
+        for b, old in self._buffers: b.copy_(old)          # BatchNorm has seen the batch
         self.skipped,self._row = self.skipped + 1, self._row + 1
         if self._row > self.patience: raise FloatingPointError(f'{what} was not finite in {self._row} batches in a row: look for bad values in '
                                                                'the data, or try a lower learning rate (`learn.lr_find()`)')
@@ -130,11 +142,13 @@ class NaNGuardCB(Callback):
 # %% ../nbs/07_train.ipynb #00000015
 class ClosureCB(Callback):
     "Give the optimizer a closure that computes loss and gradients of the batch anew, as `optim.LBFGS` needs; the table has the first loss"
+    needed = True
     def __init__(self): self._handle = None
 
     def before_fit(self, learn):
         if not learn.will_train: return
         refuse_momentum(self, learn)
+        only_one(self, learn)
         clash = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, (GradAccumCB, GradClipCB, MixedPrecisionCB, NaNGuardCB))]
         if clash: raise ValueError(f'ClosureCB does not go with {", ".join(clash)}: the gradients that the closure computes do not pass there')
         if not hasattr(learn.opt, 'register_step_pre_hook'): raise TypeError(f'a closure needs an optimizer of torch; got {type(learn.opt).__name__}')

@@ -23,7 +23,9 @@ def _undisturbed(dl):
     dl._iterator = None
     return dl
 
-def _needed(cb): return cb.measures or any(hasattr(cb, e) for e in ('before_batch', 'after_backward', 'before_weights', *STEPS))
+def _needed(cb):
+    decides = any(hasattr(cb, e) for e in ('before_batch', 'after_backward', *STEPS))
+    return cb.needed or cb.measures or hasattr(cb, 'before_weights') or decides and not cb.watches
 
 # %% ../nbs/02b_weights.ipynb #00000006
 class WeightSets(CallbackRunner):

@@ -397,3 +397,199 @@ def test_export_of_tied_and_channels_last_weights(tmp_path):
     learner(model=model).export(tmp_path/'a.safetensors')
     file = load_file(tmp_path/'a.safetensors')
     for k, v in model.state_dict().items(): assert torch.equal(file[k], v)
+
+
+# What an audit found
+
+
+def test_finder_leaves_swa_alone():
+    "Wrong: the average takes snapshots of the finder's weights"
+    cb = SWACB('0ba', '1ba', apply=False)
+    learn = learner(cb)
+    learn.fit(1)
+    before = {k: v.clone() for k, v in cb.average.weights.items()}
+    learn.lr_find(show=False, max_steps=5)
+    assert cb.average.n == 8
+    for k, v in cb.average.weights.items(): assert torch.equal(v, before[k])
+
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_loss', 'after_backward', 'after_step', 'after_epoch'])
+def test_saving_while_a_batch_is_half_done_is_refused(event, tmp_path):
+    "Wrong: it resumes, one step or half an epoch's row short"
+    class Save(Callback):
+        order = 95
+    setattr(Save, event, lambda self, learn: learn.save(tmp_path/'a.pt') if learn.training else None)
+    with pytest.raises(RuntimeError, match='a batch is half done: save in after_batch'): learner(Save()).fit(1)
+
+
+def test_saved_in_validation_is_not_for_resume(tmp_path):
+    class Save(Callback):
+        order = 95
+        def after_epoch(self, learn):
+            if not learn.training: learn.save(tmp_path/'a.pt')
+    learner(Save()).fit(1)
+    learner().load(tmp_path/'a.pt')
+    with pytest.raises(ValueError, match='was not saved during training'): learner().fit(1, resume=tmp_path/'a.pt')
+
+
+def test_a_look_within_a_window(tmp_path):
+    "Wrong: the window of accumulated gradients starts anew where somebody validates or looks for a rate in the midst of it"
+    class Look(Callback):
+        order = 96
+        def after_batch(self, learn):
+            if learn.training and learn.iter in (1, 4):
+                learn.validate()
+                learn.get_preds()
+    a,b = learner(GradAccumCB(4)),learner(GradAccumCB(4), Look())
+    results = []
+    for o in (a, b):
+        set_seed(1)
+        o.fit(2)
+        results.append(result(o))
+    same(*results)
+
+
+def test_a_run_that_stopped_early_stays_stopped(tmp_path):
+    "Wrong: each start of the script trains one epoch more"
+    def go():
+        learn = learner(EarlyStoppingCB(patience=1, min_delta=10.), CheckpointCB(tmp_path))
+        set_seed(1)
+        learn.fit(20, resume=tmp_path)
+        return learn
+    first = go()
+    for _ in range(2): assert go().history == first.history
+
+
+def test_load_keeps_the_options_of_this_learner(tmp_path):
+    "Wrong: momentum and weight decay are those of the midst of a schedule, for good"
+    one = learner(OneCycleCB())
+    one.fit(2, cbs=CheckpointCB(tmp_path))
+    other = learner(opt_func=partial(optim.AdamW, weight_decay=0.3))
+    other.load(tmp_path)
+    group = other.opt.param_groups[0]
+    assert group['betas'] == (0.9, 0.999) and group['weight_decay'] == 0.3 and 'initial_lr' not in group
+    for p, q in zip(one.opt.param_groups[0]['params'], group['params']): assert torch.equal(one.opt.state[p]['exp_avg'], other.opt.state[q]['exp_avg'])
+    with pytest.raises(ValueError, match='With opt=False the optimizer is left alone'): learner(opt_func=optim.SGD).load(tmp_path)
+    learner(opt_func=optim.SGD).load(tmp_path, opt=False)
+
+
+def test_workers_that_persist(tmp_path):
+    "They are seeded once, in the first epoch. Wrong: the order of the epochs after a resume"
+    def go(**kwargs):
+        data = Data(num_workers=1)
+        data.train = DataLoader(data.train.dataset, 32, shuffle=True, num_workers=1, persistent_workers=True)
+        learn = learner(EMACB(0.8), dls=data)
+        if 'resume' not in kwargs: set_seed(1)
+        try: learn.fit(3, **kwargs)
+        except RuntimeError as e: assert str(e) == 'power cut'
+        return result(learn)
+    whole = go()
+    for at in ((0, 3), (1, 3)):
+        go(cbs=PowerCut(*at, tmp_path/'a.pt'))
+        same(go(resume=tmp_path/'a.pt'), whole)
+
+
+def test_metric_with_an_empty_state(tmp_path):
+    "As torchmetrics' by default. Wrong: it counts as saved"
+    class Empty(killed_run.Hits):
+        def state_dict(self): return {}
+        def reset(self): self.n = self.right = 0
+    learner(MetricsCB(n=Empty())).fit(1, cbs=PowerCutQuiet(0, 3, tmp_path/'a.pt'))
+    with pytest.warns(UserWarning, match="the metric 'n' has no saved state"): learner(MetricsCB(n=Empty())).fit(1, resume=tmp_path/'a.pt')
+
+
+def test_buffers_that_are_not_in_the_state_dict(tmp_path):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('seen', torch.zeros(()), persistent=False)
+        def forward(self, x):
+            if self.training: self.seen += 1
+            return x + self.seen/100
+    def go(**kwargs):
+        learn = learner(model=nn.Sequential(Counts(), *net()))
+        set_seed(1)
+        learn.fit(2, **kwargs)
+        return learn
+    whole = go()
+    go(cbs=PowerCutQuiet(1, 2, tmp_path/'a.pt'))
+    learn = go(resume=tmp_path/'a.pt')
+    assert learn.model[0].seen == whole.model[0].seen == 16
+    same(dict(result(learn), random=0), dict(result(whole), random=0))
+
+
+def test_post_hoc_snapshots_in_a_folder(tmp_path):
+    "Wrong: the folder's own snapshots refuse the run that goes on with them"
+    def go(n, **kwargs):
+        learn = learner(PostHocEMACB(every='4ba', folder=tmp_path/str(n)))
+        (tmp_path/str(n)).mkdir(exist_ok=True)
+        set_seed(1)
+        learn.fit(3, **kwargs)
+        return result(learn)
+    whole = go(0)
+    go(1, cbs=PowerCutQuiet(1, 2, tmp_path/'a.pt'))
+    same(go(1, resume=tmp_path/'a.pt'), whole)
+
+
+def test_fp16_with_an_open_window_at_the_end_of_an_epoch(tmp_path):
+    "Wrong: the new process's scaler has no scale before its first loss"
+    def go(**kwargs):
+        learn = learner(MixedPrecisionCB('fp16'), GradAccumCB(3))
+        if 'resume' not in kwargs: set_seed(1)
+        try: learn.fit(2, **kwargs)
+        except RuntimeError as e: assert str(e) == 'power cut'
+        return learn
+    whole = result(go())
+    go(cbs=PowerCut(0, 7, tmp_path/'a.pt'))
+    same(result(go(resume=tmp_path/'a.pt')), whole)
+
+
+def test_looks_before_a_fit_under_mixed_precision(tmp_path):
+    learn = learner(MixedPrecisionCB(), EMACB(0.8), BNUpdateCB())
+    learn.summary()
+    learn.fit(1)
+    learn.save(tmp_path/'a.pt')
+    other = learner(MixedPrecisionCB(), EMACB(0.8), BNUpdateCB())
+    other.load(tmp_path/'a.pt')
+    assert torch.equal(other.get_preds('ema')[0], learn.get_preds('ema')[0])
+
+
+def test_a_stream_without_length(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self): return iter(zip(*Data().train.dataset.tensors))
+    def go(**kwargs):
+        data = Data()
+        data.train = DataLoader(Stream(), 32)
+        learn = learner(EMACB(0.8), dls=data)
+        set_seed(1)
+        learn.fit(2, **kwargs)
+        return result(learn)
+    whole = go()
+    go(cbs=PowerCutQuiet(1, 2, tmp_path/'a.pt'))
+    same(go(resume=tmp_path/'a.pt'), whole)
+
+
+def test_a_refused_resume_leaves_the_optimizer(tmp_path):
+    learner(OneCycleCB()).fit(2, cbs=PowerCutQuiet(1, 2, tmp_path/'a.pt'))
+    learn = learner(OneCycleCB(pct_start=0.5))
+    learn.fit(1)
+    before = {k: v.clone() for k, v in learn.opt.state[learn.model[0].weight].items()}
+    with pytest.raises(ValueError, match='a.pt cannot be gone on from: the saved schedule is another one'): learn.fit(2, resume=tmp_path/'a.pt')
+    for k, v in learn.opt.state[learn.model[0].weight].items(): assert torch.equal(v, before[k])
+
+
+def test_changed_options_are_told(tmp_path):
+    learner().fit(2, cbs=PowerCutQuiet(1, 2, tmp_path/'a.pt'))
+    with pytest.warns(UserWarning, match=r'goes on with the options that were saved: lr was 0.01 and is 0.5, weight_decay was 0.1 and is 0.2'):
+        learner(lr=0.5, opt_func=partial(optim.AdamW, weight_decay=0.2)).fit(2, resume=tmp_path/'a.pt')
+
+
+def test_generators_must_be_as_many(tmp_path):
+    RUNS['a generator of its own']().fit(2, cbs=PowerCutQuiet(1, 2, tmp_path/'a.pt'))
+    with pytest.raises(ValueError, match='of a run with 1 generators of its own, in loaders and transforms; here are 0'):
+        learner(OneCycleCB()).fit(2, resume=tmp_path/'a.pt')
+
+
+def test_two_of_a_kind():
+    for make in (lambda: GradAccumCB(2), MixedPrecisionCB):
+        with pytest.raises(ValueError, match=f'there are several {type(make()).__name__} in the callbacks: keep one'): learner(make(), make()).fit(1)

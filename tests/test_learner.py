@@ -200,3 +200,18 @@ def test_showing_a_batch_trains_nothing(monkeypatch):
     before = state(learn)
     learn.show_image_batch(max_n=4)
     assert same(before, state(learn)) and learn.opt is None and learn.batch is None
+
+
+def test_an_error_before_backward_keeps_no_activations():
+    "Wrong: `learn.preds` and `learn.loss` hold the graph of the batch, and with it the memory, until the next fit (Lightning#3275)"
+    import gc, weakref
+    kept = []
+    class Fails(Callback):
+        def after_loss(self, learn): raise ValueError('no more')
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[0].register_forward_hook(lambda m, i, o: kept.append(weakref.ref(o)))
+    learn = TrainLearner(model, SimpleNamespace(train=[(torch.randn(4, 3), torch.randint(3, (4,)))], valid=None), F.cross_entropy, 0.1, Fails())
+    try: learn.fit(1)
+    except ValueError: pass
+    gc.collect()
+    assert learn.loss is not None and kept[0]() is None

@@ -125,6 +125,7 @@ from fastswa.rules import ema, equal, power
 from fastswa.swa import BNUpdateCB, EMACB, SWACB
 from trap_table import check_table
 
+
 def test_the_table_holds(): check_table(__doc__, __file__, 26)
 
 

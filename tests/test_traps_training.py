@@ -55,6 +55,7 @@ learner
 18  The learning-rate finder leaves weights, gradients, optimizer, rate and random state changed (fastai#3013, Lightning#6675)
         nbs/05a_finder.ipynb: trained(lambda learn: learn.lr_find(show=False)), trained(lambda learn: None)
         tests/test_sched.py: test_finder_leaves_no_trace
+        here: test_18_a_search_leaves_no_trace_in_a_run_with
 19  At the latest when it is interrupted
         nbs/05a_finder.ipynb: test_eq(trained(interrupted), trained(lambda learn: None))
         tests/test_sched.py: test_finder_leaves_no_trace
@@ -62,7 +63,7 @@ learner
         nbs/05a_finder.ipynb: one_batch = SimpleNamespace(train=[tuple(data)], valid=None)
         tests/test_sched.py: test_finder_stops_where_it_should
 21  A schedule among the callbacks overrides the rates it tries
-        nbs/06_sched.ipynb: test_close(learn.lr_find(max_steps=12, show=False).lrs
+        here: test_21_a_search_uses_the_rates_it_tries
 22  Callbacks that depend on each other share order 0, so the list decides
         nbs/07_train.ipynb: for order in list(permutations(range(5)))[7::11]
         here: test_22_the_order_in_the_list_does_not_matter
@@ -231,7 +232,7 @@ import signal
 import sys
 import warnings
 import weakref
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
@@ -345,7 +346,11 @@ def fit(learn, *args, **kwargs):
     return learn
 
 
-FIXED = 'model dls loss_func lr opt_func cbs weights quick quiet in_fit _resume'.split()
+@cache
+def a_plain_learner(): return fit(learner(), 1)
+
+
+FIXED = 'model dls loss_func lr opt_func cbs weights quick quiet in_fit'.split()
 ENDS = dict(well=None, error=At('after_backward', ZeroDivisionError(), 90), ctrl_c=At('after_batch', KeyboardInterrupt(), 90, training=False))
 
 
@@ -355,7 +360,7 @@ def test_05_nothing_of_the_learner_stays_replaced(name, ends, tmp_path):
     "Neither an attribute nor a method, nor one of another callback, however the fit ends"
     rec = RecorderCB(loss=lambda cb: cb.learn.loss.item())
     cbs = [rec, *filter(None, [ENDS[ends]])]
-    learn, plain = learner(*cbs), fit(learner(), 1)
+    learn, plain = learner(*cbs), a_plain_learner()
     fixed, functions = {k: getattr(learn, k) for k in FIXED}, {k: v for cb in cbs for k, v in vars(cb).items() if callable(v)}
     if ends == 'well': learn.fit(1, cbs=made(name, tmp_path))
     else:
@@ -381,6 +386,7 @@ def test_06_the_plot_of_any_fit(monkeypatch):
         return {line.get_label(): list(map(int, line.get_xdata())) for line in cb.plot_losses(axes).lines}
     train = list(range(1, 15))
     assert drawn() == drawn(fits=2) == dict(training=train, validation=[7, 14])
+    cb.plot = False                                              # from here on only what is drawn in the end
     assert drawn(train=False, n=3) == dict(training=[], validation=[0]*3)
     assert drawn(valid=False) == dict(training=train)
     assert drawn(EMACB(start='8ba', apply=False)) == dict(training=train, raw=[7, 14], ema=[14])
@@ -475,12 +481,46 @@ def test_11_modes_return_after_a_failure(look, training):
         assert modes == [m.training for m in learn.model.modules()]
 
 
+@pytest.mark.parametrize('name', EVERY)
+def test_18_a_search_leaves_no_trace_in_a_run_with(name, tmp_path):
+    "Each callback: between two fits, the second goes on as if nobody had searched, with the same averages"
+    def run(search, folder):
+        learn = learner(*made(name, folder))
+        set_seed(1)
+        learn.fit(1)
+        if search: learn.lr_find(max_steps=9, show=False)
+        if name == 'checkpoint': learn.cbs[0].path = folder/'more'
+        averages = [{k: v.clone() for k, v in a.weights.items()} for a in learn.averages.values() if hasattr(a, 'weights')]
+        learn.fit(1)
+        learn.restore()
+        return state(learn), averages, learn.history, learn.opt_steps
+    (a, *rest_a), (b, *rest_b) = run(True, tmp_path/'a'), run(False, tmp_path/'b')
+    assert same(a, b) and all(map(same, rest_a[0], rest_b[0])) and rest_a[1:] == rest_b[1:]
+
+
+class RatesSGD(optim.SGD):
+    "Writes down the rate of each step"
+    def step(self, closure=None):
+        self.rates.append(self.param_groups[0]['lr'])
+        return super().step(closure)
+
+
+@pytest.mark.parametrize('name', ['batches', 'epochs', 'one_cycle', 'wsd', 'swa'])
+def test_21_a_search_uses_the_rates_it_tries(name, tmp_path):
+    "Those of the steps themselves: what the finder writes down stays the same when a schedule sets others"
+    RatesSGD.rates = []
+    learn = learner(*made(name, tmp_path), opt_func=RatesSGD)
+    found = learn.lr_find(max_steps=20, show=False)
+    assert RatesSGD.rates == pytest.approx([1e-5*1.3**i for i in range(len(RatesSGD.rates))]) and len(RatesSGD.rates) >= 19
+    assert found.lrs[:len(RatesSGD.rates)] == pytest.approx(RatesSGD.rates)
+
+
 def test_22_the_order_in_the_list_does_not_matter(tmp_path):
     "Callbacks that depend on each other each have their own order: the same run, rows, records, logs and averages, bit for bit"
     def run(shuffle, folder):
         rec, stats, logs = RecorderCB(lr=lambda cb: cb.pg['lr'], loss=lambda cb: cb.learn.loss.item()), ActivationStats(every=3, grads=True), []
         cbs = [DeviceCB('cpu'), AugmentCB(RandFlip()), MixUpCB(3), ChannelsLastCB(), MetricsCB(hits=Hits()), rec, stats, GradAccumCB(2), MixedPrecisionCB(),
-               NaNGuardCB(), GradClipCB(norm=0.3), OneCycleCB(), EarlyStoppingCB('ema/loss'), EMACB(decay=0.8), SWACB('3ba', '2ba', apply=False), BNUpdateCB(),
+               NaNGuardCB(), GradClipCB(norm=0.3), OneCycleCB(), EarlyStoppingCB('ema/hits'), EMACB(decay=0.8), SWACB('3ba', '2ba', apply=False), BNUpdateCB(),
                ProgressCB(view=View), LogCB(SimpleNamespace(log=logs.append), '2ba'), CheckpointCB(folder, best='ema/hits')]
         shuffle(cbs)
         learn = learner(*cbs)
@@ -581,7 +621,7 @@ def test_70_a_traceback_gives_way():
     learn.model[0].register_forward_hook(lambda m, i, o: outs.append(weakref.ref(o)))
     refs = [weakref.ref(o) for o in (learn, learn.model)]
     try: learn.fit(1)
-    except ZeroDivisionError as e: sys.last_exc, sys.last_value, sys.last_traceback = e, e, e.__traceback__
+    except ZeroDivisionError as e: sys.last_exc, sys.last_value, sys.last_traceback, sys.last_type = e, e, e.__traceback__, type(e)
     del learn
     gc.collect()
     assert all(r() is not None for r in refs)                    # or there would be nothing to let go of

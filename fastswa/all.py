@@ -1,4 +1,5 @@
 "Every public name, for notebooks: `from fastswa.all import *`. Written by hand"
+from fastswa.archive import *
 from fastswa.augment import *
 from fastswa.averaging import *
 from fastswa.batchnorm import *

@@ -11,13 +11,14 @@ from fractions import Fraction
 from numbers import Integral
 from pathlib import Path
 
+from .archive import newest, numbered, read_checkpoint, step_of, write_checkpoint
 from .callbacks import Watched
 from .core import Time, unwrap
 from .events import Callback, by_order
 from .files import check_folder, written
 from .finder import restore_options
 from .groups import load_opt_state
-from .resume import Resume, check_model, learner_state, load_weights, newest, numbered, read_checkpoint, step_of, write_checkpoint
+from .resume import Resume, check_model, learner_state, load_weights
 
 # %% ../nbs/08_checkpoint.ipynb #00000003
 _all_ = ['read_checkpoint']

@@ -29,7 +29,7 @@ from killed_run import Data, learner, net, result, the_run
 
 pytestmark = pytest.mark.filterwarnings('ignore:the model has BatchNorm', 'ignore:.*lr_scheduler.step')
 spawn = multiprocessing.get_context('forkserver')
-spawn.set_forkserver_preload(['torch', 'fastswa.augment', 'fastswa.checkpoint', 'fastswa.cycles', 'fastswa.swa'])
+spawn.set_forkserver_preload(['torch._dynamo', 'fastswa.augment', 'fastswa.checkpoint', 'fastswa.cycles', 'fastswa.swa'])
 
 
 def same(a, b):

@@ -110,7 +110,7 @@ class CheckpointCB(Callback):
         if keep is not None and (not isinstance(keep, Integral) or keep < 1): raise ValueError(f'keep must be a whole number, 1 or more, or None; got {keep!r}')
         self.watched = Watched(best, mode) if best else None
         self.best = self.best_epoch = None
-        self.saved,self._signals,self._asked,self._learn = [],{},None,None
+        self.saved,self._asked,self._learn = [],None,None
 
     def before_fit(self, learn):
         self._old,self._asked = {},None

@@ -1,3 +1,7 @@
+import os
+
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')      # side by side, and for the processes they start
+
 import pytest
 import torch
 

@@ -40,10 +40,14 @@ def same(a, b):
 @pytest.fixture(scope='module')
 def whole():
     "The result of a run that nothing stopped"
-    learn = the_run()
-    set_seed(1)
-    learn.fit(killed_run.N_EPOCHS)
-    return result(learn)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                             # as in the processes that are killed: two threads round otherwise
+    try:
+        learn = the_run()
+        set_seed(1)
+        learn.fit(killed_run.N_EPOCHS)
+        return result(learn)
+    finally: torch.set_num_threads(threads)
 
 
 def start(*args):

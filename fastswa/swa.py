@@ -79,7 +79,7 @@ class SWACB(AverageCB):
         super().after_step(learn)
         self._set_rate(learn)
 
-    def before_epoch(self, learn):
+    def before_batch(self, learn):
         if learn.training: self._set_rate(learn)      # a schedule by epochs may have set it meanwhile
 
     def _set_rate(self, learn):

@@ -24,8 +24,8 @@ def _undisturbed(dl):
     return dl
 
 def _needed(cb):
-    decides = any(hasattr(cb, e) for e in ('before_batch', 'after_backward', *STEPS))
-    return cb.needed or cb.measures or hasattr(cb, 'before_weights') or decides and not cb.watches
+    decides = any(hasattr(cb, e) for e in ('before_batch', 'after_backward', *STEPS)) and not (cb.watches or hasattr(cb, 'new_average'))
+    return cb.needed or cb.measures or hasattr(cb, 'before_weights') or decides
 
 # %% ../nbs/02b_weights.ipynb #00000006
 class WeightSets(CallbackRunner):

@@ -44,6 +44,7 @@ def main():
         times = {k: [] for k in writers}
         for r in range(args.rounds + 1):
             for k, f in writers.items():
+                theirs.unlink(missing_ok=True)           # both write a new file
                 os.sync()
                 start = time.perf_counter()
                 f()

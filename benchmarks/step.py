@@ -1,6 +1,6 @@
 """One training step of the seed convnet: what the learner and its callbacks add to a bare loop.
 
-    python benchmarks/step.py [--rounds 30] [--steps 20] [--bs 1024] [--device cpu] [--compile]
+    python benchmarks/step.py [--rounds 12] [--steps 59] [--bs 1024] [--device cpu] [--compile]
 
 Batches lie on the device already. The loops alternate in one process, in an order that turns from round to round; a figure is the median over
 the rounds, a ratio the median of the ratios of single rounds to the bare loop of the same round. Targets: `TrainLearner` with DeviceCB,
@@ -62,7 +62,7 @@ def with_learner(batches, device, *cbs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(rounds=30, steps=20, bs=1024).items(): parser.add_argument(f'--{name}', type=int, default=default)
+    for name, default in dict(rounds=12, steps=59, bs=1024).items(): parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--device', default=default_device())
     parser.add_argument('--compile', action='store_true', help='also with CompileCB, which takes a while to compile')
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 "Hands the metadata in settings.ini to setuptools; pyproject.toml lists these fields as dynamic."
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import setup
+from setuptools import find_packages, setup
 
 root = Path(__file__).resolve().parent
 ini = ConfigParser(interpolation=None)
@@ -17,7 +17,7 @@ setup(
     author=cfg['author'],
     license=cfg['license'],
     python_requires='>=' + cfg['min_python'],
-    packages=[cfg['lib_name']],
+    packages=find_packages(include=[cfg['lib_name'], cfg['lib_name'] + '.*']),
     install_requires=cfg['requirements'].split(),
     extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'bench', 'tensorboard')},
     entry_points={'console_scripts': cfg['console_scripts'].split(),

@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torcheval.metrics import MulticlassAccuracy
 
-from fastswa.callbacks import MetricsCB
+from fastswa.callbacks.basics import MetricsCB
 from fastswa.core import set_seed
-from fastswa.data import DataLoaders
-from fastswa.init import init_weights
-from fastswa.layers import act_gr, get_model
-from fastswa.learner import MomentumLearner, TrainLearner
-from fastswa.sources import fashion_mnist
-from fastswa.swa import BNUpdateCB, EMACB, SWACB
+from fastswa.data.loaders import DataLoaders
+from fastswa.nets.init import init_weights
+from fastswa.nets.layers import act_gr, get_model
+from fastswa.training.learner import MomentumLearner, TrainLearner
+from fastswa.data.sources import fashion_mnist
+from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
 
 
 class Quiet(MetricsCB):

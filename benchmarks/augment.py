@@ -12,7 +12,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from fastswa.augment import cutmix, mixup, rand_copy, rand_crop, rand_erase, rand_flip
+from fastswa.data.mixing import cutmix, mixup
+from fastswa.data.transforms import rand_copy, rand_crop, rand_erase, rand_flip
 from fastswa.core import default_device
 
 

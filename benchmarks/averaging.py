@@ -32,9 +32,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fastswa.averaging import Average, ema, equal, update_all
-from fastswa.layers import get_model
-from fastswa.tensors import find_tensors
+from fastswa.averaging.average import Average, update_all
+from fastswa.averaging.rules import ema, equal
+from fastswa.nets.layers import get_model
+from fastswa.averaging.tensors import find_tensors
 
 DECAY, BANK, BARE = 0.999, (0.9, 0.99, 0.999, 0.9999), 'bare _foreach_lerp_'
 
@@ -191,9 +192,10 @@ def one_model(name, make, args):
 
 def swa_share(device):
     "The time in SWACB's methods as a share of an epoch, train and validate, without it"
-    from fastswa.data import DataLoaders, fashion_mnist      # the rest of this script needs torch only
-    from fastswa.learner import TrainLearner
-    from fastswa.swa import SWACB
+    from fastswa.data.loaders import DataLoaders      # the rest of this script needs torch only
+    from fastswa.data.sources import fashion_mnist
+    from fastswa.training.learner import TrainLearner
+    from fastswa.callbacks.swa import SWACB
 
     def clocked(f, epochs):
         def _f(learn):

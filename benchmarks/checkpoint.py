@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from fastswa.checkpoint import read_checkpoint
-from fastswa.learner import TrainLearner
-from fastswa.resume import learner_state
-from fastswa.swa import EMACB
+from fastswa.checkpoint.archive import read_checkpoint
+from fastswa.training.learner import TrainLearner
+from fastswa.checkpoint.resume import learner_state
+from fastswa.callbacks.swa import EMACB
 
 
 def flushed(state, path):

@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torcheval.metrics import MulticlassAccuracy
 
-from fastswa.callbacks import DeviceCB, MetricsCB
+from fastswa.callbacks.basics import DeviceCB, MetricsCB
 from fastswa.core import default_device, set_seed
-from fastswa.data import DataLoaders, inplace
-from fastswa.init import init_weights
-from fastswa.layers import act_gr, get_model
-from fastswa.learner import TrainLearner
-from fastswa.progress import ProgressCB
-from fastswa.sources import fashion_mnist
-from fastswa.swa import EMACB
+from fastswa.data.loaders import DataLoaders, inplace
+from fastswa.nets.init import init_weights
+from fastswa.nets.layers import act_gr, get_model
+from fastswa.training.learner import TrainLearner
+from fastswa.callbacks.progress import ProgressCB
+from fastswa.data.sources import fashion_mnist
+from fastswa.callbacks.swa import EMACB
 
 
 def model():

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from fastswa.callbacks import DeviceCB
+from fastswa.callbacks.basics import DeviceCB
 from fastswa.core import default_device, set_seed
-from fastswa.data import DataLoaders
-from fastswa.hooks import ActivationStats
-from fastswa.init import init_weights
-from fastswa.layers import GeneralRelu, act_gr, get_model
-from fastswa.learner import TrainLearner
-from fastswa.sources import fashion_mnist, toy_images
+from fastswa.data.loaders import DataLoaders
+from fastswa.callbacks.activations import ActivationStats
+from fastswa.nets.init import init_weights
+from fastswa.nets.layers import GeneralRelu, act_gr, get_model
+from fastswa.training.learner import TrainLearner
+from fastswa.data.sources import fashion_mnist, toy_images
 
 acts, layers = GeneralRelu, (GeneralRelu, nn.Conv2d, nn.BatchNorm2d)
 default = ActivationStats().every

@@ -11,6 +11,6 @@ torch.set_num_threads(min(2, torch.get_num_threads()))  # the models here are to
 @pytest.fixture(scope='session')
 def fmnist():
     "The real Fashion-MNIST; where there is none, the test is skipped"
-    from fastswa.sources import fashion_mnist
+    from fastswa.data.sources import fashion_mnist
     try: return fashion_mnist()
     except FileNotFoundError as e: pytest.skip(str(e))

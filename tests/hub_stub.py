@@ -42,7 +42,7 @@ def main():
     os.environ['HF_ENDPOINT'] = f'http://127.0.0.1:{server.server_port}'
 
     import datasets, numpy as np
-    from fastswa import sources
+    from fastswa.data import sources
     datasets.disable_progress_bars()
     sources._system = os.environ['XDG_CACHE_HOME'] = os.environ['HF_HOME']      # what this machine has must not be found first
     names = ['T - shirt / top'] + sources._classes['fashion_mnist'][1:]  # as the hub spells them

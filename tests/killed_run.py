@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastswa.augment import AugmentCB, RandFlip
-from fastswa.callbacks import MetricsCB, RecorderCB
-from fastswa.checkpoint import CheckpointCB
+from fastswa.callbacks.augment import AugmentCB
+from fastswa.data.transforms import RandFlip
+from fastswa.callbacks.basics import MetricsCB, RecorderCB
+from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import set_seed
-from fastswa.cycles import OneCycleCB
-from fastswa.events import Callback
-from fastswa.learner import TrainLearner
-from fastswa.swa import BNUpdateCB, EMACB, SWACB
+from fastswa.callbacks.cycles import OneCycleCB
+from fastswa.training.events import Callback
+from fastswa.training.learner import TrainLearner
+from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
 
 N_EPOCHS,STEPS = 4,8
 

@@ -11,16 +11,20 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torcheval.metrics import MulticlassAccuracy
 
-from fastswa.augment import (TTA, AugmentCB, CutMixCB, MixUpCB, RandCopy, RandCrop, RandErase, RandFlip, cutmix, log_mean_probs, mixup,
-                             rand_copy, rand_crop, rand_erase, rand_flip, tta, tta_views)
-from fastswa.callbacks import BatchTransformCB, MetricsCB
+from fastswa.callbacks.augment import TTA, AugmentCB, log_mean_probs, tta, tta_views
+from fastswa.data.mixing import CutMixCB, MixUpCB, cutmix, mixup
+from fastswa.data.transforms import (RandCopy, RandCrop, RandErase, RandFlip, rand_copy, rand_crop, rand_erase,
+    rand_flip)
+from fastswa.callbacks.basics import BatchTransformCB, MetricsCB
 from fastswa.core import set_seed
-from fastswa.data import DataLoaders, toy_images
-from fastswa.events import Callback
-from fastswa.init import init_weights
-from fastswa.layers import act_gr, get_model
-from fastswa.learner import Learner, TrainCB, TrainLearner
-from fastswa.swa import EMACB, BNUpdateCB
+from fastswa.data.loaders import DataLoaders
+from fastswa.data.sources import toy_images
+from fastswa.training.events import Callback
+from fastswa.nets.init import init_weights
+from fastswa.nets.layers import act_gr, get_model
+from fastswa.training.learner import Learner, TrainCB, TrainLearner
+from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import EMACB
 
 SHAPES = [(5, 1, 28, 28), (3, 3, 7, 11), (4, 2, 16, 9), (1, 1, 5, 5), (2, 5, 1, 6), (1, 1, 1, 1)]
 PLAIN = dict(erase=rand_erase, copy=rand_copy, crop=rand_crop, zeros=partial(rand_crop, mode='zeros'), flip=rand_flip)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from fastswa.averaging import Average, ema, equal
+from fastswa.averaging.average import Average
+from fastswa.averaging.rules import ema, equal
 
 
 class Net(nn.Module):

@@ -17,10 +17,11 @@ from torch import nn, optim
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastswa.averaging import Average
-from fastswa.batchnorm import bn_layers, bn_state, update_bn
-from fastswa.learner import TrainLearner
-from fastswa.swa import BNUpdateCB, EMACB, SWACB
+from fastswa.averaging.average import Average
+from fastswa.averaging.batchnorm import bn_layers, bn_state, update_bn
+from fastswa.training.learner import TrainLearner
+from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
 
 
 def mlp(seed=0, **kw):
@@ -419,7 +420,7 @@ def ctrl_c(f, at=None):
 
     def trace(frame, event, arg):
         nonlocal count
-        if not frame.f_code.co_filename.endswith(('fastswa/batchnorm.py', 'fastswa/core.py')): return None
+        if not any(o in frame.f_code.co_filename for o in ('averaging/batchnorm.py', 'fastswa/core.py')): return None
         if event == 'line':
             count += 1
             if count == at: signal.raise_signal(signal.SIGINT)

@@ -10,26 +10,30 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 import killed_run
-from fastswa.augment import AugmentCB, MixUpCB, RandErase, RandFlip
-from fastswa.callbacks import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB
-from fastswa.checkpoint import CheckpointCB, read_checkpoint
+from fastswa.callbacks.augment import AugmentCB
+from fastswa.data.mixing import MixUpCB
+from fastswa.data.transforms import RandErase, RandFlip
+from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB
+from fastswa.checkpoint.archive import read_checkpoint
+from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import set_seed
-from fastswa.cycles import OneCycleCB, WarmupStableDecayCB
-from fastswa.data import BatchLoader
-from fastswa.events import Callback
-from fastswa.fitting import EarlyStoppingCB
-from fastswa.learner import MomentumLearner
-from fastswa.precision import MixedPrecisionCB
-from fastswa.progress import ProgressCB
-from fastswa.sched import BatchSchedCB, EpochSchedCB
-from fastswa.swa import BNUpdateCB, EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
-from fastswa.train import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
-from fastswa.views import LogView
+from fastswa.callbacks.cycles import OneCycleCB, WarmupStableDecayCB
+from fastswa.data.loaders import BatchLoader
+from fastswa.training.events import Callback
+from fastswa.callbacks.speed import EarlyStoppingCB
+from fastswa.training.learner import MomentumLearner
+from fastswa.callbacks.precision import MixedPrecisionCB
+from fastswa.callbacks.progress import ProgressCB
+from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
+from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
+from fastswa.callbacks.views import LogView
 from killed_run import Data, learner, net, result, the_run
 
 pytestmark = pytest.mark.filterwarnings('ignore:the model has BatchNorm', 'ignore:.*lr_scheduler.step')
 spawn = multiprocessing.get_context('forkserver')
-spawn.set_forkserver_preload(['torch._dynamo', 'fastswa.augment', 'fastswa.checkpoint', 'fastswa.cycles', 'fastswa.swa'])
+spawn.set_forkserver_preload(['torch._dynamo', 'fastswa.callbacks.augment', 'fastswa.checkpoint.checkpoint', 'fastswa.callbacks.cycles', 'fastswa.callbacks.swa'])
 
 
 def same(a, b):
@@ -256,7 +260,7 @@ def test_another_run_is_refused(tmp_path, change, words):
 
 class PowerCutQuiet(PowerCut):
     def after_batch(self, learn):
-        from fastswa.events import CancelFitException
+        from fastswa.training.events import CancelFitException
         try: super().after_batch(learn)
         except RuntimeError: raise CancelFitException
 
@@ -307,7 +311,7 @@ def test_a_full_disk(tmp_path):
         import resource, signal, sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from killed_run import *
-        from fastswa.checkpoint import read_checkpoint
+        from fastswa.checkpoint.archive import read_checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         class Full(CheckpointCB):
             order = 94

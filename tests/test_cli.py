@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import fastswa.sources
+import fastswa.data.sources
 from fastswa.cli import main
-from fastswa.data import DataLoaders, toy_images
+from fastswa.data.loaders import DataLoaders
+from fastswa.data.sources import toy_images
 
 FASTSWA = Path(sys.executable).with_name('fastswa')
 FILES = ['curves.png', 'history.csv', 'weights.safetensors']
@@ -21,14 +22,14 @@ FILES = ['curves.png', 'history.csv', 'weights.safetensors']
 @pytest.fixture(autouse=True)
 def small_toy(monkeypatch):
     "`--data toy` is 640 images here"
-    monkeypatch.setattr(fastswa.sources, 'toy_images', lambda: toy_images(640, 256))
+    monkeypatch.setattr(fastswa.data.sources, 'toy_images', lambda: toy_images(640, 256))
 
 
 @pytest.fixture(scope='module')
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp('run')/'demo'
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(fastswa.sources, 'toy_images', lambda: toy_images(640, 256))
+        m.setattr(fastswa.data.sources, 'toy_images', lambda: toy_images(640, 256))
         assert main(f'train --data toy --epochs 4 --bs 64 --device cpu --out {out}'.split()) == 0
     return out
 
@@ -45,7 +46,7 @@ def test_files(demo):
 def test_weights_are_those_of_the_table(demo):
     "Averaged weights saved with the BatchNorm statistics of the raw ones would score otherwise"
     from torch import nn
-    from fastswa.layers import act_gr, get_model
+    from fastswa.nets.layers import act_gr, get_model
     saved, rows = load_file(demo/'weights.safetensors'), list(csv.DictReader(open(demo/'history.csv')))
     last = {r['weights']: float(r['accuracy']) for r in rows if r['train'] == 'eval' and r['epoch'] == '3'}
     dd = toy_images(640, 256)

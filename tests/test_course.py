@@ -127,7 +127,7 @@ def test_every_public_name_is_in_all():
     import pkgutil
     import fastswa
     import fastswa.all
-    for m in pkgutil.iter_modules(fastswa.__path__):
-        if m.name in ('all', 'cli', '_modidx', '_testing'): continue
-        missing = [n for n in importlib.import_module(f'fastswa.{m.name}').__all__ if not hasattr(fastswa.all, n)]
+    for m in pkgutil.walk_packages(fastswa.__path__, 'fastswa.'):
+        if m.ispkg or m.name.split('.')[-1] in ('all', 'cli', '_modidx', '_testing'): continue
+        missing = [n for n in importlib.import_module(m.name).__all__ if not hasattr(fastswa.all, n)]
         assert not missing, (m.name, missing)

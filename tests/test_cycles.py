@@ -8,10 +8,10 @@ import pytest, torch
 from torch import nn, optim
 from torch.optim import lr_scheduler as S
 
-from fastswa.cycles import OneCycleCB, WarmupStableDecayCB, plot_sched, sched_rates
-from fastswa.events import Callback, CancelFitException
-from fastswa.learner import TrainLearner
-from fastswa.sched import BatchSchedCB, EpochSchedCB
+from fastswa.callbacks.cycles import OneCycleCB, WarmupStableDecayCB, plot_sched, sched_rates
+from fastswa.training.events import Callback, CancelFitException
+from fastswa.training.learner import TrainLearner
+from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
 
 N, EPOCHS = 5, 4
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import datasets, numpy as np, PIL.Image, pyarrow as pa, pytest, torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features
-from fastswa import data, sources
+from fastswa.data import loaders as data, sources
 from fastswa.core import set_seed
-from fastswa.data import DataLoaders, collate_dict, fashion_mnist, inplace, load_data, mnist, toy_images
+from fastswa.data.loaders import DataLoaders, collate_dict, inplace
+from fastswa.data.sources import fashion_mnist, load_data, mnist, toy_images
 
 def write_idx(path, a):
     a = np.asarray(a, np.uint8)
@@ -181,7 +182,7 @@ def test_the_real_thing(fmnist):
 # --- toy images
 
 def test_toy_images_are_the_same_in_another_process():
-    code = ('import torch; torch.set_num_threads(1); from fastswa.data import DataLoaders, toy_images; '
+    code = ('import torch; torch.set_num_threads(1); from fastswa.data.loaders import DataLoaders, toy_images; '
             "x, y = DataLoaders.in_memory(toy_images(300, 10), 8, device='cpu').train.dataset.tensors; "
             'print(x.long().sum().item(), (x.flatten(1).long()*torch.arange(784)).sum().item(), y.tolist())')
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastswa.averaging import Average, update_all
-from fastswa.rules import ema, equal, power
+from fastswa.averaging.average import Average, update_all
+from fastswa.averaging.rules import ema, equal, power
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
 RULES = dict(equal=equal(), ema=ema(decay=0.7), half=ema(half_life=3), ratio=ema(decay=0.9, warmup='ratio'), power=power(gamma=2.5))
@@ -131,16 +131,17 @@ def test_a_fit_does_not_wait(no_waiting):
     from contextlib import ExitStack
     from types import SimpleNamespace
     from torcheval.metrics import MulticlassAccuracy
-    from fastswa.callbacks import DeviceCB, MetricsCB
-    from fastswa.cycles import OneCycleCB
-    from fastswa.events import Callback
-    from fastswa.learner import TrainLearner
-    from fastswa.loggers import LogCB
-    from fastswa.precision import MixedPrecisionCB
-    from fastswa.progress import ProgressCB
-    from fastswa.swa import BNUpdateCB, EMACB, SWACB
-    from fastswa.train import GradAccumCB, GradClipCB
-    from fastswa.views import View
+    from fastswa.callbacks.basics import DeviceCB, MetricsCB
+    from fastswa.callbacks.cycles import OneCycleCB
+    from fastswa.training.events import Callback
+    from fastswa.training.learner import TrainLearner
+    from fastswa.callbacks.loggers import LogCB
+    from fastswa.callbacks.precision import MixedPrecisionCB
+    from fastswa.callbacks.progress import ProgressCB
+    from fastswa.callbacks.bnupdate import BNUpdateCB
+    from fastswa.callbacks.swa import EMACB, SWACB
+    from fastswa.callbacks.steps import GradAccumCB, GradClipCB
+    from fastswa.callbacks.views import View
 
     class Alarm(Callback):
         "No waiting from the third batch to the last"

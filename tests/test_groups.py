@@ -7,8 +7,8 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn, optim
 
-from fastswa.groups import LoadReport, load_opt_state, opt_state, param_groups
-from fastswa.learner import TrainLearner
+from fastswa.training.optim import LoadReport, load_opt_state, opt_state, param_groups
+from fastswa.training.learner import TrainLearner
 from types import SimpleNamespace
 
 class Net(nn.Module):

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastswa.core import set_seed
-from fastswa.init import act_stats, fixup, gain, init_weights, lsuv, lsuv_init, zero_init_residual
-from fastswa.layers import BatchNorm, GeneralRelu, LayerNorm, ResBlock, act_gr, conv, get_model
+from fastswa.nets.init import act_stats, fixup, gain, init_weights, zero_init_residual
+from fastswa.nets.lsuv import lsuv, lsuv_init
+from fastswa.nets.layers import GeneralRelu, ResBlock, act_gr, conv, get_model
+from fastswa.nets.norms import BatchNorm, LayerNorm
 
 def images(n=64): return torch.rand(n, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 def vectors(n=128, d=20): return torch.randn(n, d, generator=torch.Generator().manual_seed(0))

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import nn, optim
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from fastswa.averaging import Average, ema, equal, power
-from fastswa.interchange import (avg_params, copy_params, from_averaged_model, load_ema_pytorch, load_timm_ema, load_torch_ema,
-                                 save_safetensors, to_averaged_model)
+from fastswa.averaging.average import Average
+from fastswa.averaging.rules import ema, equal, power
+from fastswa.averaging.interchange import (avg_params, copy_params, from_averaged_model, load_ema_pytorch,
+    load_timm_ema, load_torch_ema, save_safetensors, to_averaged_model)
 
 
 class Net(nn.Module):
@@ -558,6 +559,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def fails(tensors, path, metadata):
         Path(path).write_bytes(b'half a file')
         raise KeyboardInterrupt
-    monkeypatch.setattr('fastswa.interchange.save_file', fails)
+    monkeypatch.setattr('fastswa.averaging.interchange.save_file', fails)
     with pytest.raises(KeyboardInterrupt): save_safetensors(average, tmp_path/'a.safetensors')
     assert [(o.name, o.read_bytes()) for o in tmp_path.iterdir()] == [('a.safetensors', was)]

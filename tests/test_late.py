@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-import fastswa.averaging as averaging
-import fastswa.blend as blend
-from fastswa.averaging import Average, update_all
-from fastswa.rules import ema, equal, power
+import fastswa.averaging.average as averaging
+import fastswa.averaging.kernels as blend
+from fastswa.averaging.average import Average, update_all
+from fastswa.averaging.rules import ema, equal, power
 
 nan, inf = float('nan'), float('inf')
 RULES = dict(equal=equal(), ema=ema(decay=0.7), half=ema(half_life=3), still=ema(decay=1), ratio=ema(decay=0.9, warmup='ratio'),

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from fastswa.averaging import Average
-from fastswa.batchnorm import bn_layers, update_bn
+from fastswa.averaging.average import Average
+from fastswa.averaging.batchnorm import bn_layers, update_bn
 from fastswa.core import set_seed
-from fastswa.layers import BatchNorm, GeneralRelu, LayerNorm, ResBlock, act_gr, conv, get_model
+from fastswa.nets.layers import GeneralRelu, ResBlock, act_gr, conv, get_model
+from fastswa.nets.norms import BatchNorm, LayerNorm
 
 SHAPES = (6, 4), (5, 4, 3), (3, 4, 5, 2), (3, 4, 2, 3, 2)
 THEIRS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastswa.callbacks import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB, SingleBatchCB
+from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB, SingleBatchCB
 from fastswa.core import set_seed
-from fastswa.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
-from fastswa.learner import MomentumLearner, TrainLearner
-from fastswa.swa import BNUpdateCB, EMACB, SWACB
+from fastswa.training.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
+from fastswa.training.learner import MomentumLearner, TrainLearner
+from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
 
 
 def data(n=96, bs=16, **kw):

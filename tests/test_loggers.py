@@ -10,15 +10,15 @@ import torch
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
-import fastswa.csvlog
-from fastswa.callbacks import MetricsCB
-from fastswa.checkpoint import CheckpointCB
-from fastswa.csvlog import CSVLoggerCB
-from fastswa.events import Callback, CancelFitException, CancelStepException
-from fastswa.learner import TrainLearner
-from fastswa.loggers import LogCB, TensorBoardCB
-from fastswa.sched import BatchSchedCB
-from fastswa.swa import EMACB, SWACB
+import fastswa.callbacks.csvlog
+from fastswa.callbacks.basics import MetricsCB
+from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.callbacks.csvlog import CSVLoggerCB
+from fastswa.training.events import Callback, CancelFitException, CancelStepException
+from fastswa.training.learner import TrainLearner
+from fastswa.callbacks.loggers import LogCB, TensorBoardCB
+from fastswa.callbacks.schedule import BatchSchedCB
+from fastswa.callbacks.swa import EMACB, SWACB
 
 class Error:
     "The mean absolute error"
@@ -142,8 +142,8 @@ def test_csv_ctrl_c_while_writing(tmp_path, monkeypatch, when):
         calls.append(path)
         if len(calls) == (1 if when == 'first' else 3): raise KeyboardInterrupt
         with real(path) as tmp: yield tmp
-    real = fastswa.csvlog.written
-    monkeypatch.setattr(fastswa.csvlog, 'written', pressed)
+    real = fastswa.callbacks.csvlog.written
+    monkeypatch.setattr(fastswa.callbacks.csvlog, 'written', pressed)
     learn = learner(CSVLoggerCB(tmp_path/'log.csv'))
     with pytest.raises(KeyboardInterrupt): learn.fit(3)
     check(tmp_path/'log.csv', learn.history)
@@ -156,8 +156,8 @@ def test_csv_full_disk(tmp_path, monkeypatch):
         with real(path) as tmp:
             if full[0]: raise OSError(28, 'No space left on device')
             yield tmp
-    real = fastswa.csvlog.written
-    monkeypatch.setattr(fastswa.csvlog, 'written', writes)
+    real = fastswa.callbacks.csvlog.written
+    monkeypatch.setattr(fastswa.callbacks.csvlog, 'written', writes)
     learn = learner(CSVLoggerCB(tmp_path/'log.csv'), At(2, 0, lambda learn: full.clear() or full.append(False)))
     with pytest.warns(UserWarning, match='No space left') as w: learn.fit(3)
     assert len(w) == 1 and learn.opt_steps == 15
@@ -586,5 +586,5 @@ def test_tensorboard_not_installed(tmp_path, monkeypatch):
     assert learn.opt_steps == 0
 
 def test_tensorboard_is_imported_by_a_fit_only():
-    code = 'import sys, fastswa.loggers as l; l.TensorBoardCB("runs"); sys.exit("tensorboard" in sys.modules)'
+    code = 'import sys, fastswa.callbacks.loggers as l; l.TensorBoardCB("runs"); sys.exit("tensorboard" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0

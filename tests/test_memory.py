@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from fastswa.averaging import Average, ema, update_all
+from fastswa.averaging.average import Average, update_all
+from fastswa.averaging.rules import ema
 
 SLACK = 32*1024      # bytes: scalars, and the padding of allocations
 

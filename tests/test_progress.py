@@ -7,11 +7,12 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.terminal.interactiveshell import TerminalInteractiveShell
 from torch import nn
 
-from fastswa.averaging import Average, ema
-from fastswa.events import Callback, CancelFitException
-from fastswa.learner import TrainLearner
-from fastswa.progress import ProgressCB
-from fastswa.views import LogView, NotebookView, TerminalView, View, find_view
+from fastswa.averaging.average import Average
+from fastswa.averaging.rules import ema
+from fastswa.training.events import Callback, CancelFitException
+from fastswa.training.learner import TrainLearner
+from fastswa.callbacks.progress import ProgressCB
+from fastswa.callbacks.views import LogView, NotebookView, TerminalView, View, find_view
 
 class AverageCB(Callback):
     def before_fit(self, learn):

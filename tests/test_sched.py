@@ -11,12 +11,13 @@ from torch.optim import lr_scheduler as S
 from torch.optim.swa_utils import SWALR
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastswa.averaging import Average
+from fastswa.averaging.average import Average
 from fastswa.core import set_seed
-from fastswa.events import Callback, CancelFitException, CancelStepException
-from fastswa.finder import LRFinderCB
-from fastswa.learner import Learner, MomentumLearner, TrainCB, TrainLearner
-from fastswa.sched import BatchSchedCB, EpochSchedCB, lr_find
+from fastswa.training.events import Callback, CancelFitException, CancelStepException
+from fastswa.callbacks.finder import LRFinderCB
+from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
+from fastswa.callbacks.finder import lr_find
+from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
 
 N, EPOCHS = 7, 4     # steps in an epoch, epochs in a fit
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from fastswa.averaging import Average, update_all
-from fastswa.rules import ema
+from fastswa.averaging.average import Average, update_all
+from fastswa.averaging.rules import ema
 
 fsdp = pytest.importorskip('torch.distributed.fsdp')
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available() and hasattr(fsdp, 'fully_shard')),
@@ -124,7 +124,7 @@ def interrupted():
 
 def bad_on_one():
     "Skipped where the NaN is, and where it is not"
-    import fastswa.averaging as averaging
+    import fastswa.averaging.average as averaging
     real = averaging.masks
     for masks in (real, lambda tensors: True):                 # decided at once, and by a flag that is reduced
         averaging.masks = masks

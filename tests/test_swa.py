@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from fastswa.averaging import Average, ema
-from fastswa.batchnorm import update_bn
-from fastswa.callbacks import BatchTransformCB, MetricsCB
-from fastswa.events import Callback, CancelEpochException
-from fastswa.learner import Learner, TrainCB, TrainLearner
-from fastswa.swa import AverageCB, BNUpdateCB, EMACB, SWACB
+from fastswa.averaging.average import Average
+from fastswa.averaging.rules import ema
+from fastswa.averaging.batchnorm import update_bn
+from fastswa.callbacks.basics import BatchTransformCB, MetricsCB
+from fastswa.training.events import Callback, CancelEpochException
+from fastswa.training.learner import Learner, TrainCB, TrainLearner
+from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.snapshots import AverageCB
+from fastswa.callbacks.swa import EMACB, SWACB
 
 N, BS = 160, 16
 

@@ -12,15 +12,16 @@ from hypothesis import given, settings, strategies as st
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
-from fastswa.callbacks import BatchTransformCB, RecorderCB
+from fastswa.callbacks.basics import BatchTransformCB, RecorderCB
 from fastswa.core import set_seed
-from fastswa.events import Callback
-from fastswa.fitting import ChannelsLastCB, CompileCB, EarlyStoppingCB
-from fastswa.learner import Learner, MomentumLearner, TrainCB, TrainLearner
-from fastswa.precision import MixedPrecisionCB
-from fastswa.sched import BatchSchedCB
-from fastswa.swa import BNUpdateCB, EMACB, SWACB
-from fastswa.train import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
+from fastswa.training.events import Callback
+from fastswa.callbacks.speed import ChannelsLastCB, CompileCB, EarlyStoppingCB
+from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
+from fastswa.callbacks.precision import MixedPrecisionCB
+from fastswa.callbacks.schedule import BatchSchedCB
+from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
+from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
 
 
 def data(sizes, dtype=torch.double, seed=0):
@@ -182,7 +183,7 @@ def test_momentum_in_the_gradients_is_refused(cb):
 
 def test_an_epoch_cut_short_leaves_no_gradients():
     "Wrong: half a window of the cancelled epoch goes into the first step of the next"
-    from fastswa.events import CancelEpochException
+    from fastswa.training.events import CancelEpochException
     class Cut(Callback):
         def after_batch(self, learn):
             if learn.training and learn.epoch == 0 and learn.iter == 3: raise CancelEpochException
@@ -220,14 +221,15 @@ def test_memory_does_not_grow():
         from types import SimpleNamespace
         from torch import nn, optim
         from torcheval.metrics import MulticlassAccuracy
-        from fastswa.callbacks import DeviceCB, MetricsCB
-        from fastswa.checkpoint import CheckpointCB
-        from fastswa.learner import TrainLearner
-        from fastswa.loggers import LogCB
-        from fastswa.precision import MixedPrecisionCB
-        from fastswa.progress import ProgressCB
-        from fastswa.swa import BNUpdateCB, EMACB, SWACB
-        from fastswa.train import GradAccumCB, GradClipCB
+        from fastswa.callbacks.basics import DeviceCB, MetricsCB
+        from fastswa.checkpoint.checkpoint import CheckpointCB
+        from fastswa.training.learner import TrainLearner
+        from fastswa.callbacks.loggers import LogCB
+        from fastswa.callbacks.precision import MixedPrecisionCB
+        from fastswa.callbacks.progress import ProgressCB
+        from fastswa.callbacks.bnupdate import BNUpdateCB
+        from fastswa.callbacks.swa import EMACB, SWACB
+        from fastswa.callbacks.steps import GradAccumCB, GradClipCB
         import tempfile
         torch.set_num_threads(1)
         x,y = torch.randn(64, 1, 8, 8),torch.randint(4, (64,))

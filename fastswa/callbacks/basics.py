@@ -12,13 +12,12 @@ from collections.abc import Mapping
 import torch
 
 from ..core import default_device, map_tensors, to_cpu, to_device
-from ..training.events import CancelFitException
-from ..training.events import Callback
+from ..training.events import Callback, CancelFitException, Stage
 
 # %% ../../nbs/callbacks/00_basics.ipynb #00000006
 class DeviceCB(Callback):
     "Move the model and every batch to a device"
-    order,prepares = -20,True
+    order,role = Stage.prepare,'prepares'
     def __init__(self,
         device=None, # a torch device; None: the accelerator, or the CPU where there is none
     ): self.device = default_device() if device is None else device
@@ -27,7 +26,7 @@ class DeviceCB(Callback):
 
 class BatchTransformCB(Callback):
     "Replace each batch by what a function makes of it"
-    order,prepares = DeviceCB.order + 1,True
+    order,role = Stage.prepare + 1,'prepares'
     def __init__(self,
         tfm, # called with a batch; returns a batch
         on_train:bool=True, # in training?
@@ -38,7 +37,7 @@ class BatchTransformCB(Callback):
 
 class SingleBatchCB(Callback):
     "End the fit after its first batch"
-    order = 99
+    order = Stage.save + 4
     def after_batch(self, learn): raise CancelFitException
 
 class HasLearnCB(Callback):
@@ -49,7 +48,7 @@ class HasLearnCB(Callback):
 # %% ../../nbs/callbacks/00_basics.ipynb #00000009
 class MetricsCB(Callback):
     "Metrics of every epoch, as columns of `learn.history`; prints the rows where no progress callback shows them"
-    order,measures,watches = 10,True,True
+    order,role = Stage.measure,'measures'
     reserved = 'loss', 'epoch', 'train', 'weights', 'time'
 
     def __init__(self, *ms, **metrics):
@@ -152,7 +151,7 @@ class Watched:
 # %% ../../nbs/callbacks/00_basics.ipynb #00000016
 class RecorderCB(HasLearnCB):
     "Record values of each training batch by functions of this callback: `cb.pg` is the first parameter group, `cb.learn` the learner"
-    order,watches = 20,True
+    order,role = Stage.measure + 10,'watches'
     def __init__(self, **d): self.d,self.recs = d,{k: [] for k in d}
 
     def before_fit(self, learn):

@@ -11,12 +11,12 @@ from numbers import Integral
 
 from ..averaging.batchnorm import bn_state, load_bn_state, update_bn
 from ..core import keep_modes, unwrap
-from ..training.events import Callback
+from ..training.events import Callback, Stage
 
 # %% ../../nbs/callbacks/03_bnupdate.ipynb #00000005
 class BNUpdateCB(Callback):
     "BatchNorm statistics for every averaged set of weights, from training batches as the model gets them"
-    order,watches = 45,True
+    order,role = Stage.average + 5,'averages'
     def __init__(self,
         n_batches:int|None=None, # batches for weights that are applied, saved or validated by hand; None: all
         valid_batches:int|None=20, # batches for the rows during a fit; None: all

@@ -86,7 +86,7 @@ class WarmupStableDecayCB(BatchSchedCB):
         self.warmup,self.decay,self.shape,self.final = Time.parse(warmup, 'warmup'),Time.parse(decay, 'decay'),shape,float(final)
 
     def before_fit(self, learn):
-        self._span = learn.epoch_steps,learn.n_epochs
+        self._span = learn.clock.epoch_steps,learn.n_epochs
         super().before_fit(learn)
 
     def sched(self, opt, total_steps):
@@ -117,13 +117,13 @@ def sched_rates(
 ) -> list: # for each group a dict of `name`, `lr` and `momentum` (None if there is none); values for each step, or epoch
     "The rates and momenta that a fit would use; ValueError where they depend on a metric. Nothing is changed"
     if not isinstance(cb, BaseSchedCB): raise TypeError(f'cb must be a schedule such as BatchSchedCB or OneCycleCB; got {cb!r}')
-    if steps is None and hasattr(of, 'dls'): steps = of.epoch_steps or len(of.dls.train)
+    if steps is None and hasattr(of, 'dls'): steps = of.clock.epoch_steps or len(of.dls.train)
     if steps is None and not isinstance(cb, EpochSchedCB): raise ValueError('how long is the fit? Give steps, or a learner')
     for name, v in (('steps', steps or 1), ('n_epochs', n_epochs)): _check(name, v, 1)
     sim,opt,seen = copy(cb),_stand_in(of, lr),[]
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*lr_scheduler.step')      # the optimizer does not step here
-        sim.before_fit(SimpleNamespace(opt=opt, n_epochs=n_epochs, epoch_steps=steps, will_train=True))
+        sim.before_fit(SimpleNamespace(opt=opt, n_epochs=n_epochs, clock=SimpleNamespace(epoch_steps=steps), will_train=True))
         if sim._by_metric: raise ValueError(f'{type(sim.schedo).__name__} follows a metric, which nobody knows before the fit')
         for _ in range(sim._steps):
             seen.append([(float(g['lr']), float(g['betas'][0] if 'betas' in g else g.get('momentum', 0))) for g in opt.param_groups])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..training.events import Callback, CancelFitException
+from ..training.events import Callback, CancelFitException, Stage
 
 # %% ../../nbs/callbacks/05_finder.ipynb #00000006
 def group_options(
@@ -100,7 +100,7 @@ def suggest_lr(
 # %% ../../nbs/callbacks/05_finder.ipynb #0000000d
 class LRFinderCB(Callback):
     "Raises the learning rate after each step, ends the fit when the loss explodes, and has `lrs`, `losses` and a `result()`"
-    order = 30
+    order,role = Stage.schedule,'schedules'
     def __init__(self,
         gamma:float=1.3, # the rate grows by this factor at each step
         max_mult:float=3, # stop when the smoothed loss is above this multiple of its lowest

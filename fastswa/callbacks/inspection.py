@@ -12,7 +12,7 @@ import torch
 
 from .basics import MetricsCB
 from ..core import keep_modes, map_tensors, to_cpu, to_device
-from ..training.events import Callback, as_list
+from ..training.events import Callback, Stage, as_list
 
 # %% ../../nbs/callbacks/01_inspection.ipynb #00000006
 def _cat(parts):
@@ -25,7 +25,7 @@ def _cat(parts):
 
 class CapturePreds(Callback):
     "Keep predictions and targets (and inputs) of all batches on the CPU, as `all_preds`, `all_targs`, `all_inps`"
-    order = 20
+    order,role = Stage.measure + 10,'measures'
     def __init__(self,
         inps:bool=False, # keep the inputs too?
     ): self.inps = inps

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 from ..core import Time, batch_size
-from ..training.events import Callback
+from ..training.events import Callback, Stage
 from ..files import check_folder
 from ..training.meter import LossMeter
 
 # %% ../../nbs/callbacks/13_loggers.ipynb #00000006
 class RowsCB(Callback):
     "Base of the loggers: `self.row(learn)` is called for each new row of `learn.history`, and no failure there ends the fit"
-    order,watches = 65,True
+    order,role = Stage.show + 5,'watches'
     _warned,_known = False,0
     def before_fit(self, learn): self._warned = False
     def before_epoch(self, learn): self._known = len(learn.history)
@@ -54,7 +54,7 @@ class LogCB(RowsCB):
         self._meter,self._loaded,self._lrs,self._passed,self._due = LossMeter(),None,{},None,False
         super().before_fit(learn)
         if 'train' in learn.averages: raise ValueError("in a log 'train' is the training: give the average another name")
-        if learn.will_train: self._gap = self.every.steps(learn.epoch_steps, learn.n_epochs)
+        if learn.will_train: self._gap = self.every.steps(learn.clock.epoch_steps, learn.n_epochs)
 
     def after_loss(self, learn): # before the step: afterwards schedules move on
         super().after_loss(learn)

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 import torch
 
 from ..core import map_tensors
-from ..training.events import Callback, CancelStepException
+from ..training.events import Callback, CancelStepException, Stage
 from ..training.learner import MomentumLearner
 
 # %% ../../nbs/callbacks/08_precision.ipynb #00000005
@@ -35,7 +35,7 @@ _DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 class MixedPrecisionCB(Callback):
     "Predictions and loss in half precision; with fp16 the loss is scaled, and steps whose gradients overflow are left out"
-    order,prepares = 26,True
+    order,role = Stage.step + 1,'steps'
     def __init__(self,
         dtype='bf16', # or `'fp16'`, or the torch.dtype
         init_scale:float=2.**16, # fp16: scale of the loss at the start

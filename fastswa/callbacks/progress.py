@@ -11,13 +11,13 @@ from operator import length_hint
 
 import torch
 
-from ..training.events import Callback
+from ..training.events import Callback, Stage
 from .views import Table, View, find_view, format_time, format_value
 
 # %% ../../nbs/callbacks/12_progress.ipynb #00000005
 class ProgressCB(Callback):
     "Show training, in the way that suits where it runs"
-    order,watches = 60,True
+    order,role = Stage.show,'watches'
     shows_rows = True # so that `MetricsCB` does not print them
 
     def __init__(self,

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..core import later
 from .basics import Watched
-from ..training.events import Callback
+from ..training.events import Callback, Stage
 from .finder import LRFinderCB, group_options, lr_find, restore_options
 
 # %% ../../nbs/callbacks/06_schedule.ipynb #00000007
@@ -70,7 +70,7 @@ def _check_same(saved, here):
 # %% ../../nbs/callbacks/06_schedule.ipynb #0000000d
 class BaseSchedCB(Callback):
     "Makes the scheduler `self.schedo` when a fit begins, and puts the optimizer's options back when it ends"
-    order = 30
+    order,role = Stage.schedule,'schedules'
     schedo = _opt = _steps = None
     _before = ()
     def __init__(self,
@@ -120,7 +120,7 @@ class BaseSchedCB(Callback):
 
 class BatchSchedCB(BaseSchedCB):
     "A schedule that steps after each optimizer step; one that needs a metric is given the batch's loss"
-    def steps(self, learn): return learn.epoch_steps and learn.epoch_steps*int(learn.n_epochs)
+    def steps(self, learn): return learn.clock.epoch_steps and learn.clock.epoch_steps*int(learn.n_epochs)
     def after_step(self, learn): self._step(learn.loss.detach())
 
 # %% ../../nbs/callbacks/06_schedule.ipynb #00000013

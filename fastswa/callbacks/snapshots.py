@@ -10,12 +10,12 @@ import math, warnings
 
 from ..averaging.average import Average, update_all
 from ..core import Time, unwrap
-from ..training.events import Callback, by_order
+from ..training.events import Callback, Stage, by_order
 
 # %% ../../nbs/callbacks/02_snapshots.ipynb #00000005
 class AverageCB(Callback):
     "Base of the averaging callbacks: when to take a snapshot, and what becomes of the average"
-    order = 40
+    order,role = Stage.average,'averages'
     per_step = False # does the rule say what one optimizer step counts, whatever `every` is?
     clock = Time.parse('1ba') # in whose unit the time between two snapshots is measured then
     def __init__(self,
@@ -55,18 +55,18 @@ class AverageCB(Callback):
         self._from,self._gap = math.ceil(self._units(self.start)),self._units(self.every)
         self._steps_before,self._last,self._passed = learn.opt_steps,0,0
         self._team = [cb for cb in by_order(learn.cbs) if isinstance(cb, AverageCB)]
-        if learn.epoch_steps and 0 < learn.epoch_steps*learn.n_epochs < self.start.steps(learn.epoch_steps, learn.n_epochs):
+        if learn.clock.epoch_steps and 0 < learn.clock.epoch_steps*learn.n_epochs < self.start.steps(learn.clock.epoch_steps, learn.n_epochs):
             warnings.warn(f'{self.name!r} starts after this fit has ended, so it will take no snapshot: its start is '
                           f'{float(self.start.value):g}{self.start.unit}')
 
     def _units(self, time):
         "A span in what it is measured in: optimizer steps for `ba`, else batches, of which not each need bring a step"
-        return time.steps(self.learn.epoch_batches, self.learn.n_epochs)
+        return time.steps(self.learn.clock.epoch_batches, self.learn.n_epochs)
 
     def _count(self, time):
         "How far the fit has come, in the same"
         if time.unit == 'ba': return self.learn.opt_steps - self._steps_before
-        return self.learn.epoch*self.learn.epoch_batches + self.learn.iter + 1
+        return self.learn.epoch*self.learn.clock.epoch_batches + self.learn.iter + 1
 
     def _multiples(self, time, gap):
         "How many whole times `gap` fits into that; in integers, since fractions take longer than a small model's average"

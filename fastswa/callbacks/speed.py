@@ -12,12 +12,12 @@ import torch
 
 from .basics import BatchTransformCB, Watched
 from ..core import map_tensors
-from ..training.events import Callback, CancelFitException
+from ..training.events import Callback, CancelFitException, Stage
 
 # %% ../../nbs/callbacks/09_speed.ipynb #00000005
 class CompileCB(Callback):
     "Run the model compiled by `torch.compile` while a fit lasts"
-    order = -10
+    order,role = Stage.prepare + 10,'prepares'
     def __init__(self,
         mode:str|None=None, # `'default'`, `'reduce-overhead'`, `'max-autotune'`, see `torch.compile`
         **kwargs, # its other options: `fullgraph`, `dynamic`, `backend`
@@ -33,7 +33,7 @@ class CompileCB(Callback):
 # %% ../../nbs/callbacks/09_speed.ipynb #00000009
 class ChannelsLastCB(BatchTransformCB):
     "The model and 4-d batches lie in memory as channels-last; the model stays so"
-    order = -18
+    order = Stage.prepare + 2
     def __init__(self): super().__init__(lambda b: map_tensors(_channels_last, b))
     def before_fit(self, learn): learn.model.to(memory_format=torch.channels_last)
 
@@ -42,7 +42,7 @@ def _channels_last(t): return t.contiguous(memory_format=torch.channels_last) if
 # %% ../../nbs/callbacks/09_speed.ipynb #0000000c
 class EarlyStoppingCB(Callback):
     "End the fit when a column of the table has not become better for some epochs; `best` and `best_epoch` tell when it was best"
-    order,watches = 35,True
+    order,role = Stage.schedule + 5,'watches'
     def __init__(self,
         metric:str='loss', # a column of the raw row, or `'ema/accuracy'` for another set of weights
         patience:int=3, # so many epochs without an improvement are the end

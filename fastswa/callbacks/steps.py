@@ -15,7 +15,7 @@ from torch import nn
 
 from ..averaging.kernels import all_finite
 from ..core import batch_size
-from ..training.events import Callback, CancelBatchException, CancelStepException
+from ..training.events import Callback, CancelBatchException, CancelStepException, Stage
 from .speed import ChannelsLastCB, CompileCB, EarlyStoppingCB
 from .precision import MixedPrecisionCB, number, only_one, refuse_momentum, whole
 
@@ -29,7 +29,7 @@ def gradients(
 class GradAccumCB(Callback):
     """A step for several batches: their gradients add up, each counts by its size, and a last, shorter window by what it has.
     For losses that are means over the batch"""
-    order = 25
+    order,role = Stage.step,'steps'
     def __init__(self,
         batches:int|None=None, # in a step
         samples:int|None=None, # or: at least so many samples
@@ -50,7 +50,7 @@ class GradAccumCB(Callback):
         self._start()
         bs = getattr(learn.dls.train, 'batch_size', None)
         k = self.batches or (math.ceil(self.samples/bs) if bs else None)
-        learn.epoch_steps = math.ceil(learn.epoch_batches/k) if learn.epoch_batches and k else None
+        learn.clock.epoch_steps = math.ceil(learn.clock.epoch_batches/k) if learn.clock.epoch_batches and k else None
 
     def before_epoch(self, learn):
         if not learn.training: return
@@ -86,7 +86,7 @@ class GradAccumCB(Callback):
 # %% ../../nbs/callbacks/10_steps.ipynb #0000000d
 class GradClipCB(Callback):
     "Scale the gradient down to a norm, or cut its elements off at a value; `grad_norm` is the norm before, a tensor"
-    order = 28
+    order,role = Stage.step + 3,'steps'
     def __init__(self,
         norm:float|None=None, # the gradient of all weights together has at most this norm
         value:float|None=None, # or: each element is between ±value
@@ -104,7 +104,7 @@ class GradClipCB(Callback):
 # %% ../../nbs/callbacks/10_steps.ipynb #00000011
 class NaNGuardCB(Callback):
     "Leave out batches whose loss or gradients are not finite; FloatingPointError after too many in a row. Waits for a GPU at each step"
-    order = 27
+    order,role = Stage.step + 2,'steps'
     def __init__(self,
         patience:int=10, # so many in a row are left out
     ):
@@ -138,7 +138,7 @@ class NaNGuardCB(Callback):
 # %% ../../nbs/callbacks/10_steps.ipynb #00000015
 class ClosureCB(Callback):
     "Give the optimizer a closure that computes loss and gradients of the batch anew, as `optim.LBFGS` needs; the table has the first loss"
-    needed = True
+    role = 'steps'
     def __init__(self): self._handle = None
 
     def before_fit(self, learn):

@@ -14,7 +14,7 @@ from pathlib import Path
 from .archive import newest, numbered, read_checkpoint, step_of, write_checkpoint
 from ..callbacks.basics import Watched
 from ..core import Time, unwrap
-from ..training.events import Callback, by_order
+from ..training.events import Callback, Stage, by_order
 from ..files import check_folder, written
 from ..callbacks.finder import restore_options
 from ..training.optim import load_opt_state
@@ -94,7 +94,7 @@ def resumed(
 
 class CheckpointCB(Callback):
     "Write checkpoints of a run into a folder; `best` and `best_epoch` tell about `best.pt`"
-    order,watches = 95,True
+    order,role = Stage.save,'watches'
     def __init__(self,
         path, # the folder; made if need be
         every:str='1ep', # how often, as in `'200ba'`, `'0.5ep'`, `'0.1dur'`; and when the fit ends
@@ -148,7 +148,7 @@ class CheckpointCB(Callback):
 
     def _due(self, learn):
         if self.every.unit == 'ba': now = learn.opt_steps - self._steps
-        else: now = learn.epoch + (Fraction(learn.iter + 1, learn.epoch_batches) if learn.epoch_batches else 0)
+        else: now = learn.epoch + (Fraction(learn.iter + 1, learn.clock.epoch_batches) if learn.clock.epoch_batches else 0)
         before,self._n = self._n,now//self._gap
         return self._n > before
 
@@ -158,7 +158,7 @@ class CheckpointCB(Callback):
         self._write(learn, self._due(learn) or self._improved)
 
     def after_batch(self, learn):
-        if learn.training and learn.iter + 1 != learn.epoch_batches: self._write(learn, self._due(learn))
+        if learn.training and learn.iter + 1 != learn.clock.epoch_batches: self._write(learn, self._due(learn))
 
     def after_epoch(self, learn):
         value = self.watched and self.watched.value(learn)

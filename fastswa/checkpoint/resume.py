@@ -46,12 +46,14 @@ def _place(learn):
     res = dict(epoch=learn.epoch, batch=learn.iter + 1)
     return res if learn.iter < 0 else dict(res, rng=_packed(learn.rng), meter=learn._meter.state_dict(), loss=learn.loss.detach())
 
+def _optional(cb): return cb.role in ('watches', 'measures')      # a run goes the same way without it
+
 def learner_state(
     learn, # a learner that holds its raw weights
 ) -> dict: # plain; its tensors are the learner's own, not copies
     "All that the rest of a run depends on; TypeError for what cannot be saved"
     model,saved = unwrap(learn.model),unwrap(learn.model).state_dict()
-    callbacks = [dict(cls=type(cb).__name__, name=getattr(cb, 'name', None), watches=cb.watches, state=cb.state_dict())
+    callbacks = [dict(cls=type(cb).__name__, name=getattr(cb, 'name', None), optional=_optional(cb), state=cb.state_dict())
                  for cb in by_order(learn.cbs) if hasattr(cb, 'state_dict')]
     return plain(dict(
         model=type(model).__name__, weights=dict(raw=saved), buffers={k: b for k, b in model.named_buffers() if k not in saved},
@@ -86,8 +88,8 @@ def _pairs(learn, saved, path):
         mine = key(type(cb).__name__, getattr(cb, 'name', None))
         i = next((i for i, (k, _) in enumerate(left) if k == mine), None)
         if i is not None: pairs.append((cb, left.pop(i)[1]['state']))
-        elif not cb.watches: new.append(mine)
-    gone = [k for k, s in left if not s['watches']]
+        elif not _optional(cb): new.append(mine)
+    gone = [k for k, s in left if not s['optional']]
     wrong = '; '.join(filter(None, [_some('only in the file', gone), _some('only here', new)]))
     if wrong: raise ValueError(f'{path} is of a run with other callbacks. {wrong}')
     return pairs

@@ -83,7 +83,7 @@ def cutmix(
 
 # %% ../../nbs/data/03_mixing.ipynb #00000011
 class _MixCB(Callback):
-    order,prepares = BatchTransformCB.order + 1,True
+    order,role = BatchTransformCB.order + 1,'prepares'
     def __init__(self, mix, classes, alpha, p, generator):
         _check_mix(alpha, p)
         if classes is not None: number_in('classes', classes, 1, math.inf, whole=True)

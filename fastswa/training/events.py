@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CANCELS', 'STEPS', 'CancelFitException', 'CancelEpochException', 'CancelBatchException', 'CancelStepException',
-           'Callback', 'by_order', 'as_list', 'run_cbs', 'CallbackRunner', 'with_cbs', 'check_cbs']
+           'Stage', 'Callback', 'by_order', 'as_list', 'run_cbs', 'CallbackRunner', 'with_cbs', 'check_cbs']
 
 # %% ../../nbs/training/00_events.ipynb #00000002
 import difflib, warnings
 from contextlib import ExitStack, suppress
+from enum import IntEnum
 from functools import partial, wraps
 from operator import attrgetter
 
@@ -18,14 +19,21 @@ class CancelEpochException(Exception): "Raised by a callback: the epoch ends her
 class CancelBatchException(Exception): "Raised by a callback: the rest of the batch and `after_batch` are skipped"
 class CancelStepException(Exception): "Raised from `after_backward`: `step`, `after_step` and `zero_grad` are skipped, so gradients add up"
 
-# %% ../../nbs/training/00_events.ipynb #00000006
+# %% ../../nbs/training/00_events.ipynb #00000007
+class Stage(IntEnum):
+    "When in an event a callback's turn comes: its `order` is one of these, or a number between two"
+    prepare = -20 # the model and the batch are made ready: devices, transforms
+    measure = 10 # metrics, predictions
+    step = 25 # what happens between loss and step: accumulation, clipping, guards
+    schedule = 30 # the optimizer's options for the next step
+    average = 40 # snapshots of the weights
+    show = 60 # progress, logs
+    save = 95 # checkpoints, when all others have done theirs
+
 class Callback:
     "Base of all callbacks: methods named after events, called with the learner, from low `order` to high"
     order = 0
-    prepares = False # does `before_batch` prepare the batch for the model (device, transforms)?
-    measures = False # does it add columns to the rows of `learn.history`?
-    needed = False # does it take part where things are looked at or tried out, though it acts at none of the events that decide about a step?
-    watches = False # does a run go the same way without it, so that one can be resumed with or without its state?
+    role = None # what it is for: 'prepares', 'steps', 'schedules', 'averages', 'measures' or 'watches'
 
 def by_order(cbs): return sorted(cbs, key=attrgetter('order'))
 
@@ -37,7 +45,7 @@ def run_cbs(cbs, method_nm, learn=None):
         method = getattr(cb, method_nm, None)
         if callable(method): method(learn)
 
-# %% ../../nbs/training/00_events.ipynb #00000009
+# %% ../../nbs/training/00_events.ipynb #0000000a
 _CANCEL = dict(fit=CancelFitException, epoch=CancelEpochException, batch=CancelBatchException)
 CANCELS = *_CANCEL.values(), CancelStepException
 
@@ -82,7 +90,7 @@ class with_cbs:
                 o.callback(f'after_{self.nm}')
         return _f
 
-# %% ../../nbs/training/00_events.ipynb #0000000d
+# %% ../../nbs/training/00_events.ipynb #0000000e
 STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
 _EVENTS = {f'{when}_{what}' for when in ('before', 'after', 'cleanup') for what in ('fit', 'epoch', 'batch', 'weights')} | {
     f'after_{what}' for what in ('predict', 'loss', 'backward', 'step')}

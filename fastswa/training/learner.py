@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from ..core import batch_size, get_rng_state, keep_modes, later, loader_generators, map_tensors
+from ..core import Clock, batch_size, get_rng_state, keep_modes, later, loader_generators, map_tensors
 from .events import CANCELS, STEPS, Callback, CancelStepException, as_list, check_cbs, with_cbs
 from .meter import LossMeter
 from .sandbox import WeightSets
@@ -53,8 +53,9 @@ class Learner(WeightSets):
         super().__init__()
         self.cbs,self.history,self.epochs,self.training,self.will_train = as_list(cbs),[],range(0),False,False
         self.in_fit,self.settled,self.completed,self.rng,self.resuming = False,True,0,None,None
-        self.opt = self.dl = self.batch = self.preds = self.loss = self.epoch_steps = self.epoch_batches = None
+        self.opt = self.dl = self.batch = self.preds = self.loss = None
         self.opt_steps = self.n_epochs = self.epoch = self.iter = 0
+        self.clock = Clock()
         self.options,self._opt_params,self._grads,self._frozen = [],[],{},[]
 
     def fit(self,
@@ -88,7 +89,7 @@ class Learner(WeightSets):
                 self._start_averages()
             stack.enter_context(keep_modes(self.model))
             self.n_epochs,self.will_train = n_epochs,train
-            self.epoch_steps = self.epoch_batches = _length(self.dls.train) if train else None
+            self.clock = Clock(_length(self.dls.train) if train else None, n_epochs)
             stack.callback(setattr, self, 'in_fit', self.in_fit)
             self.in_fit = True
             stack.callback(setattr, self, 'resuming', None)
@@ -148,6 +149,7 @@ class Learner(WeightSets):
     @with_cbs('batch')
     def one_batch(self):
         "Predictions and loss of `learn.batch`; in training also gradients and a step"
+        if self.training: self.clock.batches += 1
         self.predict()
         self.callback('after_predict')
         self.get_loss()
@@ -167,7 +169,9 @@ class Learner(WeightSets):
         done = self.opt_steps
         self.step()
         if not hasattr(self.opt, 'register_step_post_hook'): self.opt_steps += 1
-        if self.opt_steps > done: self.callback('after_step')
+        if self.opt_steps > done:
+            self.clock.steps += 1
+            self.callback('after_step')
         self.zero_grad()
 
     def predict(self): self.callback('predict')

@@ -24,8 +24,9 @@ def _undisturbed(dl):
     return dl
 
 def _needed(cb):
-    decides = any(hasattr(cb, e) for e in ('before_batch', 'after_backward', *STEPS)) and not (cb.watches or hasattr(cb, 'new_average'))
-    return cb.needed or cb.measures or hasattr(cb, 'before_weights') or decides
+    "Does a callback take part where something is only looked at or tried out?"
+    if cb.role is None: return any(hasattr(cb, e) for e in ('before_batch', 'after_backward', *STEPS))
+    return cb.role in ('prepares', 'steps', 'measures') or hasattr(cb, 'before_weights')
 
 # %% ../../nbs/training/02_sandbox.ipynb #00000006
 class WeightSets(CallbackRunner):
@@ -121,7 +122,7 @@ class WeightSets(CallbackRunner):
         training:bool=True, # prepare as in training, or as in validation?
     ):
         "The batches of `dl`, each as the model would get it: through the callbacks that prepare"
-        cbs = [cb for cb in by_order(self.cbs) if cb.prepares]
+        cbs = [cb for cb in by_order(self.cbs) if cb.role in ('prepares', 'steps')]
         kept = self.batch,self.training,self.dl
         try:
             self.training,self.dl = training,dl
@@ -146,7 +147,7 @@ class WeightSets(CallbackRunner):
     def generators(self) -> list:
         "Every `torch.Generator` that the loaders, the model and the callbacks that prepare batches draw from, beside the global ones"
         found = [g for k in ('train', 'valid') for g in loader_generators(getattr(self.dls, k, None))] + generators_in(self.model)
-        for cb in by_order(self.cbs): found += generators_in([*vars(cb).values()] if cb.prepares else cb)
+        for cb in by_order(self.cbs): found += generators_in([*vars(cb).values()] if cb.role in ('prepares', 'steps') else cb)
         return list({id(g): g for g in found}.values())
 
     @contextmanager
@@ -158,7 +159,7 @@ class WeightSets(CallbackRunner):
         try:
             with self.looking():
                 self.quiet,self.history = True,[]
-                self.cbs = [deepcopy(cb) if cb.measures else cb for cb in filter(_needed, self.cbs)] + list(cbs)
+                self.cbs = [deepcopy(cb) if cb.role == 'measures' else cb for cb in filter(_needed, self.cbs)] + list(cbs)
                 yield self
         finally:
             held = dict(weights=self.weights, _held=self._held, _applied=self._applied)      # what the model holds is a fact

@@ -35,9 +35,10 @@ PATTERNS = ['*', '*.bias', 'head.*', 'body.*', 'body.1.weight', '*weight', 'tail
 CHOICES = [dict(weight_decay=0), dict(lr_mult=10), dict(lr_mult=0.5, weight_decay=0.1), dict(betas=(0.8, 0.9)), {}]
 
 @settings(max_examples=100, deadline=None)
-@given(st.dictionaries(st.sampled_from(PATTERNS), st.sampled_from(CHOICES)), st.booleans(), st.sampled_from([None, 0.5, 1.]), st.booleans())
+@given(st.dictionaries(st.sampled_from(PATTERNS), st.sampled_from(CHOICES)), st.booleans(),
+       st.sampled_from([None, 0.5, 1.]), st.booleans())
 def test_each_parameter_once(options, no_decay, layer_decay, lr):
-    "Every parameter is in one group, whose options are those of its patterns, the later ones last; torch takes the groups"
+    "Every parameter is in one group, with the options of its patterns, the later ones last; torch takes the groups"
     model = net()
     params = dict(model.named_parameters())
     groups = param_groups(model, options, no_decay=no_decay, layer_decay=layer_decay, lr=0.1 if lr else None)
@@ -46,7 +47,8 @@ def test_each_parameter_once(options, no_decay, layer_decay, lr):
         assert [params[n] for n in g['param_names']] == g['params'] and g['name']     # compared by identity first
         for n, p in zip(g['param_names'], g['params']):
             assert p is params[n]
-            want = {} if layer_decay is None else dict(lr_mult=layer_decay**dict(body=2, tail=1, head=0)[n.split('.')[0]])
+            depth = dict(body=2, tail=1, head=0)[n.split('.')[0]]
+            want = {} if layer_decay is None else dict(lr_mult=layer_decay**depth)
             if no_decay and p.ndim < 2: want['weight_decay'] = 0
             for pat, o in options.items():
                 if fnmatchcase(n, pat): want.update(o)
@@ -58,7 +60,8 @@ def test_each_parameter_once(options, no_decay, layer_decay, lr):
     assert sum(len(g['params']) for g in opt.param_groups) == len(params)
 
 def test_norms_and_biases():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.PReLU(), nn.MultiheadAttention(2, 1), nn.Embedding(3, 2))
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.PReLU(), nn.MultiheadAttention(2, 1),
+                          nn.Embedding(3, 2))
     decayed, free = names(param_groups(model, no_decay=True))
     assert decayed == ['0.weight', '3.in_proj_weight', '3.out_proj.weight', '4.weight']
     assert free == ['0.bias', '1.weight', '1.bias', '2.weight', '3.in_proj_bias', '3.out_proj.bias']
@@ -73,16 +76,21 @@ def test_tied_wrapped_frozen():
     model.head = torch.compile(model.head)                      # a compiled part does not change the names
     for m in model, torch.compile(model), nn.DataParallel(model):
         g, = param_groups(m)
-        assert g['param_names'] == want and 'tied.weight' not in want and 'tail.weight' in want and 'head.weight' in want
+        assert g['param_names'] == want and 'tied.weight' not in want and {'tail.weight', 'head.weight'} <= {*want}
         assert len({id(p) for p in g['params']}) == len(want)
 
 def test_group_errors():
-    with pytest.raises(ValueError, match=r"pattern 'boby.\*' matches no parameter; close are body"): param_groups(net(), {'boby.*': {}})
-    with pytest.raises(ValueError, match="'xyz' matches no parameter; there are body.0.weight"): param_groups(net(), {'xyz': {}})
+    with pytest.raises(ValueError, match=r"pattern 'boby.\*' matches no parameter; close are body"):
+        param_groups(net(), {'boby.*': {}})
+    with pytest.raises(ValueError, match="'xyz' matches no parameter; there are body.0.weight"):
+        param_groups(net(), {'xyz': {}})
     with pytest.raises(TypeError, match='must be a dict'): param_groups(net(), {'*': 0.1})
-    for bad, good in dict(lr_mul='lr_mult', lrmult='lr_mult', weigth_decay='weight_decay', beta='betas', momentun='momentum', LR='lr').items():
-        with pytest.raises(ValueError, match=f"the option '{bad}', given for '\\*': did you mean '{good}'"): param_groups(net(), {'*': {bad: 1}})
-    for own in 'd_coef', 'k', 'beta3', 'eps2', 'lr_max', 'weight_decouple', 'warmup_steps', 'momentum_decay', 'clip':  # of other optimizers
+    for bad, good in dict(lr_mul='lr_mult', lrmult='lr_mult', weigth_decay='weight_decay', beta='betas',
+                          momentun='momentum', LR='lr').items():
+        with pytest.raises(ValueError, match=f"the option '{bad}', given for '\\*': did you mean '{good}'"):
+            param_groups(net(), {'*': {bad: 1}})
+    # options of other optimizers
+    for own in 'd_coef k beta3 eps2 lr_max weight_decouple warmup_steps momentum_decay clip'.split():
         assert param_groups(net(), {'*': {own: 1}})[0][own] == 1
     for bad in 0, 1.1, -1, float('nan'):
         with pytest.raises(ValueError, match=f'above 0 and at most 1; got {bad}'): param_groups(net(), layer_decay=bad)
@@ -97,7 +105,8 @@ def test_a_learner_honours_the_groups():
     learn.fit(1)
     learn.fit(1, lr=0.001)
     assert [g['lr'] for g in learn.opt.param_groups] == pytest.approx([0.001, 0.001, 0.01, 0.01])
-    for n, p in twin.named_parameters(): p.group = dict(params=[p], lr=0.1 if 'head' in n else 0.01, weight_decay=0.1*(p.ndim > 1))
+    for n, p in twin.named_parameters():
+        p.group = dict(params=[p], lr=0.1 if 'head' in n else 0.01, weight_decay=0.1*(p.ndim > 1))
     opt = optim.SGD([p.group for p in twin.parameters()])
     for epoch in range(2):
         for xb, yb in data:
@@ -130,11 +139,14 @@ def reopened(x):
 ps = lambda m: list(m.parameters())
 OPTS = dict(
     sgd=lambda m: optim.SGD(ps(m), 0.1), momentum=lambda m: optim.SGD(ps(m), 0.1, momentum=0.9, nesterov=True),
-    adamw=lambda m: optim.AdamW(param_groups(m, {'head.*': dict(lr=np.float64(0.05))}, no_decay=True), np.float64(0.01)),
-    amsgrad=lambda m: optim.Adam(ps(m), torch.tensor(0.01), amsgrad=True), fused=lambda m: optim.AdamW(ps(m), 0.01, fused=True),
+    adamw=lambda m: optim.AdamW(param_groups(m, {'head.*': dict(lr=np.float64(0.05))}, no_decay=True),
+                                np.float64(0.01)),
+    amsgrad=lambda m: optim.Adam(ps(m), torch.tensor(0.01), amsgrad=True),
+    fused=lambda m: optim.AdamW(ps(m), 0.01, fused=True),
     named=lambda m: optim.AdamW(m.named_parameters(), 0.01),
     adagrad=lambda m: optim.Adagrad(ps(m), 0.1, lr_decay=0.1), adadelta=lambda m: optim.Adadelta(ps(m)),
-    adamax=lambda m: optim.Adamax(ps(m)), asgd=lambda m: optim.ASGD(ps(m), 0.1, t0=2), nadam=lambda m: optim.NAdam(ps(m)),
+    adamax=lambda m: optim.Adamax(ps(m)), asgd=lambda m: optim.ASGD(ps(m), 0.1, t0=2),
+    nadam=lambda m: optim.NAdam(ps(m)),
     radam=lambda m: optim.RAdam(ps(m)), rmsprop=lambda m: optim.RMSprop(ps(m), momentum=0.9, centered=True),
     rprop=lambda m: optim.Rprop(ps(m)), lbfgs=lambda m: optim.LBFGS(ps(m), 0.1, max_iter=3),
     wolfe=lambda m: optim.LBFGS(ps(m), line_search_fn='strong_wolfe', history_size=3),
@@ -183,9 +195,10 @@ def test_torch_loads_it_too():
     new.load_state_dict(reopened(opt_state(a, opt)))
     assert torch.equal(new.state[b.head.bias]['exp_avg'], opt.state[a.head.bias]['exp_avg'])
 
-@pytest.mark.parametrize('saved, here, want', [(torch.bfloat16, torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize('saved, here, want', [(torch.bfloat16, torch.bfloat16, torch.float32),
+                                              (torch.float32, torch.bfloat16, torch.bfloat16)])
 def test_dtype_of_a_state_is_kept(saved, here, want):
-    "Float32 momentum of half-precision weights stays so; that of float32 weights becomes what a step on half-precision ones needs"
+    "Float32 momentum of half-precision weights stays so; that of float32 weights becomes half where the weights are"
     a, b = net().to(saved), net().to(here)
     opt, new = trained(a, OPTS['momentum'](a)), OPTS['momentum'](b)
     for s in opt.state.values(): s['momentum_buffer'] = s['momentum_buffer'].float() + 2**-20
@@ -249,7 +262,8 @@ def test_layer_doubled(rename):
 def test_new_layer(rename):
     a, b = net(), net(bypass=True)
     opt, new = trained(a, named(a)), trained(b, named(b, 0.5), seed=2)
-    with pytest.raises(ValueError, match='does not fit: not saved: bypass.weight$'): load_opt_state(b, new, opt_state(a, opt), rename=rename)
+    with pytest.raises(ValueError, match='does not fit: not saved: bypass.weight$'):
+        load_opt_state(b, new, opt_state(a, opt), rename=rename)
     with pytest.warns(UserWarning, match='^8 of 9 parameters go on as saved; not saved: bypass.weight$'):
         load_opt_state(b, new, opt_state(a, opt), strict=False, rename=rename)
     assert b.bypass.weight not in new.state and new.param_groups[0]['lr'] == 0.01
@@ -279,19 +293,22 @@ def test_another_shape_and_other_groups():
     state = opt_state(a, opt)
     with pytest.raises(ValueError, match=r'body.0.weight was \(4, 3\) and is \(4, 5\)'): load_opt_state(b, new, state)
     assert not new.state                                          # nothing was changed
-    with pytest.warns(UserWarning, match=r'^7 of 8 parameters go on as saved; body.0.weight was \(4, 3\) and is \(4, 5\)$'):
+    with pytest.warns(UserWarning, match=r'^7 of 8 .* go on as saved; body.0.weight was \(4, 3\) and is \(4, 5\)$'):
         load_opt_state(b, new, state, strict=False)
     assert b.body[0].weight not in new.state and len(new.state) == 7
     parts = optim.SGD(param_groups(a, {'head.*': dict(lr=0.2)}), 0.1, momentum=0.9)
-    with pytest.raises(ValueError, match='no group here is this one that was saved: body.0.bias, body.0.weight, '): load_opt_state(a, parts, state)
-    with pytest.warns(UserWarning, match='^8 of 8 .* no group here is this one'): load_opt_state(a, parts, state, strict=False)
-    assert [g['lr'] for g in parts.param_groups] == [0.01, 0.01] and torch.equal(mom(parts, a.head.bias), mom(opt, a.head.bias))
+    with pytest.raises(ValueError, match='no group here is this one that was saved: body.0.bias, body.0.weight, '):
+        load_opt_state(a, parts, state)
+    with pytest.warns(UserWarning, match='^8 of 8 .* no group here is this one'):
+        load_opt_state(a, parts, state, strict=False)
+    assert [g['lr'] for g in parts.param_groups] == [0.01, 0.01]
+    assert torch.equal(mom(parts, a.head.bias), mom(opt, a.head.bias))
 
 def test_groups_that_cannot_tell_keep_their_options():
     a, b = net(), net(bypass=True)
     opt = trained(a, optim.SGD(param_groups(a, {'head.*': dict(lr=0.2)}), 0.1, momentum=0.9))
     new = optim.SGD(param_groups(b, {'bypass.*': dict(lr=0.7)}), 0.5, momentum=0.9)
-    with pytest.warns(UserWarning, match=r'groups that keep their own options: others, bypass.\*$'):      # one of two groups, one new
+    with pytest.warns(UserWarning, match=r'groups that keep their own options: others, bypass.\*$'):
         load_opt_state(b, new, opt_state(a, opt), strict=False)
     assert [g['lr'] for g in new.param_groups] == [0.5, 0.7]
     swapped = optim.SGD(param_groups(a, {'head.*': dict(lr=9)})[::-1], 5, momentum=0.9)
@@ -307,7 +324,8 @@ def test_lbfgs_holds_one_state_for_all():
         load_opt_state(b, new, state, strict=False)
     assert not new.state
     trained(b, new)
-    with pytest.raises(ValueError, match='for LBFGS the order counts'): load_opt_state(c, optim.LBFGS(ps(c)[::-1]), state)
+    with pytest.raises(ValueError, match='for LBFGS the order counts'):
+        load_opt_state(c, optim.LBFGS(ps(c)[::-1]), state)
 
 def test_state_errors():
     a = net()
@@ -353,7 +371,8 @@ class OwnState(optim.SGD):
 
 SCHEDULES = dict(
     cycle=lambda o: lr_scheduler.OneCycleLR(o, 1., total_steps=10), steps=lambda o: lr_scheduler.StepLR(o, 3),
-    cyclic=lambda o: lr_scheduler.CyclicLR(o, 0.1, 1., step_size_up=2), plateau=lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    cyclic=lambda o: lr_scheduler.CyclicLR(o, 0.1, 1., step_size_up=2),
+    plateau=lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
     warm=lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.5)], [2]))
 
 @pytest.mark.parametrize('rate', [float, torch.tensor])
@@ -374,6 +393,7 @@ def test_only_what_the_schedule_changed_is_put_back(name, rate):
         changes.undo()
         assert group_options(opt) == [dict(group_options(lone)[0], lr=rate(v)) for v in (0.1, 0.2)]
     assert opt.param_groups[0]['nesterov'] and opt.param_groups[0]['k'] == 5 and opt.param_groups[0]['d'] == 32
+    assert [len(g['params']) for g in opt.param_groups] == [1, 1]
     if rate is torch.tensor: assert all(g['lr'] is r for g, r in zip(opt.param_groups, rates))
 
 def test_a_schedule_of_an_unusual_option_and_two_schedules():
@@ -390,9 +410,14 @@ def test_a_schedule_of_an_unusual_option_and_two_schedules():
     first.undo()
     assert group_options(opt) == group_options(optim.SGD([torch.ones(2)], 0.1, weight_decay=0.5))
     OptionChanges(object()).undo()                                # no options, nothing to do
+    changes = OptionChanges(opt)
+    opt.load_state_dict(opt.state_dict())                         # replaces the groups
+    opt.param_groups[0]['lr'] = 9.
+    changes.undo()
+    assert opt.param_groups[0]['lr'] == 0.1
 
 def test_after_a_load_what_is_set_from_outside_is_ones_own():
-    "A file of the midst of a schedule: its rate, momentum and `initial_lr` stay out, the optimizer's own count comes in"
+    "A file of the midst of a schedule: its rate and `initial_lr` stay out, the optimizer's own count comes in"
     a, b = net(), net()
     opt, new = trained(a, OwnState(ps(a), 0.5)), OwnState(ps(b), 0.1)
     lr_scheduler.OneCycleLR(opt, 1., total_steps=10)
@@ -406,7 +431,7 @@ def test_after_a_load_what_is_set_from_outside_is_ones_own():
 
 def test_an_optimizer_of_the_model():
     model = net()
-    with pytest.raises(ValueError, match=r"2 parameters that are not the model's: opt_func must use those of learn.model"):
+    with pytest.raises(ValueError, match="2 parameters that are not the model's: opt_func must use"):
         make_opt(lambda params, lr: optim.SGD([*params, *nn.Linear(1, 1).parameters()], lr), model, 0.1)
     part = make_opt(lambda params, lr: optim.SGD(model.head.parameters(), lr), model, 0.1)      # some of them will do
     whole, by_hand = make_opt(optim.SGD, model, 0.1), optim.SGD(ps(model), 0.1)
@@ -414,7 +439,7 @@ def test_an_optimizer_of_the_model():
     twin_model, twin = copy.deepcopy((model, whole))
     assert all(opt_fits(o, model) for o in opts) and opt_fits(twin, twin_model) and not opt_fits(twin, model)
     assert opt_fits(whole, torch.compile(model)) and opt_fits(whole, nn.DataParallel(model))
-    model.extra = nn.Linear(1, 1)                                 # more parameters, which part may have left out on purpose: it cannot
+    model.extra = nn.Linear(1, 1)
     assert [opt_fits(o, model) for o in opts] == [False, False, True, False, True]
     del model.extra
     model.head = nn.Linear(4, 2)
@@ -425,7 +450,7 @@ class Slots:
     def step(self): pass
 
 def test_rates():
-    "A group's share is that of its own rate when first seen, in every fit; what has no rate, or is no torch optimizer, is left alone"
+    "A group keeps the share of the rate that it has when first seen; what has no rate is left alone"
     model = nn.ParameterList([torch.ones(1) for _ in range(3)])
     def groups(params, lr):
         a, b, c = params
@@ -463,7 +488,8 @@ class Wrapper:
 class Parent(optim.Adam):
     def step(self, closure=None): return super().step(closure)
 
-@pytest.mark.parametrize('wrap, steps', [(lambda o: o, 4), (Lookahead, 4), (Wrapper, 2), (lambda o: Wrapper(Lookahead(o)), 2),
+@pytest.mark.parametrize('wrap, steps', [(lambda o: o, 4), (Lookahead, 4), (Wrapper, 2),
+                                         (lambda o: Wrapper(Lookahead(o)), 2),
                                          (lambda o: Parent(o.param_groups), 4)])
 def test_steps_are_seen_through_wrappers(wrap, steps):
     opt, seen, count = wrap(optim.Adam([torch.ones(1, requires_grad=True)])), [], 0

@@ -19,8 +19,8 @@ from ..core import map_tensors, unwrap
 
 # %% ../../nbs/training/03_optim.ipynb #00000006
 # set by users, schedulers and this library; all else in a group is the optimizer's own, such as Prodigy's `d`
-KNOWN_OPTIONS = ('lr lr_mult weight_decay momentum betas eps dampening nesterov amsgrad alpha centered maximize foreach '
-                 'capturable differentiable fused initial_lr max_lr min_lr base_momentum max_momentum').split()
+KNOWN_OPTIONS = ('lr lr_mult weight_decay momentum betas eps dampening nesterov amsgrad alpha centered maximize '
+                 'foreach capturable differentiable fused initial_lr max_lr min_lr base_momentum max_momentum').split()
 
 def _params(model):
     "Parameters by their name in the plain model, a tied one under its first name"
@@ -74,13 +74,15 @@ def param_groups(
     return [dict(own, name=', '.join(words), params=[*ps.values()], param_names=[*ps]) for own, ps, words in groups]
 
 # %% ../../nbs/training/03_optim.ipynb #0000000e
+def _groups(opt): return getattr(opt, 'param_groups', ())
+
 def _copy(v): return v.clone() if torch.is_tensor(v) else v
 
 def group_options(
     opt, # an optimizer; anything without `param_groups` has no options
 ) -> list: # a dict for each group, which later steps do not change
     "The options of every parameter group: rate, momentum, …"
-    return [{k: _copy(v) for k, v in g.items() if k != 'params'} for g in getattr(opt, 'param_groups', ())]
+    return [{k: _copy(v) for k, v in g.items() if k != 'params'} for g in _groups(opt)]
 
 def set_option(
     group:dict, # a parameter group
@@ -96,7 +98,7 @@ def restore_options(
     options:list, # from `group_options`
 ):
     "Every group has these options again, and no others"
-    for g, old in zip(getattr(opt, 'param_groups', ()), options):
+    for g, old in zip(_groups(opt), options):
         for k in g.keys() - old.keys() - {'params'}: del g[k]
         for k, v in old.items(): set_option(g, k, v)
 
@@ -109,24 +111,25 @@ class OptionChanges:
         opt, # an optimizer; one without `param_groups` has no options
         keys=('lr',), # options that are put back in any case; others only if they change inside `recording()`
     ):
-        self.groups = list(getattr(opt, 'param_groups', ()))
-        self.before = [{k: _copy(g.get(k, _ABSENT)) for k in keys} for g in self.groups]
+        self.opt = opt
+        self.before = [{k: _copy(g.get(k, _ABSENT)) for k in keys} for g in _groups(opt)]
 
     @contextmanager
     def recording(self):
         "Note the options that are written inside; what an optimizer's own steps write is not to be inside"
         def version(v): return getattr(v, '_version', None)      # of a tensor: to compare values would wait for a GPU
-        now = [{k: (v, version(v), _copy(v)) for k, v in g.items() if k != 'params'} for g in self.groups]
+        now = [{k: (v, version(v), _copy(v)) for k, v in g.items() if k not in before}
+               for g, before in zip(_groups(self.opt), self.before)]
         try: yield
         finally:
-            for g, before, then in zip(self.groups, self.before, now):
-                for k in g.keys() | then.keys() - {'params'}:
+            for g, before, then in zip(_groups(self.opt), self.before, now):
+                for k in (g.keys() | then.keys()) - before.keys():
                     was,count,value = then.get(k, (_ABSENT, None, _ABSENT))
-                    if g.get(k, _ABSENT) is not was or version(was) != count: before.setdefault(k, value)
+                    if g.get(k, _ABSENT) is not was or version(was) != count: before[k] = value
 
     def undo(self):
         "The options that were changed have their old values, and those that were added are gone"
-        for g, before in zip(self.groups, self.before):
+        for g, before in zip(_groups(self.opt), self.before):
             for k, v in before.items():
                 if v is _ABSENT: g.pop(k, None)
                 else: set_option(g, k, v)
@@ -134,7 +137,7 @@ class OptionChanges:
 # %% ../../nbs/training/03_optim.ipynb #00000015
 def _ids(params): return {id(p) for p in params}
 
-def _held(opt): return _ids(p for g in getattr(opt, 'param_groups', ()) for p in g['params'])
+def _held(opt): return _ids(p for g in _groups(opt) for p in g['params'])
 
 def make_opt(
     opt_func, # called with parameters and learning rate; returns anything with `step` and `zero_grad`
@@ -163,7 +166,7 @@ def set_rates(
     lr:float|None, # learning rate; None: every group keeps its own
 ):
     "Set each group's rate to `lr` times its `lr_mult`, at first the share it has; a group without a rate is left alone"
-    for g in getattr(opt, 'param_groups', ()):
+    for g in _groups(opt):
         if lr is None or g.get('lr') is None: continue
         mult = g.setdefault('lr_mult', float(g['lr'])/lr if lr else 1.)
         set_option(g, 'lr', lr*mult)

@@ -117,15 +117,17 @@ class OptionChanges:
     @contextmanager
     def recording(self):
         "Note the options that are written inside; what an optimizer's own steps write is not to be inside"
-        def version(v): return getattr(v, '_version', None)      # of a tensor: to compare values would wait for a GPU
-        now = [{k: (v, version(v), _copy(v)) for k, v in g.items() if k not in before}
-               for g, before in zip(_groups(self.opt), self.before)]
+        groups = _groups(self.opt)
+        was = [dict(g) for g in groups]
+        tensors = [{k: (v._version, v.clone()) for k, v in g.items() if isinstance(v, torch.Tensor) and k not in before}
+                   for g, before in zip(groups, self.before)]      # versions: to compare values would wait for a GPU
         try: yield
         finally:
-            for g, before, then in zip(_groups(self.opt), self.before, now):
-                for k in (g.keys() | then.keys()) - before.keys():
-                    was,count,value = then.get(k, (_ABSENT, None, _ABSENT))
-                    if g.get(k, _ABSENT) is not was or version(was) != count: before[k] = value
+            for g, before, old, kept in zip(groups, self.before, was, tensors):
+                for k in g.keys() | old.keys():
+                    if k in before: continue
+                    written = g.get(k, _ABSENT) is not old.get(k, _ABSENT) or k in kept and g[k]._version != kept[k][0]
+                    if written: before[k] = kept[k][1] if k in kept else old.get(k, _ABSENT)
 
     def undo(self):
         "The options that were changed have their old values, and those that were added are gone"
@@ -227,13 +229,13 @@ def _saved_names(names, rename):
 
 def _some(xs): return ', '.join(xs[:8]) + (', …' if len(xs) > 8 else '')
 
-def _differences(groups, params, state, old):
+def _differences(groups, params, state, old, fits):
     "How the saved parameters and groups differ from those here, in words"
-    saved = state['params']
-    new,left = [n for n in old if old[n] not in saved],[n for n in saved if n not in old.values()]
-    shapes = {n: (tuple(saved[o]['shape']), tuple(params[n].shape)) for n, o in old.items() if o in saved}
+    saved,taken = state['params'],{*old.values()}
+    new,left = [n for n in old if old[n] not in saved],[n for n in saved if n not in taken]
     res = [f'{words}: {_some(ns)}' for words, ns in (('not saved', new), ('saved, but not here', left)) if ns]
-    res += [f'{n} was {was} and is {now}' for n, (was, now) in shapes.items() if was != now]
+    res += [f'{n} was {tuple(saved[o]["shape"])} and is {tuple(params[n].shape)}'
+            for n, o in old.items() if o in saved and n not in fits]
     if res: return res
     here = [{old[n] for n in ns} for ns in groups]
     other = [g['param_names'] for g in state['param_groups'] if {*g['param_names']} not in here]
@@ -257,7 +259,7 @@ def load_opt_state(
     groups,params,saved = _names(model, opt),_params(model),state['params']
     old = _saved_names([n for ns in groups for n in ns], rename)
     fits = {n: o for n, o in old.items() if o in saved and saved[o]['shape'] == list(params[n].shape)}
-    differ = _differences(groups, params, state, old)
+    differ = _differences(groups, params, state, old, fits)
     if isinstance(opt, LBFGS):                                # one state for all parameters, in their order
         if not differ and [*old.values()] != [*saved]: differ = ['for LBFGS the order counts, and it is another']
         if differ: fits = {}
@@ -279,7 +281,7 @@ def _load(opt, groups, params, state, fits):
         new_groups.append({**g, **(theirs[0] if len(theirs) == 1 else {}), 'params': [index[n] for n in ns]})
     saved = state['state']
     news = {n: map_tensors(torch.clone, saved[where[o]]) for n, o in fits.items() if where[o] in saved}
-    others = {k: s for k, s in saved.items() if k not in where.values()}
+    others = {k: saved[k] for k in saved.keys() - {*where.values()}}
     opt.load_state_dict(dict(state, param_groups=new_groups, state=others | {index[n]: s for n, s in news.items()}))
     for g, new in zip(held, opt.param_groups):      # groups, and tensors among their options, stay the same objects
         for k in new.keys() - {'params', 'param_names'}: set_option(g, k, new[k])

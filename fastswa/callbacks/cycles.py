@@ -17,7 +17,7 @@ from torch import optim
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from ..core import Time
-from .finder import group_options, set_option
+from ..training.optim import group_options, set_option
 from .schedule import BaseSchedCB, BatchSchedCB, EpochSchedCB
 
 # %% ../../nbs/callbacks/07_cycles.ipynb #00000006

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..core import later
 from .basics import Watched
 from ..training.events import Callback, Stage
-from .finder import LRFinderCB, group_options, lr_find, restore_options
+from ..training.optim import group_options, restore_options
 
 # %% ../../nbs/callbacks/06_schedule.ipynb #00000007
 def _asks_length(sched):

@@ -74,6 +74,7 @@ class TrackedAverages(Mapping):
     ):
         "A run begins, at position 0; averages go on, but for those added with `restart=True`"
         self.clock = Clock(steps_per_epoch, n_epochs) if clock is None else clock
+        self._updated = None, []      # position of the last update, and the averages that took part
         for t in self._tracked.values(): t.begin(self.clock, reset=True)
 
     def add(self,
@@ -117,10 +118,13 @@ class TrackedAverages(Mapping):
         if stepped: self.update_due()
 
     def update_due(self) -> list: # names of the averages that took one
-        "The averages that are due take a snapshot, together; for whoever moves `clock` himself"
-        due = {name: t for name, t in self._tracked.items() if t.when.due()}
-        if due: update_all([t.average for t in due.values()], [t.steps() for t in due.values()])
-        return list(due)
+        "The averages that are due take a snapshot, together; for whoever moves `clock` himself. A second call in a step changes nothing"
+        now = self.clock.batches, self.clock.steps
+        if self._updated[0] != now:
+            due = {name: t for name, t in self._tracked.items() if t.when.due()}
+            if due: update_all([t.average for t in due.values()], [t.steps() for t in due.values()])
+            self._updated = now, list(due)
+        return self._updated[1]
 
     def rows(self) -> list:
         "The names of the weights that a validation looks at: `'raw'`, and each average with `valid=True` that has a snapshot"
@@ -179,6 +183,7 @@ class Averages(TrackedAverages):
         self.bn_data = None # batches for BatchNorm statistics, or a function that gives some; for every `using` and `apply`
         self.bn_forward = None # called with model and batch, as in `update_bn`
         self.bn_batches = None # use so many batches; None: all
+        self.quick_batches = None # and so many for a look in the midst of a run
         super().__init__(model, steps_per_epoch, n_epochs)
 
     def __repr__(self):
@@ -201,12 +206,13 @@ class Averages(TrackedAverages):
         bn_data=None, # batches for BatchNorm statistics, or a function that gives some; None: `averages.bn_data`
         forward=None, # called with model and batch, as in `update_bn`
         n_batches:int|None=None, # use so many batches; None: `averages.bn_batches`
+        quick:bool=False, # will `averages.quick_batches` do? For a look in the midst of a run
     ):
         "Inside the block the model holds these weights; afterwards weights, buffers, modes and random state are as before"
         self._adopt_changes()
         places,values = self._contents(name)
         with keep_rng(), keep_modes(self.model), holding(self.model, name, places, values):
-            self._fit_statistics(name, bn_data, forward, n_batches)
+            self._fit_statistics(name, bn_data, forward, n_batches or (self.quick_batches if quick else None))
             yield self.model
 
     def apply(self,
@@ -242,7 +248,7 @@ class Averages(TrackedAverages):
         "The model holds its raw weights, to train on; a warning where that is not what its holder knows"
         self._adopt_changes()
         held = held_record(self.model)
-        if held is None: return
+        if held is None or held.name == 'raw': return
         if held is not self._applied: warnings.warn(f'the model held its {held.name!r} weights: training starts from its raw ones')
         restore_raw(self.model)
 

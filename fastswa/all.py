@@ -31,7 +31,6 @@ from fastswa.checkpoint.checkpoint import *
 from fastswa.checkpoint.resume import *
 from fastswa.core import *
 from fastswa.data.loaders import *
-from fastswa.data.mixing import *
 from fastswa.data.sources import *
 from fastswa.data.transforms import *
 from fastswa.files import *

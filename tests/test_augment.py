@@ -11,9 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torcheval.metrics import MulticlassAccuracy
 
-from fastswa.callbacks.augment import TTA, AugmentCB, log_mean_probs, tta, tta_views
-from fastswa.data.mixing import CutMixCB, MixUpCB, cutmix, mixup
-from fastswa.data.transforms import (RandCopy, RandCrop, RandErase, RandFlip, rand_copy, rand_crop, rand_erase,
+from fastswa.callbacks.augment import TTA, AugmentCB, CutMixCB, MixUpCB, log_mean_probs, tta, tta_views
+from fastswa.data.transforms import (RandCopy, RandCrop, RandErase, RandFlip, cutmix, mixup, rand_copy, rand_crop, rand_erase,
     rand_flip)
 from fastswa.callbacks.basics import BatchTransformCB, MetricsCB
 from fastswa.core import set_seed
@@ -337,7 +336,7 @@ class TestAll:
 
     def test_no_images(self, name):
         for x in torch.zeros(3, 12, 10), torch.zeros(2, 0, 4, 4), torch.zeros(2, 1, 0, 4), torch.zeros(12), [1, 2]:
-            with pytest.raises(ValueError, match=r'images are a tensor \(N, C, H, W\); got'): apply(name, x)
+            with pytest.raises(ValueError, match=r'images must be a tensor \(N, C, H, W\); got'): apply(name, x)
 
 def test_a_constant_batch_and_a_single_pixel():
     for x in torch.full((5, 1, 8, 8), 3.), torch.full((1, 1, 1, 1), 3.):
@@ -346,7 +345,7 @@ def test_a_constant_batch_and_a_single_pixel():
             torch.testing.assert_close(apply(name, x, gen()), x)
 
 BAD = [(rand_erase, dict(pct=1.2), 'pct must be a number from 0 to 1; got 1.2'), (rand_copy, dict(pct=math.nan), 'got nan'),
-       (rand_erase, dict(pct='0.2'), "got '0.2'"), (rand_copy, dict(max_num=-1), 'max_num must be a whole number 0 or more; got -1'),
+       (rand_erase, dict(pct='0.2'), "got '0.2'"), (rand_copy, dict(max_num=-1), 'max_num must be a whole number, 0 or more; got -1'),
        (rand_copy, dict(max_num=2.), 'got 2.0'), (rand_crop, dict(pad=-1), 'got -1'), (rand_crop, dict(pad=1.5), 'whole number'),
        (rand_crop, dict(pad=8), 'smaller than the images'), (rand_crop, dict(mode='edge'), "'reflect' or 'zeros'; got 'edge'"),
        (rand_flip, dict(p=-0.1), 'p must be a number from 0 to 1; got -0.1')]
@@ -397,7 +396,7 @@ def test_targets_of_mixing(mix):
     for bad, message in ((y[:3], '6 images have 3 targets'), (y.float(), r'got \(6,\) of torch.float32'),
                          (F.one_hot(y, 4), r'got \(6, 4\) of torch.int64'), (y, 'how many classes there are')):
         with pytest.raises(ValueError, match=message): mix(x, bad)
-    bad = (dict(alpha=0), 'alpha must be above 0; got 0'), (dict(p=2), 'p must be'), (dict(classes=0), 'classes must be')
+    bad = (dict(alpha=0), 'alpha must be a number above 0; got 0'), (dict(p=2), 'p must be'), (dict(classes=0), 'classes must be')
     for options, message in bad:
         with pytest.raises(ValueError, match=message): mix(x, y, **dict(dict(classes=4), **options))
         with pytest.raises(ValueError, match=message): {mixup: MixUpCB, cutmix: CutMixCB}[mix](**options)

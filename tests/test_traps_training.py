@@ -258,7 +258,7 @@ from fastswa.nets.hooks import HooksCallback
 from fastswa.nets.layers import get_model
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.loggers import LogCB
-from fastswa.data.mixing import CutMixCB, MixUpCB
+from fastswa.callbacks.augment import CutMixCB, MixUpCB
 from fastswa.callbacks.precision import MixedPrecisionCB
 from fastswa.callbacks.progress import ProgressCB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB

@@ -192,6 +192,37 @@ def check_choice(
     *others, last = map(repr, choices)
     raise ValueError(f'{name} must be {", ".join(others)}{" or " if others else ""}{last}; got {value!r}')
 
+# %% ../nbs/00_core.ipynb #02d92045
+def format_table(
+    rows, # dicts or named tuples: column → value
+    formats=None, # column → format specification of its floats; `'.4g'` where there is none
+) -> str:
+    "Rows as aligned text under the names of their columns; None and columns without any value are left out"
+    rows = [r._asdict() if hasattr(r, '_asdict') else r for r in rows]
+    formats = formats or {}
+    def text(column, value):
+        if not isinstance(value, float): return '' if value is None else str(value)
+        res = format(value, formats.get(column, '.4g'))
+        return res if res.strip('-0.%') else res.removeprefix('-')             # no -0.0000
+    blocks = []
+    for c in dict.fromkeys(k for r in rows for k in r):
+        cells = [text(c, r.get(c)) for r in rows]
+        if not any(cells): continue
+        width = max(map(len, (c, *cells)))
+        side = '<' if any(isinstance(r.get(c), str) for r in rows) else '>'
+        blocks.append([f'{cell:{side}{width}}' for cell in (c, *cells)])
+    return '\n'.join('  '.join(line).rstrip() for line in zip(*blocks))
+
+class Report(list):
+    "A list of named tuples that prints as a table"
+    def __init__(self,
+        rows=(), # named tuples
+        **formats, # for `format_table`
+    ):
+        super().__init__(rows)
+        self.formats = formats
+    def __repr__(self): return format_table(self, self.formats) or 'no rows'
+
 # %% ../nbs/00_core.ipynb #0000001c
 class Time(NamedTuple):
     "A span of training: `value` in optimizer steps (`ba`), epochs (`ep`) or shares of the fit (`dur`)"

@@ -43,7 +43,8 @@ def data(n=96, bs=16):
 
 def net(act=nn.ReLU):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), act()), nn.Dropout(0.3), nn.Flatten(), nn.Linear(64, 3))
+    return nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), act()), nn.Dropout(0.3), nn.Flatten(),
+                         nn.Linear(64, 3))
 
 
 def learner(*cbs, model=None, cls=TrainLearner, lr=0.1):
@@ -145,8 +146,14 @@ class Boom(Callback):
     def go(self, learn): raise self.exc
 
 
-@pytest.mark.parametrize('event', 'before_fit before_epoch before_batch after_predict after_backward after_batch after_epoch cleanup_fit'.split())
-@pytest.mark.parametrize('exc', [ZeroDivisionError, KeyboardInterrupt, CancelFitException, CancelEpochException, CancelBatchException])
+EVENTS = ['before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_backward', 'after_batch', 'after_epoch',
+          'cleanup_fit']
+
+
+@pytest.mark.parametrize('event', EVENTS)
+@pytest.mark.parametrize('exc',
+                         [ZeroDivisionError, KeyboardInterrupt, CancelFitException, CancelEpochException,
+                          CancelBatchException])
 def test_hooks_go_whatever_ends_the_fit(event, exc):
     for order in (-50, 50):
         boom = Boom(event, exc)
@@ -154,7 +161,8 @@ def test_hooks_go_whatever_ends_the_fit(event, exc):
         stats = ActivationStats(every=1, grads=True)
         learn = learner(stats, boom)
         try: learn.fit(1)
-        except (ZeroDivisionError, KeyboardInterrupt, CancelFitException, CancelEpochException, CancelBatchException): pass
+        except (ZeroDivisionError, KeyboardInterrupt, CancelFitException, CancelEpochException, CancelBatchException):
+            pass
         assert n_hooks(learn.model) == 0 and stats.learn is None
 
 
@@ -254,7 +262,8 @@ def test_an_output_that_is_a_parameter_keeps_no_hook():
 
 # --- what is read
 
-@pytest.mark.parametrize('dtype, tol', [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)])
+@pytest.mark.parametrize('dtype, tol',
+                         [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)])
 @pytest.mark.parametrize('shape', [(), (7,), (50, 4), (20, 4, 9), (20, 4, 5, 5), (3, 4, 2, 5, 5)])
 def test_statistics_against_numpy(dtype, tol, shape):
     torch.manual_seed(0)
@@ -340,7 +349,8 @@ def test_statistics_take_little_memory(layout):
     x = torch.randn(64, 32, 64, 64).to(memory_format=layout)        # 32 MB
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: tensor_stats(x)
     now = top = 0
-    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()):
+    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'),
+                    key=lambda e: e.start_ns()):
         now += e.nbytes()
         top = max(top, now)
     assert 0 < top < 6*2**20
@@ -376,10 +386,14 @@ def test_gradients_are_those_of_autograd(inplace):
     TrainLearner(model, SimpleNamespace(train=[(x, y)], valid=None), F.cross_entropy, cbs=stats).fit(1)
     for h, o, g in zip(stats, outs, expected, strict=True):
         o, g = o.detach().double().numpy(), g.double().numpy()
-        np.testing.assert_allclose([h.stats.means[0], h.stats.stds[0]], [o.mean(), o.std()], rtol=1e-5, atol=1e-6*o.std())
-        np.testing.assert_allclose([h.grads.means[0], h.grads.stds[0]], [g.mean(), g.std()], rtol=1e-5, atol=1e-6*g.std())
-        assert h.grads.zeros[0] == pytest.approx((g == 0).mean()) and h.grads.dead[0] == pytest.approx((g == 0).all(0).mean())
-        np.testing.assert_array_equal(h.grads.hists[0], np.histogram(np.abs(g), [0, *10**np.arange(-10, 0.25, 0.25), np.inf])[0])
+        np.testing.assert_allclose([h.stats.means[0], h.stats.stds[0]], [o.mean(), o.std()], rtol=1e-5,
+                                   atol=1e-6*o.std())
+        np.testing.assert_allclose([h.grads.means[0], h.grads.stds[0]], [g.mean(), g.std()], rtol=1e-5,
+                                   atol=1e-6*g.std())
+        assert h.grads.zeros[0] == pytest.approx((g == 0).mean())
+        assert h.grads.dead[0] == pytest.approx((g == 0).all(0).mean())
+        np.testing.assert_array_equal(h.grads.hists[0],
+                                      np.histogram(np.abs(g), [0, *10**np.arange(-10, 0.25, 0.25), np.inf])[0])
 
 
 def test_the_axis_of_the_units():
@@ -414,7 +428,8 @@ def test_checkpointing_runs_a_module_twice(reentrant):
             super().__init__()
             self.inner = nn.Sequential(nn.Linear(36, 8), nn.ReLU())
             self.lin = nn.Linear(8, 3)
-        def forward(self, x): return self.lin(checkpoint(self.inner, x.flatten(1).requires_grad_(), use_reentrant=reentrant))
+        def forward(self, x):
+            return self.lin(checkpoint(self.inner, x.flatten(1).requires_grad_(), use_reentrant=reentrant))
     stats = ActivationStats(is_act, every=1, grads=True)
     learner(stats, model=Net()).fit(1, valid=False)
     h, = stats
@@ -442,16 +457,19 @@ class Thing(nn.Module):
 
 
 @pytest.mark.parametrize('f, mean', [
-    (lambda x: (x*0 + 2, x), 2), (lambda x: dict(a='text', b=[x*0 + 3]), 3), (lambda x: SimpleNamespace(x=x), None), (lambda x: None, None),
+    (lambda x: (x*0 + 2, x), 2), (lambda x: dict(a='text', b=[x*0 + 3]), 3), (lambda x: SimpleNamespace(x=x), None),
+    (lambda x: None, None),
     (lambda x: x[:0], None), (lambda x: torch.view_as_complex(x.view(-1, 2)), None), (lambda x: x.to_sparse(), None),
-    (lambda x: torch.nested.nested_tensor([x[0], x[1]]), None), (lambda x: (x*0).long() + 4, 4), (lambda x: x > -torch.inf, 1), (lambda x: x.sum()*0, 0)])
+    (lambda x: torch.nested.nested_tensor([x[0], x[1]]), None), (lambda x: (x*0).long() + 4, 4),
+    (lambda x: x > -torch.inf, 1), (lambda x: x.sum()*0, 0)])
 def test_outputs_of_any_kind(f, mean):
     stats = ActivationStats(every=1, grads=True)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')      # nested tensors are a prototype
         learner(stats, model=Odd(f)).fit(1)
     rows = {r.name: r for r in stats.report()}
-    assert list(rows) == ['first Linear', 'odd Thing', 'last Linear', 'never Linear', 'more.0 Tanh']      # no containers
+    # no containers
+    assert list(rows) == ['first Linear', 'odd Thing', 'last Linear', 'never Linear', 'more.0 Tanh']
     assert rows['never Linear'].note == 'never reached' and rows['first Linear'].note == ''
     if mean is None: assert rows['odd Thing'].note == 'its output has no real numbers to read'
     else: assert rows['odd Thing'].mean == mean and rows['odd Thing'].note == ''
@@ -470,7 +488,8 @@ def test_several_calls_in_a_batch():
     stats = ActivationStats(every=1, grads=True)
     learner(stats, model=Net()).fit(1)
     rows = {r.name: r for r in stats.report()}
-    assert rows['act ReLU'].batches == 6 and rows['act ReLU'].note == 'called several times in a batch, read the first time'
+    assert rows['act ReLU'].batches == 6
+    assert rows['act ReLU'].note == 'called several times in a batch, read the first time'
     assert torch.allclose(next(h for h in stats if h.name == 'act ReLU').stats.hists.sum(1), torch.tensor(16.*8))
 
 
@@ -508,10 +527,13 @@ def test_not_finite_from_a_batch_on():
 
 def test_bad_input():
     for every in (0, -1, 2.5):
-        with pytest.raises(ValueError, match='every must be a whole number, 1 or more; got'): ActivationStats(every=every)
-    with pytest.raises(ValueError, match='dead must be a number, 0 or more; got nan'): ActivationStats(dead=float('nan'))
+        with pytest.raises(ValueError, match='every must be a whole number, 1 or more; got'):
+            ActivationStats(every=every)
+    with pytest.raises(ValueError, match='dead must be a number, 0 or more; got nan'):
+        ActivationStats(dead=float('nan'))
     stats = ActivationStats(lambda m: False)
-    with pytest.raises(ValueError, match='selects no module of the model; there are Sequential, Conv2d'): learner(stats).fit(1)
+    with pytest.raises(ValueError, match='selects no module of the model; there are Sequential, Conv2d'):
+        learner(stats).fit(1)
     for plot in (stats.color_dim, stats.dead_chart, stats.plot_stats):
         with pytest.raises(ValueError, match='no training batch'): plot()
     stats = ActivationStats()
@@ -530,8 +552,10 @@ def test_autocast():
         def predict(self):
             with torch.autocast('cpu', torch.bfloat16): super().predict()
     dtypes = []
-    stats, see = ActivationStats(is_act, every=1, grads=True), HooksCallback(lambda h, m, i, o: dtypes.append(o.dtype), is_act)
-    learner(stats, see, cls=Cast, model=nn.Sequential(nn.Flatten(), nn.Linear(36, 50), nn.ReLU(), nn.Linear(50, 3))).fit(1)
+    stats = ActivationStats(is_act, every=1, grads=True)
+    see = HooksCallback(lambda h, m, i, o: dtypes.append(o.dtype), is_act)
+    learner(stats, see, cls=Cast, model=nn.Sequential(nn.Flatten(), nn.Linear(36, 50), nn.ReLU(),
+                                                      nn.Linear(50, 3))).fit(1)
     h, = stats
     assert set(dtypes) == {torch.bfloat16} and h.stats.means.dtype == h.grads.stds.dtype == torch.float32
     assert (h.grads.stds > 0).all() and (h.stats.hists.sum(1) == 16*50).all()
@@ -550,7 +574,8 @@ def test_no_activation_is_kept(grads):
     gc.collect()
     assert len(outs) > 50 and not any(o() is not None for o in outs)
     for h in stats:
-        for r in (h.stats, h.grads) if grads else (h.stats,): assert all(row.numel() <= 46 and row.untyped_storage().nbytes() <= 4*46 for _, row in r._new)
+        for r in (h.stats, h.grads) if grads else (h.stats,):
+            assert all(row.numel() <= 46 and row.untyped_storage().nbytes() <= 4*46 for _, row in r._new)
 
 
 def test_many_statistics_move_to_the_cpu():
@@ -594,7 +619,8 @@ def test_compiled_models(style):
     assert len(runs) == n_runs + 12 - 4 and len(built) == n_built
     learn.fit(1, valid=False)                               # and compilation is on again
     assert len(runs) == n_runs + 8 + 6
-    with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=[ActivationStats(is_act, every=1), Boom('after_predict', ZeroDivisionError)])
+    with pytest.raises(ZeroDivisionError):
+        learn.fit(1, cbs=[ActivationStats(is_act, every=1), Boom('after_predict', ZeroDivisionError)])
     learn.fit(1, valid=False)
     assert len(runs) == n_runs + 8 + 6 + 6
 
@@ -607,7 +633,8 @@ def test_deterministic_algorithms_stay_as_asked():
             with pytest.raises(ZeroDivisionError), _allow_nondeterministic(on_gpu):
                 assert not torch.are_deterministic_algorithms_enabled()
                 1/0
-            assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled() == warn
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.is_deterministic_algorithms_warn_only_enabled() == warn
         torch.use_deterministic_algorithms(False)
         with _allow_nondeterministic(on_gpu): pass
         assert not torch.are_deterministic_algorithms_enabled()
@@ -630,19 +657,23 @@ def test_any_number_of_modules_fits(n):
     for grads in (False, True):
         stats.color_dim(grads=grads)
         axes = plt.gcf().axes
-        assert sum(len(ax.images) for ax in axes[:-1]) == n and axes[-1].get_ylabel() == f'share of {"gradients" if grads else "outputs"}'
+        assert sum(len(ax.images) for ax in axes[:-1]) == n
+        assert axes[-1].get_ylabel() == f'share of {"gradients" if grads else "outputs"}'
         image = axes[0].images[0]
         assert image.norm.vmin == 1e-5 and np.nanmax(image.get_array()) <= 1 and image.get_extent()[:2] == [-0.5, 5.5]
         titles = [ax.get_title() for ax in axes[:n]]
         assert titles == [h.name for h in stats]
         stats.dead_chart(grads=grads)
         fig = plt.gcf()
-        assert sum(len(ax.lines) for ax in fig.axes) == 2*n and fig.get_supxlabel() == 'training batch' and fig.get_supylabel() == 'share'
+        assert sum(len(ax.lines) for ax in fig.axes) == 2*n
+        assert fig.get_supxlabel() == 'training batch'
+        assert fig.get_supylabel() == 'share'
         assert ('exactly zero' if grads else '1e-06') in fig.legends[0].get_title().get_text()
         stats.plot_stats(grads=grads)
         fig = plt.gcf()
         assert [ax.get_title() for ax in fig.axes] == ['Means', 'Stdevs'] and all(len(ax.lines) == n for ax in fig.axes)
-        assert len({line.get_color() if isinstance(line.get_color(), str) else tuple(line.get_color()) for line in fig.axes[0].lines}) == n
+        assert len({line.get_color() if isinstance(line.get_color(), str) else tuple(line.get_color())
+                    for line in fig.axes[0].lines}) == n
         assert min(n, 10) <= len(fig.legends[0].get_texts()) <= 12
         assert all(ax.get_xlabel() and ax.get_ylabel() for ax in fig.axes)
         plt.close('all')
@@ -661,7 +692,8 @@ def test_what_the_axes_show():
     assert image.origin == 'lower' and image.get_extent() == [-1, 5, 0, 10.25]
     shares = np.asarray(image.get_array())
     assert shares.shape == (41, 3)
-    assert shares[[0, 16, 40], 0] == pytest.approx([0.6, 0.3, 0.1]) and shares[[0, 16, 40], 1] == pytest.approx([1, 1e-5, 1e-5])
+    assert shares[[0, 16, 40], 0] == pytest.approx([0.6, 0.3, 0.1])
+    assert shares[[0, 16, 40], 1] == pytest.approx([1, 1e-5, 1e-5])
     assert dict(zip([t.get_text() for t in ax.get_yticklabels()], ax.get_yticks()))['> 10'] == 10.125
     stats.dead_chart()
     lines = {line.get_label(): line.get_ydata().tolist() for line in plt.gcf().axes[0].lines}
@@ -670,7 +702,8 @@ def test_what_the_axes_show():
     mean, std = (ax.lines[0] for ax in plt.gcf().axes)
     assert list(mean.get_xdata()) == [0, 2, 4]
     a = x.double().numpy()
-    assert mean.get_ydata().tolist() == pytest.approx([a.mean(), 0, a.mean()]) and std.get_ydata().tolist() == pytest.approx([a.std(), 0, a.std()])
+    assert mean.get_ydata().tolist() == pytest.approx([a.mean(), 0, a.mean()])
+    assert std.get_ydata().tolist() == pytest.approx([a.std(), 0, a.std()])
 
 
 def test_a_single_batch():

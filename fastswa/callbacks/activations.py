@@ -102,8 +102,9 @@ def _draw_histograms(ax, stats, grads):
     share = (stats.hists.T/stats.hists.sum(1)).clamp(min=1e-5).numpy()
     image = ax.imshow(share, cmap, LogNorm(1e-5, 1), aspect='auto', origin='lower', interpolation='nearest',
                       extent=(first - half, last + half, low, high))
-    if grads: ax.set_yticks([low + 0.125, -8, -6, -4, -2, high - 0.125], ['smaller', '1e-8', '1e-6', '1e-4', '0.01', '> 1'])
-    else: ax.set_yticks([0, 2.5, 5, 7.5, high - 0.125], ['0', '2.5', '5', '7.5', '> 10'])
+    ticks = {0: '0', 2.5: '2.5', 5: '5', 7.5: '7.5', high - 0.125: '> 10'}
+    if grads: ticks = {low + 0.125: 'smaller', -8: '1e-8', -6: '1e-6', -4: '1e-4', -2: '0.01', high - 0.125: '> 1'}
+    ax.set_yticks(list(ticks), list(ticks.values()))
     return image
 
 def _draw_dead(ax, stats):
@@ -174,7 +175,8 @@ class _StatsCharts:
         step = math.ceil(len(series)/12)         # at most twelve names in the legend
         for i, (h, s) in enumerate(series.items()):
             for ax, ys in zip(axs, (s.means, s.stds)):
-                ax.plot(s.batches, ys.numpy(), color=colors[i], lw=1.5, marker=_marker(s), label=None if i % step else h.name)
+                ax.plot(s.batches, ys.numpy(), color=colors[i], lw=1.5, marker=_marker(s),
+                        label=None if i % step else h.name)
         stds = torch.cat([s.stds for s in series.values()])
         stds = stds[stds.isfinite() & (stds > 0)]
         if len(stds) and stds.max() > 5*stds.min(): axs[1].set_yscale('log')
@@ -204,7 +206,7 @@ class ActivationStats(_StatsCharts, HooksCallback):
     def __init__(self,
         mod_filter=is_leaf, # called with each module of the model: is it watched?
         every:int=16, # read every how many-th training batch?
-        grads:bool=False, # read the gradients of the outputs too? As `backward` makes them, with the loss scale if there is one
+        grads:bool=False, # read the gradients of the outputs too? With the loss scale, if there is one
         dead:float=1e-6, # an output that is no larger counts as zero
         axis:int=1, # the axis of the units: 1 for (N, C, H, W), -1 for (N, T, C)
     ):

@@ -24,7 +24,8 @@ class AugmentCB(BatchTransformCB):
     ):
         super().__init__(self.transform, on_val=False)
         for f in tfms:
-            if isinstance(f, type) or not callable(f): raise TypeError(f'transforms must be modules or functions; got {f!r}')
+            if isinstance(f, type) or not callable(f):
+                raise TypeError(f'transforms must be modules or functions; got {f!r}')
         self.tfms = tfms
 
     def transform(self, batch):
@@ -93,7 +94,7 @@ class TTA(nn.Module):
     def __init__(self,
         model, # the other model
         tfms=None, # functions of the input, one for each view; None: `tta_views()`
-        average=log_mean_probs, # called with all outputs, (V, N, …); `partial(torch.mean, dim=0)` if they are no class scores
+        average=log_mean_probs, # of all outputs, (V, N, …); `partial(torch.mean, dim=0)` if they are no class scores
     ):
         super().__init__()
         self.model, self.average = model, average

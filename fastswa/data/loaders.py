@@ -205,7 +205,7 @@ class DataLoaders:
         seed:int|None=None, # instead of `generator`: a new one with this seed
         drop_last:bool=False, # leave out a last training batch that is not full?
     ):
-        "Loaders of images decoded once and kept on `device`; raises ValueError for several shapes or labels out of range"
+        "Loaders of images decoded once and kept on `device`; raises ValueError for mixed shapes and bad labels"
         bs = int(check_whole('bs', bs))
         if seed is not None and generator is not None: raise ValueError('give a seed or a generator, not both')
         if seed is not None: generator = torch.Generator().manual_seed(seed)

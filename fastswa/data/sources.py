@@ -46,8 +46,8 @@ def _read_idx(folder, name, n_axes):
         raise ValueError(f'{path} is truncated or damaged ({e}): download it again') from None
     magic, start = bytes([0, 0, 8, n_axes]), 4 + 4*n_axes
     if data[:4] != magic or len(data) < start:
-        raise ValueError(f'{path} is not an IDX file of bytes with {n_axes} axes: it should begin with {magic.hex(" ")}, '
-                         f'but begins with {data[:4].hex(" ")}')
+        raise ValueError(f'{path} is not an IDX file of bytes with {n_axes} axes: it should begin with '
+                         f'{magic.hex(" ")}, but begins with {data[:4].hex(" ")}')
     shape = np.frombuffer(data, '>u4', n_axes, 4).tolist()
     if len(data) - start != math.prod(shape):
         raise ValueError(f'{path} is damaged: after its header {"×".join(map(str, shape))} bytes are expected, '
@@ -152,7 +152,7 @@ def mnist(
 
 # %% ../../nbs/data/00_sources.ipynb #00000012
 def _warp(x, amount):
-    "Images `x` (n, 1, h, w) rotated by up to 0.45 rad, scaled by 25 %, shifted by 4.5 pixels; `amount`: (n, 4), -1 to 1"
+    "Images (n, 1, h, w) rotated by up to 0.45 rad, scaled by 25 %, shifted by 4.5 pixels; `amount`: (n, 4), -1 to 1"
     angle, scale, shift = amount[:, 0]*0.45, 1 + amount[:, 1]*0.25, amount[:, 2:]*0.32
     cos, sin = torch.cos(angle)*scale, torch.sin(angle)*scale
     theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).view(-1, 2, 3)
@@ -179,7 +179,8 @@ def toy_images(
     "Ten classes of images made by this package, on which averaging weights helps; for tests and demos without data"
     print(f'toy data: {n_train} + {n_test} images made up by fastswa; results on them say nothing about real data')
     g_patterns, *g_splits = (torch.Generator().manual_seed(3*seed + i) for i in range(3))
-    patterns = F.interpolate(torch.randn(10, 1, 5, 5, generator=g_patterns), (28, 28), mode='bicubic', align_corners=True)
+    coarse = torch.randn(10, 1, 5, 5, generator=g_patterns)
+    patterns = F.interpolate(coarse, (28, 28), mode='bicubic', align_corners=True)
     patterns = patterns/patterns.std((2, 3), keepdim=True)
     names = [f'pattern {i}' for i in range(10)]
     train, test = (_image_dataset(*_toy_split(patterns, n, g), names, 'fastswa toy images')

@@ -29,7 +29,8 @@ class Hook:
         weak_self = ref(self)        # a strong reference would keep the hook as long as the module
         def _call(m, inp, outp):
             hook = weak_self()
-            if hook is not None and m is hook.m: return hook.f(hook, m, inp, outp)      # copies of the module call it too
+            # copies of the module come here too
+            if hook is not None and m is hook.m: return hook.f(hook, m, inp, outp)
         self.hook = self.m.register_forward_hook(_call)
 
     def remove(self):

@@ -185,7 +185,7 @@ def lsuv_init(
         if not m_in.weight.any(): _orthonormal(m_in.weight)
         row = _normalise(model, m, m_in, xb, names[m], tol, max_iter)
         if abs(row.std - 1) > tol or row.note.startswith('not'):
-            raise ValueError(f'{names[m_in]} cannot give {names[m]} an output with mean 0 and standard deviation 1: after '
-                             f'{row.steps} steps mean {row.mean:.3g}, std {row.std:.3g} ({row.note}); '
+            raise ValueError(f'{names[m_in]} cannot give {names[m]} an output with mean 0 and standard deviation 1: '
+                             f'after {row.steps} steps mean {row.mean:.3g}, std {row.std:.3g} ({row.note}); '
                              'lsuv(model, xb) measures the layers themselves')
     return row

@@ -73,7 +73,7 @@ class BatchNorm(nn.Module):
     other shapes, and in training for fewer than 2 values per channel"""
     def __init__(self,
         nf:int, # channels
-        momentum:float|None=0.1, # weight of a new batch in the running statistics; None: all since the reset count alike
+        momentum:float|None=0.1, # weight of a batch in the running statistics; None: all since the reset count alike
         eps:float=1e-5, # added to the variance
         affine:bool=True, # with a weight and a shift for each channel?
         mom=..., # short for `momentum`

@@ -62,7 +62,8 @@ def tensor_stats(
     "Mean, standard deviation, share of zeros, share of dead units, then the histogram, scaled up to all elements"
     if not x.is_floating_point(): x = x.float()
     units = axis % x.ndim if x.ndim > 1 else None
-    top = x.abs() if units == 0 else torch.maximum(x.amax(0, True), -x.amin(0, True))      # all at once is slow on a CPU
+    # the largest size of each unit; reduced in two steps, which is faster on a CPU
+    top = x.abs() if units == 0 else torch.maximum(x.amax(0, True), -x.amin(0, True))
     top = top.amax([d for d in range(x.ndim) if d != units]).to(torch.promote_types(x.dtype, torch.float32))
     sample = _sample(x).to(top.dtype)
     sizes = sample.abs()
@@ -76,7 +77,7 @@ def tensor_stats(
 
 # %% ../../nbs/nets/03_statistics.ipynb #0000000b
 class StatsHistory:
-    "The `tensor_stats` of many batches, kept on their device until looked at. As a sequence: lists of means, stds, hists"
+    "The `tensor_stats` of many batches, on their device until looked at. As a sequence: lists of means, stds, hists"
     def __init__(self):
         self.n = 0
         self._new = []                           # pairs of batch number and statistics, on their device

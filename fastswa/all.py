@@ -19,7 +19,6 @@ from fastswa.callbacks.inspection import *
 from fastswa.callbacks.loggers import *
 from fastswa.callbacks.precision import *
 from fastswa.callbacks.progress import *
-from fastswa.callbacks.readings import *
 from fastswa.callbacks.schedule import *
 from fastswa.callbacks.snapshots import *
 from fastswa.callbacks.speed import *
@@ -30,9 +29,7 @@ from fastswa.checkpoint.archive import *
 from fastswa.checkpoint.checkpoint import *
 from fastswa.checkpoint.resume import *
 from fastswa.core import *
-from fastswa.curves import *
 from fastswa.data.loaders import *
-from fastswa.data.mixing import *
 from fastswa.data.sources import *
 from fastswa.data.transforms import *
 from fastswa.files import *
@@ -41,6 +38,7 @@ from fastswa.nets.init import *
 from fastswa.nets.layers import *
 from fastswa.nets.lsuv import *
 from fastswa.nets.norms import *
+from fastswa.nets.statistics import *
 from fastswa.plot import *
 from fastswa.training.events import *
 from fastswa.training.learner import *

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import killed_run
 from fastswa.callbacks.augment import AugmentCB
-from fastswa.data.mixing import MixUpCB
+from fastswa.callbacks.augment import MixUpCB
 from fastswa.data.transforms import RandErase, RandFlip
 from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB
 from fastswa.checkpoint.archive import read_checkpoint

@@ -252,13 +252,12 @@ from fastswa.callbacks.cycles import OneCycleCB, WarmupStableDecayCB
 from fastswa.data.loaders import collate_device
 from fastswa.training.events import Callback, CancelBatchException, CancelFitException
 from fastswa.callbacks.speed import ChannelsLastCB, CompileCB, EarlyStoppingCB
-from fastswa.callbacks.activations import ActivationStats
-from fastswa.callbacks.readings import append_stats
-from fastswa.nets.hooks import HooksCallback
+from fastswa.callbacks.activations import ActivationStats, HooksCallback
 from fastswa.nets.layers import get_model
+from fastswa.nets.statistics import append_stats
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.loggers import LogCB
-from fastswa.data.mixing import CutMixCB, MixUpCB
+from fastswa.callbacks.augment import CutMixCB, MixUpCB
 from fastswa.callbacks.precision import MixedPrecisionCB
 from fastswa.callbacks.progress import ProgressCB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB

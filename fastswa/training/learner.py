@@ -268,6 +268,10 @@ class MomentumLearner(TrainLearner):
         super().__init__(model, dls, loss_func, lr, cbs, opt_func)
         self.mom = mom
 
+    def forget_opt(self):
+        super().forget_opt()
+        self._grads = {}
+
     def zero_grad(self):
         with torch.no_grad():
             for p in self.model.parameters():

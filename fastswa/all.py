@@ -1,7 +1,9 @@
 "Every public name, for notebooks: `from fastswa.all import *`. Written by hand"
 from fastswa.averaging.average import *
+from fastswa.averaging.averages import *
 from fastswa.averaging.batchnorm import *
 from fastswa.averaging.ensembles import *
+from fastswa.averaging.holding import *
 from fastswa.averaging.interchange import *
 from fastswa.averaging.kernels import *
 from fastswa.averaging.posthoc import *
@@ -11,7 +13,6 @@ from fastswa.averaging.tensors import *
 from fastswa.callbacks.activations import *
 from fastswa.callbacks.augment import *
 from fastswa.callbacks.basics import *
-from fastswa.callbacks.bnupdate import *
 from fastswa.callbacks.csvlog import *
 from fastswa.callbacks.cycles import *
 from fastswa.callbacks.finder import *
@@ -20,7 +21,6 @@ from fastswa.callbacks.loggers import *
 from fastswa.callbacks.precision import *
 from fastswa.callbacks.progress import *
 from fastswa.callbacks.schedule import *
-from fastswa.callbacks.snapshots import *
 from fastswa.callbacks.speed import *
 from fastswa.callbacks.steps import *
 from fastswa.callbacks.swa import *
@@ -40,8 +40,8 @@ from fastswa.nets.lsuv import *
 from fastswa.nets.norms import *
 from fastswa.nets.statistics import *
 from fastswa.plot import *
+from fastswa.training.essentials import *
 from fastswa.training.events import *
 from fastswa.training.learner import *
-from fastswa.training.meter import *
 from fastswa.training.optim import *
 from fastswa.training.sandbox import *

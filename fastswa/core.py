@@ -143,7 +143,7 @@ def loader_generators(
     found = generators_in([*(getattr(o, 'generator', None) for o in places), getattr(dl, 'tfm', None)])
     return list({id(g): g for g in found}.values())
 
-# %% ../nbs/00_core.ipynb #c6c42780
+# %% ../nbs/00_core.ipynb #0000001c
 def _range(low, high, include_low, include_high):
     "The numbers from `low` to `high` in words"
     if low == -math.inf: return '' if high == math.inf else f' {"at most" if include_high else "below"} {high}'
@@ -193,7 +193,7 @@ def check_choice(
     *others, last = map(repr, choices)
     raise ValueError(f'{name} must be {", ".join(others)}{" or " if others else ""}{last}; got {value!r}')
 
-# %% ../nbs/00_core.ipynb #02d92045
+# %% ../nbs/00_core.ipynb #00000020
 def format_table(
     rows, # dicts or named tuples: column → value
     formats=None, # column → format specification of its floats; `'.4g'` where there is none
@@ -224,7 +224,7 @@ class Report(list):
         self.formats = formats
     def __repr__(self): return format_table(self, self.formats) or 'no rows'
 
-# %% ../nbs/00_core.ipynb #0000001c
+# %% ../nbs/00_core.ipynb #00000023
 class Time(NamedTuple):
     "A span of training: `value` in optimizer steps (`ba`), epochs (`ep`) or shares of the run (`dur`)"
     value: Fraction
@@ -264,7 +264,7 @@ class Time(NamedTuple):
             raise ValueError(f"'{self}' needs the number of epochs of the run: give n_epochs, or a time such as '200ba' or '3ep'")
         return self.value*epoch_steps*n_epochs
 
-# %% ../nbs/00_core.ipynb #00000020
+# %% ../nbs/00_core.ipynb #00000027
 class Clock:
     "How far a run has come: `batches` seen and optimizer `steps` taken"
     def __init__(self,
@@ -274,6 +274,7 @@ class Clock:
         self.epoch_batches,self.n_epochs = epoch_batches,n_epochs
         self.epoch_steps = epoch_batches      # optimizer steps in an epoch; fewer where gradients are accumulated
         self.batches = self.steps = 0
+        self.epochs = 0      # passes that are over; `ep` counts these where the loader has no length
 
     def tick(self,
         stepped:bool=True, # did the optimizer take a step?
@@ -285,11 +286,24 @@ class Clock:
     def now(self,
         time:Time, # whose unit counts
     ) -> int:
-        "How far the run has come: in optimizer steps for `ba`, else in batches"
-        return self.steps if time.unit == 'ba' else self.batches
+        "How far the run has come: in optimizer steps for `ba`, else in batches (in passes for `ep` where the loader has no length)"
+        return getattr(self, self.kind(time))
+
+    def begin_epoch(self,
+        epoch:int, # its number, from 0
+    ):
+        "An epoch begins; those before it are over, even if they were cut short"
+        self.epochs = epoch
+        if self.epoch_batches is not None: self.batches = epoch*self.epoch_batches
+
+    def kind(self, time:Time) -> str:
+        "What `now` counts"
+        if time.unit == 'ba': return 'steps'
+        return 'epochs' if time.unit == 'ep' and self.epoch_batches is None else 'batches'
 
     def span(self, time:Time) -> Fraction:
         "How long a time is, counted as `now` does; ValueError where that depends on an unknown length"
+        if self.kind(time) == 'epochs': return time.value
         return time.steps(self.epoch_batches, self.n_epochs)
 
 class Every:
@@ -326,7 +340,7 @@ class Every:
         if not self.started(): return False
         now = self.clock.now(self.every)
         if self.origin is None:
-            same = (self.start.unit == 'ba') == (self.every.unit == 'ba')
+            same = self.clock.kind(self.start) == self.clock.kind(self.every)
             self.origin,self.passed = (self.first if same else now),-1
         before,self.passed = self.passed,(now - self.origin)//self.gap
         return self.passed > before
@@ -340,7 +354,7 @@ class Every:
         self.passed = state['passed']
         self.origin = None if state['origin'] is None else Fraction(state['origin'])
 
-# %% ../nbs/00_core.ipynb #00000024
+# %% ../nbs/00_core.ipynb #0000002b
 @contextmanager
 def uninterrupted():
     "Ctrl-C pressed inside the block takes effect at its end (signals reach the main thread only: elsewhere nothing to do)"
@@ -354,7 +368,7 @@ def uninterrupted():
         signal.signal(signal.SIGINT, old)
         if pressed and callable(old): old(*pressed[0])
 
-# %% ../nbs/00_core.ipynb #00000025
+# %% ../nbs/00_core.ipynb #0000002c
 def set_modes(
     modes:dict, # module → is it in train mode? A parent before its children, as `modules()` gives them
 ):
@@ -372,7 +386,7 @@ def keep_modes(
     finally:
         with uninterrupted(): set_modes(modes)
 
-# %% ../nbs/00_core.ipynb #00000028
+# %% ../nbs/00_core.ipynb #0000002f
 class later:
     "A method whose function lies in a module further down: it is imported at first use, and shows its own signature"
     def __init__(self,
@@ -384,7 +398,7 @@ class later:
         f = getattr(import_module(f'fastswa.{self.module}'), self.name)
         return f if obj is None else MethodType(f, obj)
 
-# %% ../nbs/00_core.ipynb #0000002b
+# %% ../nbs/00_core.ipynb #00000032
 def clean_ipython_hist():
     "Make IPython forget the inputs and outputs of the cells that ran; nothing happens outside IPython"
     try: ip = sys.modules['IPython'].get_ipython()

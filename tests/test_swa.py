@@ -16,8 +16,8 @@ from fastswa.averaging.batchnorm import update_bn
 from fastswa.callbacks.basics import BatchTransformCB, MetricsCB
 from fastswa.training.events import Callback, CancelEpochException
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
-from fastswa.callbacks.bnupdate import BNUpdateCB
-from fastswa.callbacks.snapshots import AverageCB
+from fastswa.callbacks.swa import BNUpdateCB
+from fastswa.callbacks.swa import AverageCB
 from fastswa.callbacks.swa import EMACB, SWACB
 
 N, BS = 160, 16

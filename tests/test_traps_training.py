@@ -261,7 +261,7 @@ from fastswa.callbacks.augment import CutMixCB, MixUpCB
 from fastswa.callbacks.precision import MixedPrecisionCB
 from fastswa.callbacks.progress import ProgressCB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
-from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
 from fastswa.callbacks.views import LogView, NotebookView, View

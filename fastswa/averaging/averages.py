@@ -119,30 +119,40 @@ class TrackedAverages(Mapping):
 
     def update_due(self) -> list: # names of the averages that took one
         "The averages that are due take a snapshot, together; for whoever moves `clock` himself. A second call in a step changes nothing"
-        now = self.clock.batches, self.clock.steps
+        now = self.clock.batches, self.clock.steps, self.clock.epochs
         if self._updated[0] != now:
             due = {name: t for name, t in self._tracked.items() if t.when.due()}
             if due: update_all([t.average for t in due.values()], [t.steps() for t in due.values()])
             self._updated = now, list(due)
         return self._updated[1]
 
-    def rows(self) -> list:
+    def rows(self,
+        empty:bool=False, # also averages that have no snapshot yet?
+    ) -> list:
         "The names of the weights that a validation looks at: `'raw'`, and each average with `valid=True` that has a snapshot"
-        return ['raw', *(name for name, t in self._tracked.items() if t.valid and t.average.n)]
+        return ['raw', *(name for name, t in self._tracked.items() if t.valid and (empty or t.average.n))]
 
     def state_dict(self) -> dict:
         "Position, and all averages by name; the tensors are the averages' own, not copies"
         return dict(batches=self.clock.batches, steps=self.clock.steps,
                     averages={name: t.state_dict() for name, t in self._tracked.items()})
 
-    def load_state_dict(self,
+    def check_names(self,
         state:dict, # from `state_dict`
     ):
-        "Go on from a saved state; ValueError if it is of averages of other names, or they do not fit the model"
+        "ValueError if a saved state is of averages of other names"
         theirs = state['averages']
         wrong = [f'{k} only in the state' for k in theirs if k not in self] + [f'{k} only here' for k in self if k not in theirs]
         if wrong: raise ValueError(f'the state is of other averages: {", ".join(wrong)}. Add averages of the same names first')
-        for name, t in self._tracked.items(): t.load_state_dict(theirs[name])
+
+    def load_state_dict(self,
+        state:dict, # from `state_dict`
+        strict:bool=True, # must the names be the same? If not, averages of other names are left alone
+    ):
+        "Go on from a saved state; ValueError if it is of averages of other names, or they do not fit the model"
+        if strict: self.check_names(state)
+        theirs = state['averages']
+        for name in self._tracked.keys() & theirs.keys(): self._tracked[name].load_state_dict(theirs[name])
         self.clock.batches,self.clock.steps = state['batches'],state['steps']
 
 # %% ../../nbs/averaging/06_averages.ipynb #00000008
@@ -289,6 +299,6 @@ class Averages(TrackedAverages):
 
     def state_dict(self): return dict(super().state_dict(), statistics=self._statistics.state_dict())
 
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
+    def load_state_dict(self, state, strict=True):
+        super().load_state_dict(state, strict)
         self._statistics.load_state_dict(state.get('statistics', {}))

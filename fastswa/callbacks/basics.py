@@ -122,7 +122,7 @@ class Watched:
         rows=False, # also whether there was a row of it in the epoch before?
     ):
         "ValueError if the learner has no such set of weights; called before a training epoch"
-        names = 'raw', *learn._rows
+        names = learn.averages.rows(empty=True)
         if self.weights not in names: raise ValueError(f'{self.name!r}: no weights are called {self.weights!r}; there are {", ".join(names)}')
         before = [r['weights'] for r in learn.history if r['train'] == 'eval' and r['epoch'] == learn.epoch - 1]
         if rows and learn.epoch > learn.epochs[0] and self.weights not in before and (self.weights == 'raw' or learn.averages[self.weights].n):

@@ -13,8 +13,9 @@ import numpy as np
 
 from ..training.events import Callback, CancelFitException, Stage
 from ..training.optim import group_options, restore_options, set_option
+from ..training.sandbox import sandbox
 
-# %% ../../nbs/callbacks/05_finder.ipynb #00000009
+# %% ../../nbs/callbacks/05_finder.ipynb #00000006
 @dataclass(repr=False)
 class LRFound:
     "What a learning-rate finder saw: the rates it tried, their losses, the smoothed curve, and the rate it suggests"
@@ -47,7 +48,7 @@ class LRFound:
         ax.legend()
         return ax
 
-# %% ../../nbs/callbacks/05_finder.ipynb #0000000a
+# %% ../../nbs/callbacks/05_finder.ipynb #00000007
 def suggest_lr(
     lrs, # rates, rising by a constant factor
     losses, # the loss at each
@@ -71,7 +72,7 @@ def suggest_lr(
         res.suggestion,res.why = min((float(x[steepest]), 'steepest descent'), (float(x[low])/4, 'a quarter of the lowest point'))
     return res
 
-# %% ../../nbs/callbacks/05_finder.ipynb #0000000d
+# %% ../../nbs/callbacks/05_finder.ipynb #0000000a
 class LRFinderCB(Callback):
     "Raises the learning rate after each step, ends the fit when the loss explodes, and has `lrs`, `losses` and a `result()`"
     order,role = Stage.schedule,'schedules'
@@ -113,7 +114,7 @@ class LRFinderCB(Callback):
 
     def result(self): return suggest_lr(self.lrs, self.losses)
 
-# %% ../../nbs/callbacks/05_finder.ipynb #0000000f
+# %% ../../nbs/callbacks/05_finder.ipynb #0000000c
 class _LikeCB(Callback):
     "Give the optimizer the options of another one over the same parameters, except its rate"
     def __init__(self, opt, lr): self.groups,self.lr = getattr(opt, 'param_groups', ()),lr
@@ -137,7 +138,7 @@ def lr_find(
     if not start_lr > 0: raise ValueError(f'start_lr must be above 0; got {start_lr!r}')
     finder = LRFinderCB(gamma, max_mult, max_steps, show=False)
     n_epochs = max_steps if max_epochs is None else max_epochs
-    with learn.scratch([_LikeCB(learn.opt, start_lr), finder]): learn.fit(n_epochs, valid=False, lr=start_lr)
+    with sandbox(learn, [_LikeCB(learn.opt, start_lr), finder], train=True): learn.fit(n_epochs, valid=False, lr=start_lr)
     res = finder.result()
     if show: res.plot()
     return res

@@ -13,6 +13,7 @@ import torch
 from .basics import MetricsCB
 from ..core import keep_modes, map_tensors, to_cpu, to_device
 from ..training.events import Callback, Stage, as_list
+from ..training.sandbox import prepared_batches, sandbox
 
 # %% ../../nbs/callbacks/01_inspection.ipynb #00000006
 def _cat(parts):
@@ -47,7 +48,7 @@ def capture_preds(
 ) -> tuple: # predictions and targets (and inputs)
     "Predictions for the validation set by the weights that the model holds, on the CPU"
     cp = CapturePreds(inps)
-    with learn.aside([cp, *as_list(cbs)]): learn.fit(1, train=False, valid=learn.weights)
+    with sandbox(learn, [cp, *as_list(cbs)]): learn.fit(1, train=False, valid=learn.weights)
     return (cp.all_preds, cp.all_targs) + ((cp.all_inps,) if inps else ())
 
 # %% ../../nbs/callbacks/01_inspection.ipynb #00000008
@@ -66,9 +67,9 @@ def summary(
         shape = lambda o: str(tuple(o.shape)) if torch.is_tensor(o) else type(o).__name__
         rows.append((name, type(m).__name__, shape(inp[0] if inp else None), shape(out), sum(p.numel() for p in m.parameters()),
                      counter.get_total_flops()/1e6))
-    with learn.aside(), torch.no_grad():
+    with sandbox(learn), torch.no_grad():
         device = next((t.device for t in learn.model.parameters()), 'cpu')
-        learn.batch = to_device(map_tensors(lambda t: t[:1] if t.ndim else t, next(learn.prepared(learn.dls.train))), device)
+        learn.batch = to_device(map_tensors(lambda t: t[:1] if t.ndim else t, next(prepared_batches(learn, learn.dls.train))), device)
         try:
             for name, m in list(learn.model.named_children()) or [('', learn.model)]:
                 hooks.append(m.register_forward_hook(lambda m, i, o, name=name: _note(name, m, i, o)))
@@ -93,5 +94,5 @@ def show_image_batch(
 ):
     "Show the images of one training batch as the model gets them"
     from fastswa.plot import show_images
-    with learn.aside(as_list(cbs)): batch = next(learn.prepared(learn.dls.train))
+    with sandbox(learn, as_list(cbs)): batch = next(prepared_batches(learn, learn.dls.train))
     show_images(to_cpu(batch[0][:max_n]), **kwargs)

@@ -15,7 +15,7 @@ import torch
 from ..core import Time, batch_size
 from ..training.events import Callback, Stage
 from ..files import check_folder
-from ..training.meter import LossMeter
+from ..training.essentials import LossMeter
 
 # %% ../../nbs/callbacks/13_loggers.ipynb #00000006
 class RowsCB(Callback):

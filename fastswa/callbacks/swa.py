@@ -70,6 +70,9 @@ class AverageCB(Callback):
     def after_step(self, learn):
         if self.name in learn.averages.update_due(): self.taken(learn)
 
+    def after_epoch(self, learn):
+        if learn.training and learn.clock.epoch_batches is None: self.after_step(learn)      # only now is it known that the epoch is over
+
     def taken(self, learn): "Called when a snapshot was taken"
 
     def cleanup_fit(self, learn):
@@ -109,7 +112,7 @@ class TrainingBatches:
     def __init__(self, learn): self.learn,self.cbs = learn,[*learn.cbs]      # those that prepare a batch may be of this fit only
 
     def __call__(self):
-        self.learn.own_cbs[0].set(self.learn.averages.model, True)      # frozen layers stay as they are
+        self.learn.own_cbs.modes.set(self.learn.averages.model, True)      # frozen layers stay as they are
         return self
 
     def __iter__(self): return prepared_batches(self.learn, self.learn.dls.train, cbs=self.cbs)

@@ -132,6 +132,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         self.n_epochs = self.epoch = self.iter = 0
         self.training = self.will_train = self.in_fit = self.quiet = False
         self.epochs,self.completed,self.between_batches,self.clock = range(0),0,True,Clock()
+        self.resuming = None
         super().__init__()
 
     def fit(self,
@@ -147,7 +148,6 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         extra = as_list(cbs)
         check_cbs([*self.cbs, *extra], [s for s in STEPS if getattr(type(self), s) is not getattr(Learner, s)], train)
         _check_fit(self, n_epochs, train, valid, resume, reset_opt)
-        if resume is not None: extra = [*extra, self._resume_callback(resume)]
         with ExitStack() as stack:
             stack.callback(self._let_go)
             stack.callback(self._remove_cbs, extra)
@@ -162,6 +162,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
                 self.averages.begin(clock=self.clock)
                 self._start_opt(lr, reset_opt)
                 stack.enter_context(self._gradients())
+            if resume is not None: self._go_on_from(resume, extra, stack)
             self._fit(train, valid)
 
     @with_cbs('fit')
@@ -184,7 +185,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         "One pass over `dls.train` or `dls.valid`, and its row in `learn.history`"
         self.training,self.dl,self.iter = training,self.dls.train if training else self.dls.valid,-1
         self.between_batches = True
-        if training and self.clock.epoch_batches: self.clock.batches = self.epoch*self.clock.epoch_batches
+        if training: self.clock.begin_epoch(self.epoch)
         with torch.set_grad_enabled(training): self._one_epoch()
 
     @with_cbs('epoch')
@@ -197,6 +198,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
                 if not isinstance(e, CANCELS): _say_where(e, self)
                 raise
         self.between_batches = False
+        if self.training: self.clock.epochs = self.epoch + 1
 
     @with_cbs('batch')
     def one_batch(self):
@@ -227,6 +229,15 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
     def backward(self): self.callback('backward')
     def step(self): self.callback('step')
     def zero_grad(self): self.callback('zero_grad')
+    def _go_on_from(self, path, extra, stack):
+        self.resuming = self._resume_callback(path)
+        if self.resuming is None: return      # a folder without a checkpoint yet
+        stack.callback(setattr, self, 'resuming', None)
+        extra.append(self.resuming)
+        self.cbs.append(self.resuming)
+        self.epoch = self.completed = self.resuming.epoch
+        self.epochs = range(self.epoch, self.n_epochs)
+
     def _let_go(self):
         "A batch that was not finished does not keep its graph"
         self.preds,self.loss = map_tensors(torch.Tensor.detach, (self.preds, self.loss))

@@ -192,6 +192,11 @@ class HasOptimizer:
         self.opt_steps = 0
         self.forget_opt()
 
+    @property
+    def has_opt(self) -> bool:
+        "Is there one already?"
+        return self._opt is not None
+
     def forget_opt(self):
         "The next optimizer is a new one"
         self._opt = self._step_hook = self._fit_lr = None

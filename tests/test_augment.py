@@ -1,5 +1,5 @@
-"""Batch augmentation: each transform against a loop over samples in NumPy given the same random numbers, its distribution,
-its gradients; mixing in training; test-time augmentation"""
+"""Batch augmentation: each transform against a loop over samples in NumPy given the same random numbers, its
+distribution, its gradients; mixing in training; test-time augmentation"""
 import copy, math, pickle, random
 from functools import partial
 

@@ -256,7 +256,8 @@ class Averages(TrackedAverages):
 
     def start_from_raw(self):
         "The model holds its raw weights, to train on; a warning where that is not what its holder knows"
-        self._adopt_changes()
+        if self._adopt_changes():
+            for average in self.values(): average.reset()      # they are of other weights
         held = held_record(self.model)
         if held is None or held.name == 'raw': return
         if held is not self._applied: warnings.warn(f'the model held its {held.name!r} weights: training starts from its raw ones')
@@ -265,16 +266,20 @@ class Averages(TrackedAverages):
     def _adopt_changes(self):
         "Where somebody put other weights in place of the average that the model held, they are the raw weights now"
         held = held_record(self.model)
-        if held is None or not held.changed(): return
+        if held is None or not held.changed(): return False
         warnings.warn(f'the weights of {held.name!r}, which the model held, were changed: the weights as they are now count as the raw ones')
         keep_held(self.model)
+        return True
 
     def _contents(self, name):
         "Where the tensors of a set of weights lie, and what they are"
         if name == 'raw':
             if self.held == 'raw': return [], []
-            selection = Selection(self.model)
-            return selection.places, raw_values([d[k] for d, k in selection.places])
+            places = Selection(self.model).places
+            seen = {(id(d), k) for d, k in places}
+            places += [(m._buffers, k) for m in self.model.modules() for k in m._buffers if (id(m._buffers), k) not in seen]
+            places = [(d, k) for d, k in places if d[k] is not None]
+            return places, raw_values(self.model, places)
         return self._known(name).average.contents()
 
     def _fit_statistics(self, name, data, forward, n_batches):
@@ -288,7 +293,7 @@ class Averages(TrackedAverages):
         "A set of weights, whatever the model holds at the moment; RuntimeError if the average is empty"
         if name != 'raw': return self._known(name).average.weights
         places = find_tensors(self.model)
-        return dict(zip(places, raw_values([d[k] for d, k in places.values()])))
+        return dict(zip(places, raw_values(self.model, places.values())))
 
     def module(self,
         name:str, # `'raw'`, or the name of an average

@@ -27,17 +27,14 @@ class Held:
         stash=None, # device where the covered weights are kept; None: that of each
     ):
         self.name,self.places,self.active = name,list(places),False
-        self.tensors = [d[k] for d, k in self.places]
+        ours = {(id(d), k) for d, k in self.places}
+        self.buffers = [(m._buffers, k) for m in module.modules() for k, b in m._buffers.items()
+                        if b is not None and (id(m._buffers), k) not in ours]      # others, which may change meanwhile
+        self.tensors = [d[k] for d, k in (*self.places, *self.buffers)]
         self.below = list({id(h): h for t in self.tensors if (h := _BY_TENSOR.get(id(t))) is not None}.values())
         self.changed_below = [h.changed() for h in self.below]
         self.mark = None
-        with _in_train_mode(module), torch.no_grad(): self._cover(module, stash)
-
-    def _cover(self, module, stash):
-        self.kept = [_copy(local(t), stash) for t in self.tensors]
-        ours = {(id(d), k) for d, k in self.places}
-        self.buffers = [(m._buffers, k, b, b.detach().clone()) for m in module.modules() for k, b in m._buffers.items()
-                        if b is not None and (id(m._buffers), k) not in ours]
+        with _in_train_mode(module), torch.no_grad(): self.kept = [_copy(local(t), stash) for t in self.tensors]
 
     @torch.no_grad()
     def take(self,
@@ -63,12 +60,13 @@ class Held:
                 if not changed: h.note_contents()
 
     def _put_back(self):
+        n = len(self.places)
         for (d, k), raw in zip(self.places, self.kept): local(d[k]).copy_(raw)
-        for d, k, buffer, old in self.buffers:
+        for (d, k), buffer, raw in zip(self.buffers, self.tensors[n:], self.kept[n:]):
             now = d.get(k)
             if now is None: continue
-            if (now.device, now.dtype) != (buffer.device, buffer.dtype): now.copy_(old)      # the module was moved meanwhile
-            else: d[k] = buffer.copy_(old)      # also where a forward pass put another tensor in its place
+            if (now.device, now.dtype) != (buffer.device, buffer.dtype): now.copy_(raw)      # the module was moved meanwhile
+            else: d[k] = buffer.copy_(raw)      # also where a forward pass put another tensor in its place
 
     def _link(self, module):
         self.active = True
@@ -77,7 +75,7 @@ class Held:
 
     def forget(self, module):
         "What the module holds is as good as its own: the covered weights are dropped"
-        self.active,self.kept,self.buffers = False,[],[]
+        self.active,self.kept = False,[]
         for m in self._layers(module): m.__dict__.pop('_held_weights', None)
         for t in self.tensors: _BY_TENSOR.pop(id(t), None)
         for h in self.below: h._link(module)
@@ -167,16 +165,15 @@ def keep_held(
     while records := _records(module): records[0].forget(module)
 
 def raw_values(
-    tensors, # parameters and buffers of a module
+    module, # a model, or a part, a wrapper or a compiled form of it
+    places, # `(dict, key)` of parameters and buffers in it
 ) -> list:
-    "The raw value of each, which is kept aside while the module holds something else"
-    return [t if not is_held([t]) else _raw_value(t) for t in tensors]
-
-def _raw_value(t):
-    held = _BY_TENSOR[id(t)]
-    for h in reversed([held, *held.all_below()]):      # the lowest has the raw one
-        for own, raw in zip(h.tensors, h.kept):
-            if own is t: return raw
+    "The raw value at each place, which is kept aside while the module holds something else"
+    raw = {}
+    for held in _records(unwrap(module)):
+        for h in (held, *held.all_below()):      # the lowest, which comes last, has the raw one
+            raw |= {(id(d), k): v for (d, k), v in zip((*h.places, *h.buffers), h.kept)}
+    return [raw.get((id(d), k), d[k]) for d, k in places]
 
 @contextmanager
 def holding(

@@ -15,8 +15,9 @@ from torch import nn
 from .basics import BatchTransformCB
 from ..data.transforms import check_images, check_mix, check_pad, cutmix, mixup, shift
 from ..training.events import Callback
+from ..training.sandbox import sandbox
 
-# %% ../../nbs/callbacks/16_augment.ipynb #00000007
+# %% ../../nbs/callbacks/16_augment.ipynb #00000006
 class AugmentCB(BatchTransformCB):
     "Change the inputs (the first element) of each training batch by one transform after the other"
     def __init__(self,
@@ -35,7 +36,7 @@ class AugmentCB(BatchTransformCB):
         for f in self.tfms: x = f(x)
         return x, *rest
 
-# %% ../../nbs/callbacks/16_augment.ipynb #10400d29
+# %% ../../nbs/callbacks/16_augment.ipynb #0000000b
 class _MixCB(Callback):
     order, prepares = BatchTransformCB.order + 1, True
     def __init__(self, mix, classes, alpha, p, generator):
@@ -66,7 +67,7 @@ class CutMixCB(_MixCB):
     def __init__(self, classes:int|None=None, alpha:float=1., p:float=1., generator=None):
         super().__init__(cutmix, classes, alpha, p, generator)
 
-# %% ../../nbs/callbacks/16_augment.ipynb #0000000c
+# %% ../../nbs/callbacks/16_augment.ipynb #0000000e
 def log_mean_probs(
     outs, # scores (logits) of several views, (V, N, classes)
 ): # (N, classes)
@@ -110,6 +111,6 @@ def tta(
     average=log_mean_probs, # see `TTA`
 ) -> tuple: # predictions and targets
     "As `learn.get_preds` of the validation set, with test-time augmentation; on the CPU"
-    with learn.using(weights or learn.weights), learn.aside():
+    with learn.using(weights or learn.weights), sandbox(learn):
         learn.model = TTA(learn.model, tfms, average)
         return learn.capture_preds()

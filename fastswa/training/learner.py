@@ -158,8 +158,8 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
             self.epoch,self.iter,self.between_batches = 0,-1,True
             if train:
                 self.clock = Clock(_length(self.dls.train), n_epochs)
-                self.averages.clear()
                 self.averages.begin(clock=self.clock)
+                self.averages.clear()      # the callbacks of this fit add theirs
                 self._start_opt(lr, reset_opt)
                 stack.enter_context(self._gradients())
             if resume is not None: self._go_on_from(resume, extra, stack)

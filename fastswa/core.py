@@ -8,13 +8,14 @@ __all__ = ['def_device', 'map_tensors', 'default_device', 'to_device', 'to_cpu',
            'Clock', 'Every', 'uninterrupted', 'set_modes', 'keep_modes', 'clean_ipython_hist', 'clean_tb', 'clean_mem']
 
 # %% ../nbs/00_core.ipynb #00000002
-import gc, random, signal, sys, threading, traceback
+import gc, math, random, signal, sys, threading, traceback
 from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import copy
 from fractions import Fraction
 from functools import partial
 from importlib import import_module
+from numbers import Integral, Real
 from types import MethodType
 from typing import NamedTuple
 
@@ -141,6 +142,56 @@ def loader_generators(
     places = dl, getattr(dl, 'sampler', None), batch_sampler, getattr(batch_sampler, 'sampler', None), getattr(dl, 'dataset', None)
     found = generators_in([*(getattr(o, 'generator', None) for o in places), getattr(dl, 'tfm', None)])
     return list({id(g): g for g in found}.values())
+
+# %% ../nbs/00_core.ipynb #c6c42780
+def _range(low, high, include_low, include_high):
+    "The numbers from `low` to `high` in words"
+    if low == -math.inf: return '' if high == math.inf else f' {"at most" if include_high else "below"} {high}'
+    if high == math.inf: return f', {low} or more' if include_low else f' above {low}'
+    if include_low: return f' from {low} to {"" if include_high else "below "}{high}'
+    return f' above {low} and {"at most" if include_high else "below"} {high}'
+
+def check_number(
+    name:str, # of the argument
+    value, # what was given
+    low=0, # the least number allowed
+    high=math.inf, # the greatest
+    include_low:bool=False, # may it be `low` itself?
+    include_high:bool=True, # or `high`?
+    none:bool=False, # is None allowed too?
+): # `value`
+    "Raises ValueError if `value` is not a finite real number in the range"
+    if none and value is None: return value
+    if isinstance(value, Real) and not isinstance(value, bool):
+        above = low <= value if include_low else low < value
+        below = value <= high if include_high else value < high
+        if above and below and abs(value) < math.inf: return value
+    allowed = f'a number{_range(low, high, include_low, include_high)}{", or None" if none else ""}'
+    raise ValueError(f'{name} must be {allowed}; got {value!r}')
+
+def check_whole(
+    name:str, # of the argument
+    value, # what was given
+    low:int=1, # the least number allowed
+    high=math.inf, # the greatest
+    none:bool=False, # is None allowed too?
+): # `value`
+    "Raises ValueError if `value` is not a whole number in the range; 2.0 is none"
+    if none and value is None: return value
+    if isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high: return value
+    allowed = f'a whole number{_range(low, high, True, True)}{", or None" if none else ""}'
+    raise ValueError(f'{name} must be {allowed}; got {value!r}')
+
+def check_choice(
+    name:str, # of the argument
+    value, # what was given
+    choices, # all that is allowed
+): # `value`
+    "Raises ValueError if `value` is not one of `choices`"
+    choices = list(choices)
+    if value in choices: return value
+    *others, last = map(repr, choices)
+    raise ValueError(f'{name} must be {", ".join(others)}{" or " if others else ""}{last}; got {value!r}')
 
 # %% ../nbs/00_core.ipynb #0000001c
 class Time(NamedTuple):

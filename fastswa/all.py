@@ -30,7 +30,6 @@ from fastswa.checkpoint.archive import *
 from fastswa.checkpoint.checkpoint import *
 from fastswa.checkpoint.resume import *
 from fastswa.core import *
-from fastswa.curves import *
 from fastswa.data.loaders import *
 from fastswa.data.mixing import *
 from fastswa.data.sources import *

@@ -132,7 +132,7 @@ def _write(learn, out, settings):
     "Write history.csv, weights.safetensors and curves.png"
     import matplotlib.pyplot as plt
     from safetensors.torch import save_file
-    from fastswa.curves import plot_history
+    from fastswa.plot import plot_history
     weights = {}
     for name in ('raw', *learn.averages):
         with learn.using(name) as m: weights |= {f'{name}/{k}': v.detach().cpu().clone().contiguous() for k, v in m.state_dict().items()}

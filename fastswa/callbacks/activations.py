@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import noop
 from matplotlib.colors import LogNorm
 
-from ..plot import COLORS, GREY, get_grid, style, subplots
+from ..plot import COLORS, GREY, get_grid, plot_style, subplots
 from fastswa.callbacks.readings import (BINS, LOWEST, WIDTH, Readings, append_stats, get_hist, get_min, readable,
     reading, readings_of)
 from ..nets.hooks import Hook, Hooks, HooksCallback
@@ -121,7 +121,7 @@ class ActivationStats(HooksCallback):
         fig.supxlabel('training batch', size=11)
         return fig,[*axs.values()],[(axs[h], s) for h, s in series.items()]
 
-    @style()
+    @plot_style()
     def color_dim(self,
         figsize:tuple|None=None, # in inches; (11, 5) for up to six modules, higher for more
         grads:bool=False, # of the gradients?
@@ -143,7 +143,7 @@ class ActivationStats(HooksCallback):
         fig.supylabel(f'|{what}|', size=11)
         fig.colorbar(im, ax=axs, label=f'share of {what}s', aspect=40)
 
-    @style()
+    @plot_style()
     def dead_chart(self,
         figsize:tuple|None=None, # in inches; (11, 5) for up to six modules, higher for more
         grads:bool=False, # of the gradients?
@@ -159,7 +159,7 @@ class ActivationStats(HooksCallback):
         what = 'gradients: exactly zero' if grads else f'zero: no larger than {self.dead:g}'
         fig.legend(*ax.get_legend_handles_labels(), loc='outside upper center', ncols=2, title=what)
 
-    @style()
+    @plot_style()
     def plot_stats(self,
         figsize:tuple=(10, 4), # in inches
         grads:bool=False, # of the gradients?

@@ -148,12 +148,12 @@ def plot_sched(cb, of=None, n_epochs=1, steps=None, lr=None,
 ):
     "Draw what `sched_rates` gives for the same arguments, a line for each parameter group; return the axes"
     from matplotlib import colormaps
-    from fastswa.plot import COLORS, style, subplots
+    from fastswa.plot import COLORS, plot_style, subplots
     groups = list(_looks(sched_rates(cb, of, n_epochs, steps, lr)))
     epochs,many = isinstance(cb, EpochSchedCB),len(groups) > len(COLORS)
     keys = ['lr'] + ['momentum']*any(g['momentum'] is not None and np.ptp(g['momentum']) > 0 for g in groups)
     colors = colormaps['viridis'](np.linspace(0, 0.95, len(groups))) if many else COLORS
-    with style():
+    with plot_style():
         if axes is None: axes = subplots(1, len(keys), figsize=(4.8*len(keys) + 1.5*many, 3.2), layout='constrained')[1]
         for ax, key in zip(np.ravel(axes), keys, strict=True):
             for g, c, dash in zip(groups, colors, ['-', '--', '-.', ':']*len(groups)):

@@ -108,6 +108,6 @@ class ProgressCB(Callback):
     def plot_losses(self,
         ax=None, # where to draw; a new figure if None
     ):
-        "Plot training and validation loss of the last fit, as `fastswa.curves.plot_losses` does; return the axes"
-        from fastswa.curves import plot_losses
+        "Plot training and validation loss of the last fit, as `fastswa.plot.plot_losses` does; return the axes"
+        from fastswa.plot import plot_losses
         return plot_losses(self.losses, self.valid, ax)

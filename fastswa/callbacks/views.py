@@ -152,9 +152,8 @@ def _bar(p, now):
 
 def _png(p):
     from matplotlib.figure import Figure
-    from fastswa.curves import plot_losses
-    from fastswa.plot import style
-    with style():
+    from fastswa.plot import plot_losses, plot_style
+    with plot_style():
         fig,png = Figure(figsize=(6, 3.2), layout='constrained'),BytesIO()      # without pyplot, which keeps figures
         plot_losses(p.losses, p.valid, fig.subplots())
         fig.savefig(png, format='png', dpi=120)

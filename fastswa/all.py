@@ -17,7 +17,7 @@ from fastswa.callbacks.cycles import *
 from fastswa.callbacks.finder import *
 from fastswa.callbacks.inspection import *
 from fastswa.callbacks.loggers import *
-from fastswa.callbacks.precision import *
+from fastswa.callbacks.metrics import *
 from fastswa.callbacks.progress import *
 from fastswa.callbacks.readings import *
 from fastswa.callbacks.schedule import *

@@ -15,7 +15,8 @@ from fastswa.callbacks.augment import TTA, AugmentCB, log_mean_probs, tta, tta_v
 from fastswa.data.mixing import CutMixCB, MixUpCB, cutmix, mixup
 from fastswa.data.transforms import (RandCopy, RandCrop, RandErase, RandFlip, rand_copy, rand_crop, rand_erase,
     rand_flip)
-from fastswa.callbacks.basics import BatchTransformCB, MetricsCB
+from fastswa.callbacks.basics import BatchTransformCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.core import set_seed
 from fastswa.data.loaders import DataLoaders
 from fastswa.data.sources import toy_images

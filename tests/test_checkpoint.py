@@ -13,16 +13,16 @@ import killed_run
 from fastswa.callbacks.augment import AugmentCB
 from fastswa.data.mixing import MixUpCB
 from fastswa.data.transforms import RandErase, RandFlip
-from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB
+from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, RecorderCB
+from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
 from fastswa.checkpoint.archive import read_checkpoint
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import set_seed
 from fastswa.callbacks.cycles import OneCycleCB, WarmupStableDecayCB
 from fastswa.data.loaders import BatchLoader
 from fastswa.training.events import Callback
-from fastswa.callbacks.speed import EarlyStoppingCB
 from fastswa.training.learner import MomentumLearner
-from fastswa.callbacks.precision import MixedPrecisionCB
+from fastswa.callbacks.speed import MixedPrecisionCB
 from fastswa.callbacks.progress import ProgressCB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
 from fastswa.callbacks.bnupdate import BNUpdateCB

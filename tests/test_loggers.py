@@ -11,7 +11,7 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 
 import fastswa.callbacks.csvlog
-from fastswa.callbacks.basics import MetricsCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.callbacks.csvlog import CSVLoggerCB
 from fastswa.training.events import Callback, CancelFitException, CancelStepException

@@ -244,14 +244,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastswa.callbacks.augment import AugmentCB
 from fastswa.data.transforms import RandFlip
-from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB
+from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, RecorderCB
+from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import clean_mem, set_seed, to_device
 from fastswa.callbacks.csvlog import CSVLoggerCB
 from fastswa.callbacks.cycles import OneCycleCB, WarmupStableDecayCB
 from fastswa.data.loaders import collate_device
 from fastswa.training.events import Callback, CancelBatchException, CancelFitException
-from fastswa.callbacks.speed import ChannelsLastCB, CompileCB, EarlyStoppingCB
+from fastswa.callbacks.speed import ChannelsLastCB, CompileCB, MixedPrecisionCB
 from fastswa.callbacks.activations import ActivationStats
 from fastswa.callbacks.readings import append_stats
 from fastswa.nets.hooks import HooksCallback
@@ -259,7 +260,6 @@ from fastswa.nets.layers import get_model
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.loggers import LogCB
 from fastswa.data.mixing import CutMixCB, MixUpCB
-from fastswa.callbacks.precision import MixedPrecisionCB
 from fastswa.callbacks.progress import ProgressCB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
 from fastswa.callbacks.bnupdate import BNUpdateCB

@@ -13,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..core import later
-from .basics import Watched
+from .metrics import Watched
 from ..training.events import Callback, Stage
 from .finder import LRFinderCB, group_options, lr_find, restore_options
 

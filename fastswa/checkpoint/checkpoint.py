@@ -12,7 +12,7 @@ from numbers import Integral
 from pathlib import Path
 
 from .archive import newest, numbered, read_checkpoint, step_of, write_checkpoint
-from ..callbacks.basics import Watched
+from ..callbacks.metrics import Watched
 from ..core import Time, unwrap
 from ..training.events import Callback, Stage, by_order
 from ..files import check_folder, written

@@ -23,10 +23,9 @@ from fastswa.callbacks.speed import ChannelsLastCB, CompileCB, MixedPrecisionCB
 from fastswa.nets.init import init_weights
 from fastswa.nets.layers import get_model
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.progress import ProgressCB
+from fastswa.callbacks.progress import LogView, ProgressCB
 from fastswa.callbacks.swa import EMACB
 from fastswa.callbacks.steps import GradAccumCB, GradClipCB
-from fastswa.callbacks.views import LogView
 
 
 def net(device):

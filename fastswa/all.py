@@ -13,7 +13,6 @@ from fastswa.callbacks.augment import *
 from fastswa.callbacks.basics import *
 from fastswa.callbacks.bnupdate import *
 from fastswa.callbacks.csvlog import *
-from fastswa.callbacks.cycles import *
 from fastswa.callbacks.finder import *
 from fastswa.callbacks.inspection import *
 from fastswa.callbacks.loggers import *
@@ -25,7 +24,6 @@ from fastswa.callbacks.snapshots import *
 from fastswa.callbacks.speed import *
 from fastswa.callbacks.steps import *
 from fastswa.callbacks.swa import *
-from fastswa.callbacks.views import *
 from fastswa.checkpoint.archive import *
 from fastswa.checkpoint.checkpoint import *
 from fastswa.checkpoint.resume import *

@@ -13,7 +13,7 @@ from fastswa.callbacks.basics import RecorderCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import set_seed
-from fastswa.callbacks.cycles import OneCycleCB
+from fastswa.callbacks.schedule import OneCycleCB
 from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.bnupdate import BNUpdateCB

@@ -13,10 +13,9 @@ from torch.optim import lr_scheduler
 import fastswa.callbacks.csvlog
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
-from fastswa.callbacks.csvlog import CSVLoggerCB
+from fastswa.callbacks.loggers import CSVLoggerCB, LogCB, TensorBoardCB
 from fastswa.training.events import Callback, CancelFitException, CancelStepException
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.loggers import LogCB, TensorBoardCB
 from fastswa.callbacks.schedule import BatchSchedCB
 from fastswa.callbacks.swa import EMACB, SWACB
 

@@ -248,8 +248,8 @@ from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, RecorderCB
 from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import clean_mem, set_seed, to_device
-from fastswa.callbacks.csvlog import CSVLoggerCB
-from fastswa.callbacks.cycles import OneCycleCB, WarmupStableDecayCB
+from fastswa.callbacks.loggers import CSVLoggerCB, LogCB
+from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB
 from fastswa.data.loaders import collate_device
 from fastswa.training.events import Callback, CancelBatchException, CancelFitException
 from fastswa.callbacks.speed import ChannelsLastCB, CompileCB, MixedPrecisionCB
@@ -258,14 +258,11 @@ from fastswa.callbacks.readings import append_stats
 from fastswa.nets.hooks import HooksCallback
 from fastswa.nets.layers import get_model
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.loggers import LogCB
 from fastswa.data.mixing import CutMixCB, MixUpCB
-from fastswa.callbacks.progress import ProgressCB
-from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
+from fastswa.callbacks.progress import LogView, NotebookView, ProgressCB, View
 from fastswa.callbacks.bnupdate import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
-from fastswa.callbacks.views import LogView, NotebookView, View
 
 
 def data(n=56, bs=8, valid=20):

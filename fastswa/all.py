@@ -12,7 +12,6 @@ from fastswa.callbacks.activations import *
 from fastswa.callbacks.augment import *
 from fastswa.callbacks.basics import *
 from fastswa.callbacks.bnupdate import *
-from fastswa.callbacks.csvlog import *
 from fastswa.callbacks.finder import *
 from fastswa.callbacks.inspection import *
 from fastswa.callbacks.loggers import *

@@ -273,6 +273,7 @@ class Every:
         self.every,self.start = Time.parse(every, 'every', zero=False),Time.parse(start, 'start')
         if phase not in ('run', 'start'): raise ValueError(f"phase must be 'run' or 'start'; got {phase!r}")
         self.phase = phase
+        self.passed,self.origin = 0,None
 
     def begin(self,
         clock:Clock, # of the run that begins; it is read at each `due`

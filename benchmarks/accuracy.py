@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torcheval.metrics import MulticlassAccuracy
 
-from fastswa.callbacks.basics import MetricsCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.core import set_seed
 from fastswa.data.loaders import DataLoaders
 from fastswa.nets.init import init_weights

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torcheval.metrics import MulticlassAccuracy
 
-from fastswa.callbacks.basics import DeviceCB, MetricsCB
+from fastswa.callbacks.basics import DeviceCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.core import default_device, set_seed
 from fastswa.data.loaders import DataLoaders, inplace
 from fastswa.nets.init import init_weights

@@ -16,17 +16,16 @@ import torch.nn.functional as F
 from torch import optim
 from torcheval.metrics import MulticlassAccuracy
 
-from fastswa.callbacks.basics import DeviceCB, MetricsCB
+from fastswa.callbacks.basics import DeviceCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.core import default_device, set_seed
-from fastswa.callbacks.speed import ChannelsLastCB, CompileCB
+from fastswa.callbacks.speed import ChannelsLastCB, CompileCB, MixedPrecisionCB
 from fastswa.nets.init import init_weights
 from fastswa.nets.layers import get_model
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.precision import MixedPrecisionCB
-from fastswa.callbacks.progress import ProgressCB
+from fastswa.callbacks.progress import LogView, ProgressCB
 from fastswa.callbacks.swa import EMACB
 from fastswa.callbacks.steps import GradAccumCB, GradClipCB
-from fastswa.callbacks.views import LogView
 
 
 def net(device):

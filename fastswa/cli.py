@@ -96,7 +96,8 @@ def train(
     import torch.nn.functional as F
     from torch import optim
     from torcheval.metrics import MulticlassAccuracy
-    from fastswa.callbacks.basics import DeviceCB, MetricsCB
+    from fastswa.callbacks.basics import DeviceCB
+    from fastswa.callbacks.metrics import MetricsCB
     from fastswa.core import set_seed
     from fastswa.training.learner import TrainLearner
     from fastswa.callbacks.progress import ProgressCB

@@ -9,10 +9,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastswa.callbacks.augment import AugmentCB
 from fastswa.data.transforms import RandFlip
-from fastswa.callbacks.basics import MetricsCB, RecorderCB
+from fastswa.callbacks.basics import RecorderCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import set_seed
-from fastswa.callbacks.cycles import OneCycleCB
+from fastswa.callbacks.schedule import OneCycleCB
 from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.swa import BNUpdateCB

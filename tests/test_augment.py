@@ -14,7 +14,8 @@ from torcheval.metrics import MulticlassAccuracy
 from fastswa.callbacks.augment import TTA, AugmentCB, CutMixCB, MixUpCB, log_mean_probs, tta, tta_views
 from fastswa.data.transforms import (RandCopy, RandCrop, RandErase, RandFlip, cutmix, mixup, rand_copy, rand_crop,
                                      rand_erase, rand_flip)
-from fastswa.callbacks.basics import BatchTransformCB, MetricsCB
+from fastswa.callbacks.basics import BatchTransformCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.core import set_seed
 from fastswa.data.loaders import DataLoaders
 from fastswa.data.sources import toy_images

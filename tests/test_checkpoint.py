@@ -13,27 +13,25 @@ import killed_run
 from fastswa.callbacks.augment import AugmentCB
 from fastswa.callbacks.augment import MixUpCB
 from fastswa.data.transforms import RandErase, RandFlip
-from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB
+from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, RecorderCB
+from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
 from fastswa.checkpoint.archive import read_checkpoint
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import set_seed
-from fastswa.callbacks.cycles import OneCycleCB, WarmupStableDecayCB
+from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB
 from fastswa.data.loaders import BatchLoader
 from fastswa.training.events import Callback
-from fastswa.callbacks.speed import EarlyStoppingCB
 from fastswa.training.learner import MomentumLearner
-from fastswa.callbacks.precision import MixedPrecisionCB
-from fastswa.callbacks.progress import ProgressCB
-from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
+from fastswa.callbacks.speed import MixedPrecisionCB
+from fastswa.callbacks.progress import LogView, ProgressCB
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
-from fastswa.callbacks.views import LogView
 from killed_run import Data, learner, net, result, the_run
 
 pytestmark = pytest.mark.filterwarnings('ignore:the model has BatchNorm', 'ignore:.*lr_scheduler.step')
 spawn = multiprocessing.get_context('forkserver')
-spawn.set_forkserver_preload(['torch._dynamo', 'fastswa.callbacks.augment', 'fastswa.checkpoint.checkpoint', 'fastswa.callbacks.cycles', 'fastswa.callbacks.swa'])
+spawn.set_forkserver_preload(['torch._dynamo', 'fastswa.callbacks.augment', 'fastswa.checkpoint.checkpoint', 'fastswa.callbacks.schedule', 'fastswa.callbacks.swa'])
 
 
 def same(a, b):

@@ -131,17 +131,17 @@ def test_a_fit_does_not_wait(no_waiting):
     from contextlib import ExitStack
     from types import SimpleNamespace
     from torcheval.metrics import MulticlassAccuracy
-    from fastswa.callbacks.basics import DeviceCB, MetricsCB
-    from fastswa.callbacks.cycles import OneCycleCB
+    from fastswa.callbacks.basics import DeviceCB
+    from fastswa.callbacks.metrics import MetricsCB
+    from fastswa.callbacks.schedule import OneCycleCB
     from fastswa.training.events import Callback
     from fastswa.training.learner import TrainLearner
     from fastswa.callbacks.loggers import LogCB
-    from fastswa.callbacks.precision import MixedPrecisionCB
-    from fastswa.callbacks.progress import ProgressCB
+    from fastswa.callbacks.speed import MixedPrecisionCB
+    from fastswa.callbacks.progress import ProgressCB, View
     from fastswa.callbacks.swa import BNUpdateCB
     from fastswa.callbacks.swa import EMACB, SWACB
     from fastswa.callbacks.steps import GradAccumCB, GradClipCB
-    from fastswa.callbacks.views import View
 
     class Alarm(Callback):
         "No waiting from the third batch to the last"

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastswa.callbacks.basics import MetricsCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.core import set_seed
 from fastswa.training.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.callbacks.activations import ActivationStats, HooksCallback

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB, SingleBatchCB
+from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, RecorderCB, SingleBatchCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.core import set_seed
 from fastswa.training.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.training.learner import MomentumLearner, TrainLearner

@@ -11,8 +11,7 @@ from fastswa.averaging.average import Average
 from fastswa.averaging.rules import ema
 from fastswa.training.events import Callback, CancelFitException
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.progress import ProgressCB
-from fastswa.callbacks.views import LogView, NotebookView, TerminalView, View, find_view
+from fastswa.callbacks.progress import LogView, NotebookView, ProgressCB, TerminalView, View, find_view
 
 class AverageCB(Callback):
     def before_fit(self, learn):
@@ -20,8 +19,22 @@ class AverageCB(Callback):
         learn.add_average('ema', self.average)
     def after_step(self, learn): self.average.update()
 
+class Clock:
+    "Seconds as `ProgressCB` sees them: 0.05 for each batch, and what drawing is said to take"
+    def __init__(self): self.seconds = 0.
+    def __call__(self): return self.seconds
+
 class SlowCB(Callback):
-    def before_batch(self, learn): time.sleep(0.02)
+    def __init__(self, clock): self.clock = clock
+    def before_batch(self, learn): self.clock.seconds += 0.05
+
+class WaitsCB(Callback):
+    "At some batch of a training epoch, wait for Ctrl-C, or for a line on stdin"
+    def __init__(self, epoch, batch, line): self.at, self.line = (epoch, batch), line
+    def before_batch(self, learn):
+        if not learn.training or (learn.epoch, learn.iter) != self.at: return
+        if self.line: sys.stdin.readline()
+        else: time.sleep(60)
 
 class Unsized:
     def __init__(self, batches): self.batches = batches
@@ -33,14 +46,14 @@ def learner(*cbs, n=30):
     batches = list(zip(x, x.sum(-1, keepdim=True)))
     return TrainLearner(nn.Linear(3, 1), SimpleNamespace(train=batches, valid=batches[:10]), lr=0.02, cbs=cbs)
 
-def script(epochs):
-    "A training run for a process of its own"
-    learner(AverageCB(), SlowCB(), ProgressCB()).fit(epochs)
+def script(epochs, line=False):
+    "A training run for a process of its own; one of 5 epochs waits in the second"
+    clock = Clock()
+    learner(AverageCB(), SlowCB(clock), WaitsCB(epochs - 4, 12, line), ProgressCB(clock=clock)).fit(epochs)
 
-def command(epochs): return [sys.executable, '-c', f'import test_progress as t; t.script({epochs})']
-
-def popen(epochs, **kwargs):
-    return subprocess.Popen(command(epochs), cwd=os.path.dirname(__file__), **kwargs)
+def popen(epochs, line=False, **kwargs):
+    code = f'import test_progress as t; t.script({epochs}, {line})'
+    return subprocess.Popen([sys.executable, '-c', code], cwd=os.path.dirname(__file__), **kwargs)
 
 def in_terminal(epochs, interrupt_at=None):
     "What the run writes into a terminal; Ctrl-C is pressed once `interrupt_at` has appeared"
@@ -78,24 +91,24 @@ def test_terminal():
     for column in range(5):                                  # numbers end where their header ends, words begin where it begins
         words = [list(re.finditer(r'\S+', o))[column] for o in lines]
         assert len({o.start() if column in (2, 3) else o.end() for o in words}) == 1
-    for bar in 'epoch 1/2 train:', 'epoch 2/2 valid raw:', 'epoch 2/2 valid ema:': assert bar in text
+    for bar in '0/2 epochs, train:', '1/2 epochs, valid raw:', '1/2 epochs, valid ema:': assert bar in text
     assert re.search(r'\d+/30 .*loss \d', text)
     assert '\x1b' not in text
 
 def test_ctrl_c_in_a_terminal():
-    text, code = in_terminal(5, interrupt_at=b'epoch 2/5 train')
+    text, code = in_terminal(5, interrupt_at=b'1/5 epochs, train')
     lines = screen(text)
     assert code not in (0, None) and len(lines) == 5         # the header, three rows of the first epoch, and where it stopped
-    assert re.search(r'stopped by KeyboardInterrupt in epoch 2/5 train, batch \d+/30', lines[-1])
+    assert re.search(r'stopped by KeyboardInterrupt at 1/5 epochs, train, \d+/30 batches', lines[-1])
 
 def test_log():
-    p = popen(2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    p = popen(5, line=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     first = p.stdout.readline().decode()
-    assert p.poll() is None                                  # written while it runs, not when a buffer is full
-    out = first + p.communicate(timeout=60)[0].decode()
+    assert p.poll() is None                                  # written while it waits, not when a buffer is full
+    out = first + p.communicate(b'go on\n', timeout=60)[0].decode()
     assert not re.search(r'[^\x20-\x7e\n]', out)             # no control characters
     assert [re.sub(r'\d\.[\de.-]+|\d:\d\d', '#', o) for o in out.splitlines()] == [
-        f'epoch {i}/2 | train loss # | raw loss # | ema loss # | #' for i in (1, 2)]
+        f'{i}/5 epochs | train loss # | raw loss # | ema loss # | #' for i in range(1, 6)]
 
 def test_interrupted_log():
     p = popen(5, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -103,7 +116,8 @@ def test_interrupted_log():
     p.send_signal(signal.SIGINT)
     lines = [first, *p.communicate(timeout=60)[0].decode().splitlines()]
     assert p.returncode != 0
-    assert lines[0].startswith('epoch 1/5 | train') and lines[-1].startswith('stopped by KeyboardInterrupt in epoch 2/5 train')
+    assert lines[0].startswith('1/5 epochs | train')
+    assert re.match(r'stopped by KeyboardInterrupt at 1/5 epochs, train, \d+/30 batches', lines[-1])
 
 # --- which view
 
@@ -125,9 +139,14 @@ def test_find_view(monkeypatch):
 
 class Display:
     "Stands for IPython's `display` and for the handle it returns"
-    def __init__(self): self.shown = []
-    def __call__(self, data, raw, display_id): self.shown.append(('new', display_id, data)); return self
-    def update(self, data, raw): self.shown.append(('update', None, data))
+    def __init__(self): self.shown, self.costs = [], lambda: None
+    def __call__(self, data, raw, display_id):
+        self.shown.append(('new', display_id, data))
+        self.costs()
+        return self
+    def update(self, data, raw):
+        self.shown.append(('update', None, data))
+        self.costs()
 
 @pytest.fixture
 def display(monkeypatch):
@@ -136,20 +155,36 @@ def display(monkeypatch):
     return d
 
 def test_one_output_updated_by_time(display):
-    start = time.perf_counter()
-    learner(AverageCB(), SlowCB(), ProgressCB(plot=True, view=NotebookView)).fit(2)
-    seconds = time.perf_counter() - start
+    clock = Clock()
+    learner(AverageCB(), SlowCB(clock), ProgressCB(plot=True, view=NotebookView, clock=clock)).fit(2)
+    assert clock.seconds == pytest.approx(5)                 # 2*(30 + 10 + 10) batches
     kinds, ids, data = zip(*display.shown)
     assert kinds[0] == 'new' and set(kinds[1:]) == {'update'} and ids[0] is True
-    assert len(kinds) <= 2 + 6 + 2*seconds                   # start, end, rows, two a second
-    assert any('epoch 2/2 valid ema, batch' in o['text/plain'] for o in data)
+    assert 2 + 6 <= len(kinds) <= 2 + 6 + 2*5                # start, end, rows, two a second
+    assert any('1/2 epochs, valid ema, ' in o['text/plain'] for o in data)
     assert '<progress' in data[1]['text/html'] and '<progress' not in data[-1]['text/html']
     assert data[-1]['text/html'].count('<tr>') == 7 and data[-1]['text/html'].count('data:image/png;base64,') == 1
     assert len(data[-1]['text/plain'].splitlines()) == 7
 
-def test_many_short_epochs_are_not_an_output_each(display):
-    learner(ProgressCB(plot=True, view=NotebookView), n=2).fit(200)
-    assert len(display.shown) < 60 and len(display.shown[-1][2]['text/plain'].splitlines()) == 401
+@pytest.mark.parametrize('cost', [0.1, 1.])
+def test_many_short_epochs_are_not_an_output_each(display, cost):
+    "Drawing that takes long is done less often: in a twentieth of the time, but at least twice a second"
+    clock = Clock()
+    display.costs = lambda: setattr(clock, 'seconds', clock.seconds + cost)
+    learner(SlowCB(clock), ProgressCB(view=NotebookView, clock=clock), n=2).fit(200)
+    seconds = 200*(2 + 2)*0.05
+    assert len(display.shown) <= 3 + seconds/0.5 and len(display.shown[-1][2]['text/plain'].splitlines()) == 401
+
+def test_plots_take_a_twentieth_of_the_time(display, monkeypatch):
+    clock, drawn = Clock(), []
+    def draws(p):
+        clock.seconds += 0.1
+        drawn.append(clock.seconds)
+        return b''
+    monkeypatch.setattr('fastswa.callbacks.progress._png', draws)
+    learner(SlowCB(clock), ProgressCB(plot=True, view=NotebookView, clock=clock)).fit(5)
+    assert len(drawn) > 3
+    assert min(b - a for a, b in zip(drawn[:-1], drawn[1:-1])) >= 20*0.1       # the last one is due in any case
 
 def test_other_shells_get_one_output(display):
     learner(ProgressCB(view=lambda: NotebookView(live=False))).fit(2)
@@ -161,7 +196,7 @@ def test_stopped_in_jupyter(display):
             if learn.epoch: raise ZeroDivisionError('<oh>')
     with pytest.raises(ZeroDivisionError): learner(Stop(), ProgressCB(view=NotebookView)).fit(3)
     last = display.shown[-1][2]
-    assert last['text/plain'].startswith('stopped by ZeroDivisionError in epoch 2/3 train, batch 0/30\n')
+    assert last['text/plain'].startswith('stopped by ZeroDivisionError at 1/3 epochs, train, 0/30 batches\n')
     assert 'value="0" max="30"' in last['text/html'] and last['text/html'].count('<tr>') == 3
 
 def test_in_a_kernel():
@@ -202,11 +237,11 @@ def test_loader_without_length():
     learn = learner(cb)
     learn.dls.train = Unsized(learn.dls.train)
     learn.fit(1, valid=False)
-    assert (cb.total, cb.n, cb.status().split(',')[1]) == (None, 30, ' batch 30')
+    assert (cb.total, cb.n, cb.status().split(', ')[2]) == (None, 30, '30 batches')
 
 def test_a_row_that_ends_the_fit_is_shown():
     class Stop(Callback):
         def after_epoch(self, learn): raise CancelFitException()
     cb = ProgressCB(view=View)
     learner(cb, Stop()).fit(3)
-    assert len(cb.table.rows) == 1 and cb.note == 'stopped after epoch 1/3 train'
+    assert len(cb.table.rows) == 1 and cb.note == 'stopped at 0/3 epochs, after train'

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from fastswa.averaging.average import Average
 from fastswa.averaging.rules import ema
 from fastswa.averaging.batchnorm import update_bn
-from fastswa.callbacks.basics import BatchTransformCB, MetricsCB
+from fastswa.callbacks.basics import BatchTransformCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.training.events import Callback, CancelEpochException
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
 from fastswa.callbacks.swa import BNUpdateCB

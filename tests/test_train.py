@@ -15,9 +15,9 @@ from torch.optim import lr_scheduler
 from fastswa.callbacks.basics import BatchTransformCB, RecorderCB
 from fastswa.core import set_seed
 from fastswa.training.events import Callback
-from fastswa.callbacks.speed import ChannelsLastCB, CompileCB, EarlyStoppingCB
+from fastswa.callbacks.speed import ChannelsLastCB, CompileCB, MixedPrecisionCB
+from fastswa.callbacks.metrics import EarlyStoppingCB
 from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
-from fastswa.callbacks.precision import MixedPrecisionCB
 from fastswa.callbacks.schedule import BatchSchedCB
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
@@ -221,11 +221,12 @@ def test_memory_does_not_grow():
         from types import SimpleNamespace
         from torch import nn, optim
         from torcheval.metrics import MulticlassAccuracy
-        from fastswa.callbacks.basics import DeviceCB, MetricsCB
+        from fastswa.callbacks.basics import DeviceCB
+        from fastswa.callbacks.metrics import MetricsCB
         from fastswa.checkpoint.checkpoint import CheckpointCB
         from fastswa.training.learner import TrainLearner
         from fastswa.callbacks.loggers import LogCB
-        from fastswa.callbacks.precision import MixedPrecisionCB
+        from fastswa.callbacks.speed import MixedPrecisionCB
         from fastswa.callbacks.progress import ProgressCB
         from fastswa.callbacks.swa import BNUpdateCB
         from fastswa.callbacks.swa import EMACB, SWACB

@@ -10,20 +10,22 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from ..core import check_number, check_whole
 from ..training.events import Callback, CancelFitException, Stage
-from ..training.optim import group_options, restore_options, set_option
+from ..training.optim import OptionChanges, set_option
 from ..training.sandbox import sandbox
 
 # %% ../../nbs/callbacks/05_finder.ipynb #00000006
 @dataclass(repr=False)
 class LRFound:
     "What a learning-rate finder saw: the rates it tried, their losses, the smoothed curve, and the rate it suggests"
-    lrs:list
-    losses:list
-    suggestion:float|None=None
-    why:str=''
-    smooth:tuple=((), ()) # rates and losses
+    lrs:list # the rates
+    losses:list # the training loss of a batch at each
+    suggestion:float|None=None # a good rate; None: the curve shows none
+    why:str='' # how it was found, or why not
+    smooth:tuple=((), ()) # rates and losses of the smoothed curve
 
     def __repr__(self):
         tried = f'{len(self.lrs)} steps from {self.lrs[0]:.2g} to {self.lrs[-1]:.2g}' if self.lrs else 'no steps'
@@ -57,7 +59,8 @@ def suggest_lr(
     res = LRFound(list(lrs), list(losses), why='too few steps')
     x,which = np.unique(np.asarray(lrs, float), return_inverse=True)
     if len(x) < 8: return res
-    y,n = np.bincount(which, losses)/np.bincount(which),len(x)
+    n = len(x)
+    y = np.bincount(which, losses)/np.bincount(which)    # the mean loss of each rate
     y = np.minimum(y, y[:y.argmin() + 1].max())          # the explosion at the end would swallow the rest
     width = max(0.5/np.log(x[-1]/x[0])*(n - 1), 1)       # half an e-fold of the rate, in steps
     r = min(math.ceil(3*width), (n - 1)//2)
@@ -65,16 +68,18 @@ def suggest_lr(
     smooth = np.convolve(y, kernel, 'same')/np.convolve(np.ones(n), kernel, 'same')
     res.smooth = x.tolist(),smooth.tolist()
     low = int(smooth.argmin())
-    slope,noise = np.gradient(smooth, np.log(x)),np.std((y - smooth)[:low + 1])
+    noise = np.std((y - smooth)[:low + 1])
+    slope = np.gradient(smooth, np.log(x))
     steepest = int(slope[:low + 1].argmin())
     res.why = 'the loss does not clearly fall'
     if smooth[0] - smooth[low] > 2*noise and slope[steepest] < 0:
-        res.suggestion,res.why = min((float(x[steepest]), 'steepest descent'), (float(x[low])/4, 'a quarter of the lowest point'))
+        res.suggestion,res.why = min((float(x[steepest]), 'steepest descent'),
+                                     (float(x[low])/4, 'a quarter of the lowest point'))
     return res
 
 # %% ../../nbs/callbacks/05_finder.ipynb #0000000a
 class LRFinderCB(Callback):
-    "Raises the learning rate after each step, ends the fit when the loss explodes, and has `lrs`, `losses` and a `result()`"
+    "Raises the learning rate after each step and ends the fit when the loss explodes; `lrs`, `losses`, `result()`"
     order,role = Stage.schedule,'schedules'
     def __init__(self,
         gamma:float=1.3, # the rate grows by this factor at each step
@@ -82,14 +87,16 @@ class LRFinderCB(Callback):
         max_steps:int=100, # stop after so many batches
         show:bool=True, # plot when the fit ends?
     ):
-        for name, v, low in (('gamma', gamma, 1), ('max_mult', max_mult, 1), ('max_steps', max_steps, 0)):
-            if not v > low: raise ValueError(f'{name} must be above {low}; got {v!r}')
-        self.gamma,self.max_mult,self.max_steps,self.show,self._like = gamma,max_mult,max_steps,show,None
+        self.gamma = check_number('gamma', gamma, low=1)
+        self.max_mult = check_number('max_mult', max_mult, low=1)
+        self.max_steps = check_whole('max_steps', max_steps)
+        self.show = show
 
     def before_fit(self, learn):
-        self.lrs,self.losses,self._avg,self._low,self._opt = [],[],0.,math.inf,learn.opt
-        self._before = group_options(learn.opt)
-        rates = [float(g['lr'])/g['lr_mult'] for g in self._before if g.get('lr_mult') and float(g['lr']) > 0]
+        self.lrs,self.losses = [],[]
+        self._mean,self._lowest = 0.,math.inf      # of the losses, running; the lowest it was
+        self._changes = OptionChanges(learn.opt)
+        rates = [float(g['lr'])/g['lr_mult'] for g in getattr(learn.opt, 'param_groups', ()) if g.get('lr_mult') and float(g['lr']) > 0]
         if not rates: raise ValueError('the finder needs an optimizer whose param_groups have a learning rate above 0')
         self.lr = rates[0]
 
@@ -99,28 +106,32 @@ class LRFinderCB(Callback):
         if not math.isfinite(loss): raise CancelFitException
         self.lrs.append(self.lr)
         self.losses.append(loss)
-        self._avg += (1 - 1/self.gamma)*(loss - self._avg)                       # looks back over an e-fold of the rate
-        smooth = self._avg/(1 - self.gamma**-len(self.losses))
-        if smooth > self._low + (self.max_mult - 1)*abs(self._low) or len(self.losses) >= self.max_steps: raise CancelFitException
-        self._low = min(self._low, smooth)
+        self._mean += (1 - 1/self.gamma)*(loss - self._mean)                     # looks back over an e-fold of the rate
+        smooth = self._mean/(1 - self.gamma**-len(self.losses))
+        exploded = smooth > self._lowest + (self.max_mult - 1)*abs(self._lowest)
+        if exploded or len(self.losses) >= self.max_steps: raise CancelFitException
+        self._lowest = min(self._lowest, smooth)
 
     def after_step(self, learn):
         self.lr *= self.gamma
         for g in learn.opt.param_groups: set_option(g, 'lr', g['lr']*self.gamma)
 
     def cleanup_fit(self, learn):
-        restore_options(self._opt, self._before)
+        self._changes.undo()
         if self.show and learn.error is None: self.result().plot()
 
     def result(self): return suggest_lr(self.lrs, self.losses)
 
 # %% ../../nbs/callbacks/05_finder.ipynb #0000000c
-class _LikeCB(Callback):
+def _members(groups): return [[id(p) for p in g['params']] for g in groups]
+
+class _SameOptionsCB(Callback):
     "Give the optimizer the options of another one over the same parameters, except its rate"
     def __init__(self, opt, lr): self.groups,self.lr = getattr(opt, 'param_groups', ()),lr
+
     def before_fit(self, learn):
         new = getattr(learn.opt, 'param_groups', ())
-        if [[id(p) for p in g['params']] for g in new] != [[id(p) for p in g['params']] for g in self.groups]: return
+        if _members(new) != _members(self.groups): return
         for g, old in zip(new, self.groups):
             if 'lr' in g: set_option(g, 'lr', self.lr*old.get('lr_mult', 1.))
             for k in old.keys() - {'params', 'lr'}: set_option(g, k, old[k])
@@ -135,10 +146,11 @@ def lr_find(
     show:bool=True, # plot the curve?
 ) -> LRFound: # rates, losses and a suggestion
     "Try ever higher learning rates on `learn`, which is afterwards as it was before"
-    if not start_lr > 0: raise ValueError(f'start_lr must be above 0; got {start_lr!r}')
+    check_number('start_lr', start_lr)
+    check_whole('max_epochs', max_epochs, none=True)
     finder = LRFinderCB(gamma, max_mult, max_steps, show=False)
     n_epochs = max_steps if max_epochs is None else max_epochs
-    with sandbox(learn, [_LikeCB(learn.opt, start_lr), finder], train=True): learn.fit(n_epochs, valid=False, lr=start_lr)
+    with sandbox(learn, [_SameOptionsCB(learn.opt, start_lr), finder], train=True): learn.fit(n_epochs, valid=False, lr=start_lr)
     res = finder.result()
     if show: res.plot()
     return res

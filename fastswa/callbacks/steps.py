@@ -5,19 +5,29 @@
 # %% auto #0
 __all__ = ['gradients', 'GradAccumCB', 'GradClipCB', 'NaNGuardCB', 'ClosureCB']
 
-# %% ../../nbs/callbacks/10_steps.ipynb #00000002
+# %% ../../nbs/callbacks/10_steps.ipynb #00000003
 import math
 from contextlib import suppress
-from numbers import Integral
 
 import torch
 from torch import nn
 
 from ..averaging.kernels import all_finite
-from ..core import batch_size
+from ..core import batch_size, check_number, check_whole
 from ..training.events import Callback, CancelBatchException, CancelStepException, Stage
-from .speed import ChannelsLastCB, CompileCB, EarlyStoppingCB
-from .precision import MixedPrecisionCB, number, only_one, refuse_momentum, whole
+from ..training.learner import MomentumLearner
+
+# %% ../../nbs/callbacks/10_steps.ipynb #9f71992e
+def check_alone(cb, learn):
+    "ValueError if the learner has another callback of the class of `cb`"
+    if sum(type(o) is type(cb) for o in learn.cbs) == 1: return
+    raise ValueError(f'there are several {type(cb).__name__} in the callbacks: keep one')
+
+def refuse_momentum_learner(cb, learn):
+    "ValueError if the learner keeps its gradients between steps"
+    if not isinstance(learn, MomentumLearner): return
+    raise ValueError(f'{type(cb).__name__} does not go with MomentumLearner, which keeps momentum in the gradients: '
+                     'use TrainLearner with opt_func=partial(optim.SGD, momentum=0.85)')
 
 # %% ../../nbs/callbacks/10_steps.ipynb #00000008
 def gradients(
@@ -27,61 +37,77 @@ def gradients(
     return [p.grad for p in learn.model.parameters() if p.grad is not None]
 
 class GradAccumCB(Callback):
-    """A step for several batches: their gradients add up, each counts by its size, and a last, shorter window by what it has.
-    For losses that are means over the batch"""
+    """A step for several batches: their gradients add up, each counts by its size, and a last, shorter window by what
+    it has. For losses that are means over the batch"""
     order,role = Stage.step,'steps'
     def __init__(self,
         batches:int|None=None, # in a step
         samples:int|None=None, # or: at least so many samples
     ):
-        if (batches is None) == (samples is None): raise ValueError(f'give batches or samples; got batches={batches!r} and samples={samples!r}')
-        whole(*(('samples', samples) if batches is None else ('batches', batches)))
-        self.batches,self.samples = batches,samples
+        if (batches is None) == (samples is None):
+            raise ValueError(f'give batches or samples; got batches={batches!r} and samples={samples!r}')
+        self.batches = check_whole('batches', batches, none=True)
+        self.samples = check_whole('samples', samples, none=True)
         self._start()
 
-    def _start(self): self.k,self.n,self.total,self.first,self._last = 0,0,0.,None,False
+    def _start(self):
+        "A new window"
+        self._n_batches = self._n_samples = 0
+        self._size = None      # of the first batch, which counts 1
+        self._weight = 0.      # what all of them count
+        self._at_end = False   # of the epoch?
 
     def before_fit(self, learn):
         self._kept = None
         if not learn.will_train: return
-        refuse_momentum(self, learn)
-        only_one(self, learn)
+        refuse_momentum_learner(self, learn)
+        check_alone(self, learn)
         if learn.quiet: self._kept = self.state_dict()          # what is tried out leaves no trace
         self._start()
         bs = getattr(learn.dls.train, 'batch_size', None)
         k = self.batches or (math.ceil(self.samples/bs) if bs else None)
-        learn.clock.epoch_steps = math.ceil(learn.clock.epoch_batches/k) if learn.clock.epoch_batches and k else None
+        n = learn.clock.epoch_batches
+        learn.clock.epoch_steps = math.ceil(n/k) if n and k else None
 
     def before_epoch(self, learn):
         if not learn.training: return
-        if self.k: learn.zero_grad()             # of an epoch that was cut short
+        if self._n_batches: learn.zero_grad()             # of an epoch that was cut short
         self._start()
 
     def after_loss(self, learn):
         if not learn.training: return
-        weight = batch_size(learn.batch)/(self.first or batch_size(learn.batch))
+        n = batch_size(learn.batch)
+        weight = n/(self._size or n)
         if weight != 1: learn.loss.register_hook(lambda g: g*weight)
 
     def after_backward(self, learn):
-        if not self._last: self._count(batch_size(learn.batch))
-        if not (self._last or (self.k >= self.batches if self.batches else self.n >= self.samples)): raise CancelStepException
-        if self.total != 1: torch._foreach_div_(gradients(learn), self.total)
+        if not self._at_end: self._count(batch_size(learn.batch))
+        full = self._n_batches >= self.batches if self.batches else self._n_samples >= self.samples
+        if not (full or self._at_end): raise CancelStepException
+        if self._weight != 1: torch._foreach_div_(gradients(learn), self._weight)
         self._start()
 
     def _count(self, n):
-        self.first = self.first or n
-        self.k,self.n,self.total = self.k + 1, self.n + n, self.total + n/self.first
+        self._size = self._size or n
+        self._n_batches += 1
+        self._n_samples += n
+        self._weight += n/self._size
 
     def after_epoch(self, learn):
-        if not (learn.training and self.k): return
-        self._last = True
+        if not (learn.training and self._n_batches): return
+        self._at_end = True
         with suppress(CancelStepException): learn.take_step()
 
     def cleanup_fit(self, learn):
         if self._kept is not None: self.load_state_dict(self._kept)
 
-    def state_dict(self): return dict(k=self.k, n=self.n, total=self.total, first=self.first)
-    def load_state_dict(self, state): self.k,self.n,self.total,self.first = (state[o] for o in ('k', 'n', 'total', 'first'))
+    def state_dict(self):
+        return dict(batches=self._n_batches, samples=self._n_samples, size=self._size, weight=self._weight)
+
+    def load_state_dict(self, state):
+        "Go on within a window"
+        self._n_batches,self._n_samples = state['batches'],state['samples']
+        self._size,self._weight = state['size'],state['weight']
 
 # %% ../../nbs/callbacks/10_steps.ipynb #0000000d
 class GradClipCB(Callback):
@@ -92,9 +118,11 @@ class GradClipCB(Callback):
         value:float|None=None, # or: each element is between ±value
         norm_type:float=2., # `inf` for the largest element
     ):
-        if (norm is None) == (value is None): raise ValueError(f'give norm or value; got norm={norm!r} and value={value!r}')
-        number(*(('value', value) if norm is None else ('norm', norm)))
-        self.norm,self.value,self.norm_type,self.grad_norm = norm,value,norm_type,None
+        if (norm is None) == (value is None):
+            raise ValueError(f'give norm or value; got norm={norm!r} and value={value!r}')
+        self.norm = check_number('norm', norm, none=True)
+        self.value = check_number('value', value, none=True)
+        self.norm_type,self.grad_norm = norm_type,None
 
     def after_backward(self, learn):
         params = [*learn.model.parameters()]
@@ -103,69 +131,79 @@ class GradClipCB(Callback):
 
 # %% ../../nbs/callbacks/10_steps.ipynb #00000011
 class NaNGuardCB(Callback):
-    "Leave out batches whose loss or gradients are not finite; FloatingPointError after too many in a row. Waits for a GPU at each step"
+    """Skip batches whose loss or gradients are not finite; FloatingPointError after too many in a row.
+    Waits for a GPU at each step"""
     order,role = Stage.step + 2,'steps'
     def __init__(self,
-        patience:int=10, # so many in a row are left out
+        patience:int=10, # so many in a row are skipped
     ):
-        if not isinstance(patience, Integral) or patience < 0: raise ValueError(f'patience must be a whole number, 0 or more; got {patience!r}')
-        self.patience,self.skipped,self._row = patience,0,0
+        self.patience = check_whole('patience', patience, low=0)
+        self.skipped = self._in_a_row = 0
 
-    def before_fit(self, learn): self._row = 0
+    def before_fit(self, learn): self._in_a_row = 0
 
     def before_batch(self, learn):
         if learn.training: self._buffers = [(b, b.clone()) for b in learn.model.buffers()]
 
     def after_loss(self, learn):
         if not learn.training or torch.isfinite(learn.loss.detach()).all(): return
-        self._bad('the loss')
+        self._skip('the loss')
         raise CancelBatchException
 
     def after_backward(self, learn):
-        if not (grads := gradients(learn)) or all_finite(grads): self._row = 0
-        else:
-            names = [n for n, p in learn.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            learn.zero_grad()
-            self._bad(f'the gradient of {", ".join(names[:5])}' + f' and {len(names) - 5} more'*(len(names) > 5))
-            raise CancelStepException
+        grads = gradients(learn)
+        if not grads or all_finite(grads):
+            self._in_a_row = 0
+            return
+        names = [n for n, p in learn.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        learn.zero_grad()
+        more = f' and {len(names) - 5} more' if len(names) > 5 else ''
+        self._skip(f'the gradient of {", ".join(names[:5])}{more}')
+        raise CancelStepException
 
-    def _bad(self, what):
+    def _skip(self, what):
         for b, old in self._buffers: b.copy_(old)          # BatchNorm has seen the batch
-        self.skipped,self._row = self.skipped + 1, self._row + 1
-        if self._row > self.patience: raise FloatingPointError(f'{what} was not finite in {self._row} batches in a row: look for bad values in '
-                                                               'the data, or try a lower learning rate (`learn.lr_find()`)')
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row <= self.patience: return
+        raise FloatingPointError(f'{what} was not finite in {self._in_a_row} batches in a row: look for bad values in '
+                                 'the data, or try a lower learning rate (`learn.lr_find()`)')
 
 # %% ../../nbs/callbacks/10_steps.ipynb #00000015
 class ClosureCB(Callback):
-    "Give the optimizer a closure that computes loss and gradients of the batch anew, as `optim.LBFGS` needs; the table has the first loss"
+    """Give the optimizer a closure that computes loss and gradients of the batch anew, as `optim.LBFGS` needs;
+    the table has the first loss"""
     role = 'steps'
     def __init__(self): self._handle = None
 
     def before_fit(self, learn):
         if not learn.will_train: return
-        refuse_momentum(self, learn)
-        only_one(self, learn)
-        clash = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, (GradAccumCB, GradClipCB, MixedPrecisionCB, NaNGuardCB))]
-        if clash: raise ValueError(f'ClosureCB does not go with {", ".join(clash)}: the gradients that the closure computes do not pass there')
-        if not hasattr(learn.opt, 'register_step_pre_hook'): raise TypeError(f'a closure needs an optimizer of torch; got {type(learn.opt).__name__}')
-        self._handle = learn.opt.register_step_pre_hook(lambda opt, args, kwargs: ((*args, self._closure(learn)), kwargs))
+        refuse_momentum_learner(self, learn)
+        check_alone(self, learn)
+        others = [type(cb).__name__ for cb in learn.cbs if cb.role == 'steps' and hasattr(cb, 'after_backward')]
+        if others:
+            raise ValueError(f'ClosureCB does not go with {", ".join(others)}: '
+                             'the gradients that the closure computes do not pass there')
+        if not hasattr(learn.opt, 'register_step_pre_hook'):
+            raise TypeError(f'a closure needs an optimizer of torch; got {type(learn.opt).__name__}')
+        def with_closure(opt, args, kwargs): return (*args, self._closure(learn)), kwargs
+        self._handle = learn.opt.register_step_pre_hook(with_closure)
 
     def _closure(self, learn):
-        first = learn.loss,learn.preds
-        def _f():
-            nonlocal first
-            if first is None:
+        self._first = None
+        def closure():
+            if self._first is None: self._first = learn.loss,learn.preds      # they are there already, with gradients
+            else:
                 learn.opt.zero_grad()
                 learn.predict()
                 learn.callback('after_predict')
                 learn.get_loss()
                 learn.backward()
-            else: self._first,first = first,None          # loss and gradients are there already
             return learn.loss
-        return _f
+        return closure
 
     def after_step(self, learn): learn.loss,learn.preds = self._first
 
     def cleanup_fit(self, learn):
         if self._handle is not None: self._handle.remove()
-        self._handle = None
+        self._handle = self._first = None

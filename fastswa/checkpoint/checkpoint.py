@@ -9,7 +9,7 @@ __all__ = ['save', 'load', 'export', 'CheckpointCB']
 import os, shutil, signal, sys, threading, warnings
 from pathlib import Path
 
-from ..callbacks.basics import Watched
+from ..callbacks.metrics import Watched
 from .archive import newest, numbered, step_of, write_checkpoint
 from .resume import check_model, learner_state, load_weights
 from ..core import Every, check_whole, unwrap

@@ -1,7 +1,7 @@
 """What can only be tested on a GPU: run with `pytest -m gpu tests/test_gpu.py`
 
 `set_sync_debug_mode('error')` makes every operation that waits for the GPU an error, except waiting for an event, which the check of the
-snapshot before needs with rules that depend on n. `test_late.py` has the same paths on the CPU."""
+snapshot before needs with rules that depend on n. `test_kernels.py` has the same paths on the CPU."""
 import copy
 import warnings
 

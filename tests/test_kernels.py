@@ -301,6 +301,18 @@ def test_masking_leaves_versions_alone(masked):
     loss.backward()
 
 
+@pytest.mark.parametrize('default', [torch.float64, torch.bfloat16])
+def test_the_flags_do_not_follow_the_default_dtype(default):
+    "A gradient scaler's operator takes fp32 alone, and a bf16 counter stops at 256"
+    kept = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        flag, late = blend.bad_flag([torch.tensor([1., float('nan')], dtype=torch.float32)]), blend.Late('cpu')
+        for _ in range(300): late.add(flag)
+    finally: torch.set_default_dtype(kept)
+    assert late.news() == 300
+
+
 # --- weights on their way to the host
 
 

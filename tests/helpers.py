@@ -1,0 +1,129 @@
+"What several test files share: toy data, small nets, learners on them, copies of tensors, Ctrl-C at any line, new processes"
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastswa.training.events import Callback
+from fastswa.training.learner import TrainLearner
+
+# --- data, nets, learners
+
+
+def data(n=160, bs=16, shuffle=False, **kw):
+    "Loaders of `n` vectors of length 3 in three classes that can be learned; validation in batches of `2*bs`"
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(3, (n,), generator=g)
+    ds = TensorDataset(F.one_hot(y, 3).float() + torch.randn(n, 3, generator=g)/2, y)
+    return SimpleNamespace(train=DataLoader(ds, bs, shuffle=shuffle, **kw), valid=DataLoader(ds, 2*bs, **kw))
+
+
+def net(seed=0, norm=True, dropout=None):
+    "A perceptron for `data()`: linear, BatchNorm (or Identity), ReLU, (dropout,) linear"
+    torch.manual_seed(seed)
+    drop = [] if dropout is None else [nn.Dropout(dropout)]
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.ReLU(), *drop, nn.Linear(8, 3))
+
+
+def learner(*cbs, model=None, dls=None, cls=TrainLearner, lr=0.3, **kw):
+    "A learner of `net()` on `data()`: 10 steps an epoch"
+    return cls(net() if model is None else model, dls or data(), F.cross_entropy, lr, cbs, **kw)
+
+
+def image_data(n=56, bs=8, valid=20):
+    "Loaders of `n` images (N, 1, 6, 6) in three classes, shuffled; validation in batches of `valid`"
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(n, 1, 6, 6, generator=g), torch.randint(3, (n,), generator=g)
+    ds = TensorDataset(x + y.view(-1, 1, 1, 1), y)
+    return SimpleNamespace(train=DataLoader(ds, bs, shuffle=True), valid=DataLoader(ds, valid))
+
+
+def image_net():
+    "A convolution, BatchNorm, ReLU, dropout and a linear layer, for `image_data()`"
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 3))
+
+
+def image_learner(*cbs, model=None, dls=None, cls=TrainLearner, lr=0.05, opt_func=partial(optim.SGD, momentum=0.9)):
+    "A learner of `image_net()` on `image_data()`: 7 steps an epoch, the last batches smaller"
+    return cls(model or image_net(), dls or image_data(), F.cross_entropy, lr, cbs, opt_func)
+
+
+class Hits:
+    "A metric: the share of right answers"
+    def reset(self): self.n = self.right = 0
+    def update(self, preds, targets): self.n, self.right = self.n + len(targets), self.right + (preds.argmax(1) == targets).sum().item()
+    def compute(self): return self.right/self.n
+
+
+def one(value=0., dtype=None):
+    "A layer of one weight, for averages that can be worked out by hand"
+    model = nn.Linear(1, 1, bias=False, dtype=dtype)
+    nn.init.constant_(model.weight, value)
+    return model
+
+
+# --- tensors
+
+
+def copied(tensors):
+    "A copy of a dict of tensors"
+    return {k: v.detach().clone() for k, v in tensors.items()}
+
+
+def same(a, b):
+    "Whether two dicts of tensors have the same names in the same order, and the same values bit for bit"
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def floats(model):
+    "The floating-point entries of a model's state, which are the model's own tensors"
+    return {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+
+
+class Trail(Callback):
+    "The weights after each step: `seen`, copies of the state; `weights`, those of the first layer in float64"
+    order = 99
+    def before_fit(self, learn): self.seen = []
+    def after_step(self, learn): self.seen.append(copied(learn.model.state_dict()))
+    @property
+    def weights(self): return [s['0.weight'].double().numpy() for s in self.seen]
+
+
+# --- interruptions and processes
+
+
+def ctrl_c(f, files, at=None):
+    """Call `f` with Ctrl-C at the line number `at` of those that run in `files` (parts of paths); None: only count them
+
+    Returns how many lines ran, and whether KeyboardInterrupt came out."""
+    count = 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        if not any(o in frame.f_code.co_filename for o in files): return None
+        if event == 'line':
+            count += 1
+            if count == at: signal.raise_signal(signal.SIGINT)
+        return trace
+    sys.settrace(trace)
+    try: f()
+    except KeyboardInterrupt: return count, True
+    finally: sys.settrace(None)
+    return count, False
+
+
+def in_new_process(script, env=None):
+    "What a script prints in a new process, which may import from tests/; fails with its traceback where it fails"
+    res = subprocess.run([sys.executable, '-c', textwrap.dedent(script)], capture_output=True, text=True,
+                         cwd=os.path.dirname(__file__), env=env)
+    assert res.returncode == 0, res.stderr
+    return res.stdout

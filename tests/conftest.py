@@ -1,4 +1,5 @@
 import os
+import warnings
 
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')      # side by side, and for the processes they start
 
@@ -14,3 +15,13 @@ def fmnist():
     from fastswa.data.sources import fashion_mnist
     try: return fashion_mnist()
     except FileNotFoundError as e: pytest.skip(str(e))
+
+
+@pytest.fixture
+def strict():
+    "Warnings are errors: a cleanup that fails says so in one"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        warnings.filterwarnings('ignore', 'the model has BatchNorm')
+        warnings.filterwarnings('ignore', '.*(torch.jit|lr_scheduler.step)')
+        yield

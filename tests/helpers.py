@@ -57,6 +57,15 @@ def image_learner(*cbs, model=None, dls=None, cls=TrainLearner, lr=0.05, opt_fun
     return cls(model or image_net(), dls or image_data(), F.cross_entropy, lr, cbs, opt_func)
 
 
+class At(Callback):
+    "Raise an exception at an event, in training or in validation"
+    def __init__(self, event, exc, order=0, training=True):
+        self.exc, self.order, self.training = exc, order, training
+        setattr(self, event, self.go)
+    def go(self, learn):
+        if learn.training == self.training: raise self.exc
+
+
 class Hits:
     "A metric: the share of right answers"
     def reset(self): self.n = self.right = 0
@@ -87,6 +96,11 @@ def same(a, b):
 def floats(model):
     "The floating-point entries of a model's state, which are the model's own tensors"
     return {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+
+
+def state(learn):
+    "A copy of the state of a learner's model"
+    return copied(learn.model.state_dict())
 
 
 class Trail(Callback):

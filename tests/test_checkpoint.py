@@ -1,7 +1,6 @@
 """Checkpoints: what is in them, a resume that is exact wherever the run was stopped, and files that are refused"""
-import multiprocessing, os, random, resource, signal, subprocess, sys, textwrap, time, warnings
+import multiprocessing, os, random, signal, subprocess, sys, textwrap, time, warnings
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import killed_run
 from fastswa.callbacks.augment import AugmentCB
 from fastswa.data.mixing import MixUpCB
 from fastswa.data.transforms import RandErase, RandFlip
-from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, MetricsCB, RecorderCB
+from fastswa.callbacks.basics import MetricsCB
 from fastswa.checkpoint.archive import read_checkpoint
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import set_seed

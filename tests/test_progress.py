@@ -12,7 +12,9 @@ from fastswa.averaging.rules import ema
 from fastswa.training.events import Callback, CancelFitException
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.progress import ProgressCB
+from fastswa.callbacks.swa import EMACB
 from fastswa.callbacks.views import LogView, NotebookView, TerminalView, View, find_view
+from helpers import image_learner
 
 class AverageCB(Callback):
     def before_fit(self, learn):
@@ -163,6 +165,25 @@ def test_stopped_in_jupyter(display):
     last = display.shown[-1][2]
     assert last['text/plain'].startswith('stopped by ZeroDivisionError in epoch 2/3 train, batch 0/30\n')
     assert 'value="0" max="30"' in last['text/html'] and last['text/html'].count('<tr>') == 3
+
+@pytest.mark.usefixtures('strict')
+def test_the_plot_of_any_fit(monkeypatch):
+    "Validation stands where it took place: without training, without validation, in a second fit, from a late average on"
+    from matplotlib.figure import Figure
+    monkeypatch.setattr('IPython.display.display', lambda *args, **kwargs: SimpleNamespace(update=lambda *args, **kwargs: None))
+    cb, axes = ProgressCB(plot=True, view=NotebookView), Figure().subplots()
+    def drawn(*cbs, n=2, fits=1, **kwargs):
+        axes.clear()
+        learn = image_learner(cb, *cbs)
+        for _ in range(fits): learn.fit(n, **kwargs)
+        return {line.get_label(): list(map(int, line.get_xdata())) for line in cb.plot_losses(axes).lines}
+    train = list(range(1, 15))
+    assert drawn() == drawn(fits=2) == dict(training=train, validation=[7, 14])
+    cb.plot = False                                              # from here on only what is drawn in the end
+    assert drawn(train=False, n=3) == dict(training=[], validation=[0]*3)
+    assert drawn(valid=False) == dict(training=train)
+    assert drawn(EMACB(start='8ba', apply=False)) == dict(training=train, raw=[7, 14], ema=[14])
+    assert drawn(EMACB(apply=False), valid='raw') == dict(training=train, validation=[7, 14])
 
 def test_in_a_kernel():
     pytest.importorskip('ipykernel')

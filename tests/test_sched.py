@@ -1,4 +1,4 @@
-"Schedules step as torch's own loop does, and leave nothing behind; the finder of learning rates leaves no trace"
+"Schedules step as torch's own loop does, and leave nothing behind"
 import io, math, warnings
 from functools import partial
 from types import SimpleNamespace
@@ -9,15 +9,14 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torch.optim import lr_scheduler as S
 from torch.optim.swa_utils import SWALR
-from torch.utils.data import DataLoader, TensorDataset
 
 from fastswa.averaging.average import Average
-from fastswa.core import set_seed
 from fastswa.training.events import Callback, CancelFitException, CancelStepException
-from fastswa.callbacks.finder import LRFinderCB
-from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
-from fastswa.callbacks.finder import lr_find
+from fastswa.training.learner import TrainLearner
+from fastswa.callbacks.basics import RecorderCB
+from fastswa.callbacks.swa import EMACB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
+from helpers import image_learner
 
 N, EPOCHS = 7, 4     # steps in an epoch, epochs in a fit
 
@@ -351,81 +350,18 @@ def test_errors_before_training():
     with pytest.raises(TypeError, match='not an Optimizer'):
         TrainLearner(linear(), data(), opt_func=NoOptimizer).fit(1, cbs=BatchSchedCB(SCHEDS['step']))
 
-# the finder
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
-
-class Noise(Callback):
-    prepares = True
-    def before_batch(self, learn): learn.batch = learn.batch[0] + torch.randn(3)/100, learn.batch[1]
-
-class Breaks(Callback):
-    "Raises at one of the batches of a search"
-    prepares = True
-    def __init__(self, exc): self.exc, self.armed = exc, False
-    def before_batch(self, learn):
-        if self.armed and learn.iter == 2: raise self.exc
-
-LEARNERS = dict(sgd=partial(TrainLearner, opt_func=OPTS['sgd']), adam=partial(TrainLearner, opt_func=OPTS['adam']),
-                momentum=MomentumLearner, bare=partial(Learner, cbs=TrainCB()))
-
-@pytest.mark.parametrize('kind', LEARNERS)
-@pytest.mark.parametrize('exc', [None, KeyboardInterrupt(), ZeroDivisionError()])
-@pytest.mark.parametrize('first', [0, 1])
-def test_finder_leaves_no_trace(kind, exc, first):
-    def run(look):
-        set_seed(0)
-        x = torch.randn(60, 3)
-        gen = torch.Generator().manual_seed(1)
-        ds = TensorDataset(x, x.sum(1, keepdim=True))
-        dls = SimpleNamespace(train=DataLoader(ds, 10, shuffle=True, generator=gen), valid=DataLoader(ds, 20, shuffle=True))
-        learn, breaks = LEARNERS[kind](net(), dls, lr=0.01), Breaks(exc)
-        learn.cbs += [Noise(), breaks, BatchSchedCB(partial(S.OneCycleLR, max_lr=0.05))]
-        learn.fit(first)
-        if look:
-            breaks.armed = exc is not None
-            before = dict(vars(learn))
-            if exc is None:
-                res = lr_find(learn, show=False)
-                assert len(res.lrs) > 10 and res.lrs[1]/res.lrs[0] == pytest.approx(1.3)
-            else:
-                with pytest.raises(type(exc)): lr_find(learn, show=False)
-            breaks.armed = False
-            after = vars(learn)
-            assert all(after[k] is before[k] for k in ('opt', 'history', 'cbs', 'dls', 'batch', 'averages'))
-            assert all(p.grad is None for p in learn.model.parameters())
-        learn.fit(2)
-        return [*learn.model.state_dict().values(), torch.rand(1), gen.get_state()], learn.history, learn.opt_steps
-    (a, *rest_a), (b, *rest_b) = run(True), run(False)
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and rest_a == rest_b
-
-def test_finder_stops_where_it_should():
-    big = LRFinderCB(max_mult=2, show=False)
-    TrainLearner(linear(), data(), lr=1e-3).fit(100, cbs=big, valid=False)
-    assert 10 < len(big.lrs) < 100 and big.losses[-1] > min(big.losses)     # the explosion, not the last step
-    negative = TrainLearner(linear(), data(), loss_func=lambda p, y: F.mse_loss(p, y) - 100.)
-    assert len(negative.lr_find(show=False).lrs) > 20                       # a loss below zero is no explosion
-    assert len(TrainLearner(linear(), data()).lr_find(max_steps=9, show=False).lrs) == 9
-    assert len(TrainLearner(linear(), data()).lr_find(max_epochs=2, show=False).lrs) == 2*N
-
-def test_finder_with_gradients_that_add_up():
-    cb = EverySecond()
-    cb.prepares = True                                              # so that it takes part
-    res = TrainLearner(linear(), data(), cbs=cb).lr_find(max_steps=60, show=False)
-    assert len(set(res.lrs)) < len(res.lrs) and all(map(math.isfinite, res.smooth[1]))
-
-BAD = [('gamma', 1), ('gamma', math.nan), ('max_mult', 0.5), ('max_steps', 0), ('start_lr', -1)]
-
-@pytest.mark.parametrize('name, value', BAD)
-def test_finder_arguments(name, value):
-    with pytest.raises(ValueError, match=f'{name} must be above .; got {value}'):
-        TrainLearner(linear(), data()).lr_find(**{name: value})
-
-def test_plot_shows_suggestion():
-    import matplotlib
-    matplotlib.use('Agg')
-    ax = TrainLearner(linear(), data()).lr_find(show=False).plot()
-    assert ax.get_xscale() == 'log' and ax.get_xlabel() == 'learning rate' and ax.get_ylabel() == 'training loss'
-    assert any('steepest descent' in t.get_text() for t in ax.get_legend().get_texts())
+@pytest.mark.usefixtures('strict')
+@pytest.mark.parametrize('order', [-50, 20, 35, 99])
+def test_the_recorded_rate_is_the_one_that_the_step_used(order):
+    "Wherever the recorder stands, in the list and by its order"
+    class Steps(TrainLearner):
+        def step(self):
+            used.append([self.opt.param_groups[0][k] for k in ('lr', 'momentum')])
+            super().step()
+    for i in range(3):
+        rec, used = RecorderCB(lr=lambda cb: cb.pg['lr'], mom=lambda cb: cb.learn.opt.param_groups[0]['momentum']), []
+        rec.order = order
+        cbs = [BatchSchedCB(partial(S.OneCycleLR, max_lr=0.1)), EMACB()]
+        cbs.insert(i, rec)
+        image_learner(*cbs, cls=Steps).fit(2)
+        assert list(zip(rec.recs['lr'], rec.recs['mom'])) == [tuple(o) for o in used] and len({lr for lr, _ in used}) == 14

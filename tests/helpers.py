@@ -115,6 +115,11 @@ class Trail(Callback):
 # --- interruptions and processes
 
 
+def end_workers(dls):
+    "End the persistent workers of loaders: where the garbage collection has to, torch waits 5 seconds for each of them"
+    for dl in (dls.train, dls.valid): dl._iterator = None
+
+
 def ctrl_c(f, files, at=None):
     """Call `f` with Ctrl-C at the line number `at` of those that run in `files` (parts of paths); None: only count them
 

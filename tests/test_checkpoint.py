@@ -28,6 +28,7 @@ from fastswa.callbacks.bnupdate import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
 from fastswa.callbacks.views import LogView
+from helpers import end_workers
 from killed_run import Data, learner, net, result, the_run
 
 pytestmark = pytest.mark.filterwarnings('ignore:the model has BatchNorm', 'ignore:.*lr_scheduler.step')
@@ -489,6 +490,7 @@ def test_workers_that_persist(tmp_path):
         if 'resume' not in kwargs: set_seed(1)
         try: learn.fit(3, **kwargs)
         except RuntimeError as e: assert str(e) == 'power cut'
+        end_workers(data)
         return result(learn)
     whole = go()
     for at in ((0, 3), (1, 3)):

@@ -19,7 +19,7 @@ from fastswa.training.learner import MomentumLearner, TrainLearner
 from fastswa.callbacks.activations import ActivationStats
 from fastswa.callbacks.bnupdate import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
-from helpers import At, Hits, image_data, image_learner, image_net, same, state
+from helpers import At, Hits, end_workers, image_data, image_learner, image_net, same, state
 
 
 data = partial(helpers.data, 96, 16, shuffle=True)
@@ -115,10 +115,12 @@ def test_looking_between_two_fits_changes_nothing(look, cls):
 def test_watching_with_persistent_workers_changes_nothing():
     "Workers draw random numbers of their own; a look that restarts them would change what they draw next"
     def run(*cbs):
-        learn = learner(*cbs, dls=data(num_workers=1, persistent_workers=True))
+        dls = data(num_workers=1, persistent_workers=True)
+        learn = learner(*cbs, dls=dls)
         set_seed(4)
         learn.fit(2)
         learn.restore()
+        end_workers(dls)
         return state(learn)
     assert same(run(), run(EMACB(), BNUpdateCB()))
 

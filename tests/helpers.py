@@ -1,4 +1,5 @@
 "What several test files share: toy data, small nets, learners on them, copies of tensors, Ctrl-C at any line, new processes"
+import io
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastswa.training.events import Callback
+from fastswa.training.events import Callback, CancelFitException
 from fastswa.training.learner import TrainLearner
 
 # --- data, nets, learners
@@ -36,6 +37,19 @@ def net(seed=0, norm=True, dropout=None):
 def learner(*cbs, model=None, dls=None, cls=TrainLearner, lr=0.3, **kw):
     "A learner of `net()` on `data()`: 10 steps an epoch"
     return cls(net() if model is None else model, dls or data(), F.cross_entropy, lr, cbs, **kw)
+
+
+def regression(n=7, bs=8):
+    "`n` batches of vectors of length 3 and their sums, as lists; two of them for validation"
+    xs = torch.randn(n, bs, 3, generator=torch.Generator().manual_seed(0))
+    train = [(x, x.sum(1, keepdim=True)) for x in xs]
+    return SimpleNamespace(train=train, valid=train[:2])
+
+
+def linear():
+    "A linear layer for `regression()`, always the same"
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
 
 
 def image_data(n=56, bs=8, valid=20):
@@ -66,11 +80,44 @@ class At(Callback):
         if learn.training == self.training: raise self.exc
 
 
+class AtEpoch(Callback):
+    "Do something when a training epoch begins, after all other callbacks; without `f`: end the fit"
+    order = 95
+    def __init__(self, epoch, f=None): self.epoch, self.f = epoch, f
+    def before_epoch(self, learn):
+        if not learn.training or learn.epoch != self.epoch: return
+        if self.f is None: raise CancelFitException
+        self.f(learn)
+
+
 class Hits:
     "A metric: the share of right answers"
     def reset(self): self.n = self.right = 0
-    def update(self, preds, targets): self.n, self.right = self.n + len(targets), self.right + (preds.argmax(1) == targets).sum().item()
+    def update(self, preds, targets):
+        self.n += len(targets)
+        self.right += (preds.argmax(1) == targets).sum().item()
     def compute(self): return self.right/self.n
+    def state_dict(self): return dict(n=self.n, right=self.right)
+    def load_state_dict(self, state): self.n, self.right = state['n'], state['right']
+
+
+class TiedNet(nn.Module):
+    "Two linear layers, of which the second may have the first one's weight or its transpose, BatchNorm and a counter"
+    def __init__(self, norm=False, tied=None, dtype=torch.float32):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3, dtype=dtype), nn.Linear(3, 3, bias=False, dtype=dtype)
+        self.norm = nn.BatchNorm1d(3) if norm else nn.Identity()
+        self.register_buffer('steps', torch.tensor(0))
+        if tied == 'shared': self.b.weight = self.a.weight
+        if tied == 'transposed': self.b.weight = nn.Parameter(self.a.weight.data.t())
+
+    def forward(self, x): return self.b(self.norm(self.a(x)))
+
+    def step(self, generator):
+        "A step of a random walk"
+        with torch.no_grad():
+            for p in {p.data_ptr(): p for p in floats(self).values()}.values(): p += torch.randn(p.shape, generator=generator).to(p)
+            self.steps += 1
 
 
 def one(value=0., dtype=None):
@@ -96,6 +143,14 @@ def same(a, b):
 def floats(model):
     "The floating-point entries of a model's state, which are the model's own tensors"
     return {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+
+
+def reopened(x):
+    "What is read back of `x` from a file that torch opens with weights_only=True"
+    f = io.BytesIO()
+    torch.save(x, f)
+    f.seek(0)
+    return torch.load(f, weights_only=True)
 
 
 def state(learn):

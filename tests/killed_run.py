@@ -17,17 +17,9 @@ from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.bnupdate import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
+from helpers import Hits
 
 N_EPOCHS,STEPS = 4,8
-
-
-class Hits:
-    "A metric: the share of right answers"
-    def reset(self): self.n = self.right = 0
-    def update(self, preds, targets): self.n,self.right = self.n + len(targets), self.right + (preds.argmax(1) == targets).sum().item()
-    def compute(self): return self.right/self.n
-    def state_dict(self): return dict(n=self.n, right=self.right)
-    def load_state_dict(self, state): self.n,self.right = state['n'],state['right']
 
 
 class Data:

@@ -15,17 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.rules import ema, equal
-from helpers import copied, ctrl_c, floats, net, one, same
-
-
-class Net(nn.Module):
-    def __init__(self, norm, tied, dtype):
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 3, dtype=dtype), nn.Linear(3, 3, bias=False, dtype=dtype)
-        self.norm = nn.BatchNorm1d(3) if norm else nn.Identity()
-        self.register_buffer('steps', torch.tensor(0))
-        if tied == 'shared': self.b.weight = self.a.weight
-        if tied == 'transposed': self.b.weight = nn.Parameter(self.a.weight.data.t())
+from helpers import TiedNet, copied, ctrl_c, floats, net, one, same
 
 
 rules = st.one_of(st.just(equal()), st.floats(0, 1).map(lambda d: ema(decay=d)), st.floats(0.1, 50).map(lambda h: ema(half_life=h)),
@@ -38,13 +28,8 @@ ops = st.lists(st.sampled_from(['step', 'update', 'apply', 'fail', 'reload', 're
        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 def test_any_sequence(rule, ops, norm, tied, dtype):
     g = torch.Generator().manual_seed(0)
-    net = Net(norm, tied, dtype)
+    net = TiedNet(norm, tied, dtype)
     avg, reference, n = Average(net, rule), {}, 0
-
-    def step():
-        with torch.no_grad():
-            for p in {p.data_ptr(): p for p in floats(net).values()}.values(): p += torch.randn(p.shape, generator=g).to(p)
-            net.steps += 1
 
     def update():
         nonlocal n
@@ -57,7 +42,7 @@ def test_any_sequence(rule, ops, norm, tied, dtype):
 
     for op in ops:
         raw = copy.deepcopy(net.state_dict())
-        if op == 'step': step()
+        if op == 'step': net.step(g)
         if op == 'update': update()
         if op == 'apply' and n:
             with avg.applied():

@@ -1,27 +1,22 @@
 "Schedules that know the length of the fit, and what is drawn before it"
-import io, math
+import math
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest, torch
-from torch import nn, optim
+from torch import optim
 from torch.optim import lr_scheduler as S
 
 from fastswa.callbacks.cycles import OneCycleCB, WarmupStableDecayCB, plot_sched, sched_rates
-from fastswa.training.events import Callback, CancelFitException
+from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
+from helpers import AtEpoch, linear, regression, reopened
 
 N, EPOCHS = 5, 4
 
-def data(n=N):
-    g = torch.Generator().manual_seed(0)
-    return SimpleNamespace(train=[(torch.randn(8, 3, generator=g), torch.randn(8, 1, generator=g)) for _ in range(n)], valid=None)
-
-def linear():
-    torch.manual_seed(0)
-    return nn.Linear(3, 1)
+def data(n=N): return SimpleNamespace(train=regression(n).train, valid=None)
 
 class Used(Callback):
     order = 90
@@ -140,14 +135,6 @@ def test_errors_of_the_fit(cb):
 
 # saved and resumed
 
-class At(Callback):
-    order = 95
-    def __init__(self, epoch, f): self.epoch, self.f = epoch, f
-    def before_epoch(self, learn):
-        if learn.epoch == self.epoch: self.f(learn)
-
-def stop(learn): raise CancelFitException
-
 @pytest.mark.parametrize('make, other, match', [
     (partial(OneCycleCB, 0.3), partial(OneCycleCB, 0.2), 'base_lrs was'),
     (OneCycleCB, partial(OneCycleCB, pct_start=0.5), 'schedule_phases was'),
@@ -155,21 +142,19 @@ def stop(learn): raise CancelFitException
     (WarmupStableDecayCB, OneCycleCB, "kind was 'LambdaLR' and is 'OneCycleLR'")])
 def test_resume(make, other, match):
     "A new callback goes on from a state opened with weights_only; one with other settings refuses it"
-    def take(learn): torch.save((cb.state_dict(), learn.opt.state_dict()), file)
+    saved, cb, new = [], make(), make()
+    def take(learn): saved.extend(reopened((cb.state_dict(), learn.opt.state_dict())))
     def give(learn):
-        file.seek(0)
-        state, opt = torch.load(file, weights_only=True)
-        learn.opt.load_state_dict(opt)
-        new.load_state_dict(state)
-    file, cb, new = io.BytesIO(), make(), make()
-    whole, _ = fit(cb, 'groups', cbs=[At(2, take)])
-    rest, learn = fit(new, 'groups', cbs=[At(0, give), At(2, stop)])
+        learn.opt.load_state_dict(saved[1])
+        new.load_state_dict(saved[0])
+    whole, _ = fit(cb, 'groups', cbs=[AtEpoch(2, take)])
+    rest, learn = fit(new, 'groups', cbs=[AtEpoch(0, give), AtEpoch(2)])
     assert rest.lrs == whole.lrs[2*N:] and rest.moms == whole.moms[2*N:]
     assert [g['lr'] for g in learn.opt.param_groups] == [0.1, 1.]
     new = other()
-    with pytest.raises(ValueError, match=match): fit(new, 'groups', cbs=[At(0, give)])
+    with pytest.raises(ValueError, match=match): fit(new, 'groups', cbs=[AtEpoch(0, give)])
     new = make()
-    with pytest.raises(ValueError, match='was .* and is'): fit(new, 'groups', n_epochs=3, cbs=[At(0, give)])
+    with pytest.raises(ValueError, match='was .* and is'): fit(new, 'groups', n_epochs=3, cbs=[AtEpoch(0, give)])
 
 # looking before the fit
 
@@ -196,7 +181,7 @@ def test_shown_is_used(cb, opt, fits):
 
 def test_looking_in_the_middle_of_a_fit():
     cb, looks = OneCycleCB(), []
-    look = At(2, lambda learn: looks.append(sched_rates(cb, learn, EPOCHS, lr=0.1)[0]['lr']))
+    look = AtEpoch(2, lambda learn: looks.append(sched_rates(cb, learn, EPOCHS, lr=0.1)[0]['lr']))
     used, _ = fit(cb, cbs=[look])
     assert used.lrs == fit(OneCycleCB())[0].lrs and [o[0] for o in used.lrs] == pytest.approx(looks[0])
 

@@ -9,6 +9,7 @@ from fastswa.data import loaders as data, sources
 from fastswa.core import set_seed
 from fastswa.data.loaders import DataLoaders, collate_dict, inplace
 from fastswa.data.sources import fashion_mnist, load_data, mnist, toy_images
+from helpers import in_new_process
 
 def write_idx(path, a):
     a = np.asarray(a, np.uint8)
@@ -185,10 +186,10 @@ def test_toy_images_are_the_same_in_another_process():
     code = ('import torch; torch.set_num_threads(1); from fastswa.data.loaders import DataLoaders, toy_images; '
             "x, y = DataLoaders.in_memory(toy_images(300, 10), 8, device='cpu').train.dataset.tensors; "
             'print(x.long().sum().item(), (x.flatten(1).long()*torch.arange(784)).sum().item(), y.tolist())')
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100)
+    printed = in_new_process(code)
     x, y = data._tensors(toy_images(300, 10)['train'], 'cpu')
     sums = x.long().sum().item(), (x.flatten(1).long()*torch.arange(784)).sum().item()
-    assert run.stdout.splitlines()[-1] == f'{sums[0]} {sums[1]} {y.tolist()}', run.stderr
+    assert printed.splitlines()[-1] == f'{sums[0]} {sums[1]} {y.tolist()}'
 
 def test_toy_images_say_so_and_draw_from_no_global_generator(capsys):
     set_seed(0)

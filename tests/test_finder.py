@@ -17,21 +17,12 @@ from fastswa.callbacks.swa import SWACB
 from fastswa.core import set_seed
 from fastswa.training.events import Callback, CancelStepException
 from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
-from helpers import image_learner
+from helpers import image_learner, linear, regression
 
 N = 7     # steps in an epoch
 SCHEDS = dict(
     batches=lambda: BatchSchedCB(partial(lr_scheduler.OneCycleLR, max_lr=0.1)), epochs=lambda: EpochSchedCB(lr_scheduler.ReduceLROnPlateau),
     one_cycle=OneCycleCB, wsd=lambda: WarmupStableDecayCB('1ba', '2ba'), swa=lambda: SWACB('3ba', '1ba', swa_lr=0.01, anneal='3ba'))
-
-def data():
-    g = torch.Generator().manual_seed(0)
-    train = [(x, x.sum(1, keepdim=True)) for x in torch.randn(N, 8, 3, generator=g)]
-    return SimpleNamespace(train=train, valid=train[:2])
-
-def linear():
-    torch.manual_seed(0)
-    return nn.Linear(3, 1)
 
 def net():
     torch.manual_seed(0)
@@ -83,12 +74,12 @@ def test_finder_leaves_no_trace(kind, exc, first):
 
 def test_finder_stops_where_it_should():
     big = LRFinderCB(max_mult=2, show=False)
-    TrainLearner(linear(), data(), lr=1e-3).fit(100, cbs=big, valid=False)
+    TrainLearner(linear(), regression(N), lr=1e-3).fit(100, cbs=big, valid=False)
     assert 10 < len(big.lrs) < 100 and big.losses[-1] > min(big.losses)     # the explosion, not the last step
-    negative = TrainLearner(linear(), data(), loss_func=lambda p, y: F.mse_loss(p, y) - 100.)
+    negative = TrainLearner(linear(), regression(N), loss_func=lambda p, y: F.mse_loss(p, y) - 100.)
     assert len(negative.lr_find(show=False).lrs) > 20                       # a loss below zero is no explosion
-    assert len(TrainLearner(linear(), data()).lr_find(max_steps=9, show=False).lrs) == 9
-    assert len(TrainLearner(linear(), data()).lr_find(max_epochs=2, show=False).lrs) == 2*N
+    assert len(TrainLearner(linear(), regression(N)).lr_find(max_steps=9, show=False).lrs) == 9
+    assert len(TrainLearner(linear(), regression(N)).lr_find(max_epochs=2, show=False).lrs) == 2*N
 
 class EverySecond(Callback):
     "Gradients of two batches add up"
@@ -98,7 +89,7 @@ class EverySecond(Callback):
 def test_finder_with_gradients_that_add_up():
     cb = EverySecond()
     cb.prepares = True                                              # so that it takes part
-    res = TrainLearner(linear(), data(), cbs=cb).lr_find(max_steps=60, show=False)
+    res = TrainLearner(linear(), regression(N), cbs=cb).lr_find(max_steps=60, show=False)
     assert len(set(res.lrs)) < len(res.lrs) and all(map(math.isfinite, res.smooth[1]))
 
 BAD = [('gamma', 1), ('gamma', math.nan), ('max_mult', 0.5), ('max_steps', 0), ('start_lr', -1)]
@@ -106,12 +97,12 @@ BAD = [('gamma', 1), ('gamma', math.nan), ('max_mult', 0.5), ('max_steps', 0), (
 @pytest.mark.parametrize('name, value', BAD)
 def test_finder_arguments(name, value):
     with pytest.raises(ValueError, match=f'{name} must be above .; got {value}'):
-        TrainLearner(linear(), data()).lr_find(**{name: value})
+        TrainLearner(linear(), regression(N)).lr_find(**{name: value})
 
 def test_finder_plot_shows_the_suggestion():
     import matplotlib
     matplotlib.use('Agg')
-    ax = TrainLearner(linear(), data()).lr_find(show=False).plot()
+    ax = TrainLearner(linear(), regression(N)).lr_find(show=False).plot()
     assert ax.get_xscale() == 'log' and ax.get_xlabel() == 'learning rate' and ax.get_ylabel() == 'training loss'
     assert any('steepest descent' in t.get_text() for t in ax.get_legend().get_texts())
 

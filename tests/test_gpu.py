@@ -12,6 +12,7 @@ from torch import nn
 
 from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.rules import ema, equal, power
+from helpers import floats
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
 RULES = dict(equal=equal(), ema=ema(decay=0.7), half=ema(half_life=3), ratio=ema(decay=0.9, warmup='ratio'), power=power(gamma=2.5))
@@ -21,9 +22,6 @@ nan, inf = float('nan'), float('inf')
 def net(dtype=None, seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 512), nn.Linear(512, 4)).to('cuda', dtype)
-
-
-def floats(model): return {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
 
 
 def walk(model, n=8, bad=(), value=nan):

@@ -1,6 +1,4 @@
 "Parameter groups by name, and optimizer state that is saved and loaded by name"
-import io
-from functools import partial
 
 import numpy as np
 import pytest, torch
@@ -10,6 +8,7 @@ from torch import nn, optim
 from fastswa.training.optim import LoadReport, load_opt_state, opt_state, param_groups
 from fastswa.training.learner import TrainLearner
 from types import SimpleNamespace
+from helpers import reopened
 
 class Net(nn.Module):
     def __init__(self, bypass=False, n_in=3):
@@ -114,12 +113,6 @@ def trained(model, opt, n=3, seed=0):
             return loss
         opt.step(closure)
     return opt
-
-def reopened(x):
-    f = io.BytesIO()
-    torch.save(x, f)
-    f.seek(0)
-    return torch.load(f, weights_only=True)
 
 ps = lambda m: list(m.parameters())
 OPTS = dict(

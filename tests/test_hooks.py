@@ -1,7 +1,6 @@
 "Hooks that go whatever happens, statistics that are right, and a training run that does not notice"
 import copy
 import gc
-import signal
 import sys
 import warnings
 import weakref
@@ -29,6 +28,7 @@ from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.readings import Readings, _in_any_order, reading
 from fastswa.callbacks.bnupdate import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
+from helpers import ctrl_c
 
 matplotlib.use('agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -162,32 +162,15 @@ def test_hooks_go_whatever_ends_the_fit(event, exc):
 FILES = 'fastswa/callbacks/', 'fastswa/nets/hooks', 'fastswa/training/'      # the code in whose lines Ctrl-C is pressed
 
 
-def fit_with_ctrl_c(learn, at=None):
-    "Fit, with Ctrl-C at the line number `at` of those that run in FILES; returns how many ran"
-    count = 0
-
-    def trace(frame, event, arg):
-        nonlocal count
-        if not any(o in frame.f_code.co_filename for o in FILES): return None
-        if event == 'line':
-            count += 1
-            if count == at: signal.raise_signal(signal.SIGINT)
-        return trace
-    sys.settrace(trace)
-    try: learn.fit(1, valid=False)
-    except KeyboardInterrupt: pass
-    finally: sys.settrace(None)
-    return count
-
-
 def test_ctrl_c_at_any_line(monkeypatch):
     monkeypatch.setattr(sys, 'unraisablehook', lambda *args: None)      # Ctrl-C in a __del__, which Python swallows
     def watched(): return learner(ActivationStats(is_act, every=2, grads=True))
-    total = fit_with_ctrl_c(watched())
+    def fit(learn): learn.fit(1, valid=False)
+    total, _ = ctrl_c(partial(fit, watched()), FILES)
     assert total > 300
     for at in range(1, total + 1, 5):
         learn = watched()
-        fit_with_ctrl_c(learn, at)
+        ctrl_c(partial(fit, learn), FILES, at)
         assert n_hooks(learn.model) == 0, f'line {at} of {total}'
         stats = learn.cbs[0]
         learn.fit(1)

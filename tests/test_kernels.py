@@ -16,6 +16,7 @@ import fastswa.averaging.average as averaging
 import fastswa.averaging.kernels as blend
 from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.rules import ema, equal, power
+from helpers import floats
 
 nan, inf = float('nan'), float('inf')
 RULES = dict(equal=equal(), ema=ema(decay=0.7), half=ema(half_life=3), still=ema(decay=1), ratio=ema(decay=0.9, warmup='ratio'),
@@ -56,9 +57,6 @@ def masked(monkeypatch):
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.Linear(200, 200, bias=False))    # the last is loose
-
-
-def floats(model): return {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
 
 
 def walk(model, n=8, bad=(), value=nan):

@@ -70,14 +70,16 @@ def die_in(name, call):
 
 
 class TellCB(Callback):
-    "Tell when the first batch is done"
-    def __init__(self, pipe): self.pipe,self.told = pipe,False
+    "Tell when the first batch is done, and wait for an answer if asked to"
+    def __init__(self, pipe, wait): self.pipe,self.wait,self.told = pipe,wait,False
     def after_batch(self, learn):
-        if not self.told: self.pipe.send('a batch')
+        if self.told: return
         self.told = True
+        self.pipe.send('a batch')
+        if self.wait: self.pipe.recv()
 
 
-def main(folder, pipe, every='1ba', die=None):
+def main(folder, pipe, every='1ba', die=None, wait=False):
     "In a new process: go on with the run in `folder`, and send its result"
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, 'w')
@@ -85,5 +87,5 @@ def main(folder, pipe, every='1ba', die=None):
     learn = the_run()
     pipe.send('begun')
     set_seed(1)
-    learn.fit(N_EPOCHS, cbs=[CheckpointCB(folder, every, keep=2), TellCB(pipe)], resume=folder)
+    learn.fit(N_EPOCHS, cbs=[CheckpointCB(folder, every, keep=2), TellCB(pipe, wait)], resume=folder)
     pipe.send(result(learn))

@@ -103,9 +103,10 @@ def test_killed_in_the_middle_of_a_checkpoint_write(tmp_path, whole, die):
 @pytest.mark.parametrize('sig, status', [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_signals_leave_a_checkpoint(tmp_path, whole, sig, status):
     "With checkpoints far apart, the one that a signal asks for is the only one"
-    p,pipe = start(tmp_path, '100ep')
+    p,pipe = start(tmp_path, '100ep', None, True)
     assert pipe.recv() == 'a batch'
     os.kill(p.pid, sig)
+    pipe.send('go on')
     p.join()
     assert p.exitcode == status
     assert len([*tmp_path.glob('step-*.pt')]) == 1

@@ -57,7 +57,7 @@ def check(kind, avg, seen):
 ops = st.lists(st.sampled_from(['step', 'update', 'other', 'apply', 'fail', 'reload', 'replace', 'nan', 'look']), min_size=5, max_size=30)
 
 
-@settings(deadline=None, max_examples=80, derandomize=True)
+@settings(max_examples=80)
 @given(kind=st.sampled_from(list(kinds)), ops=ops, norm=st.booleans(), tied=st.sampled_from([None, 'shared', 'transposed']),
        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 def test_any_sequence(kind, ops, norm, tied, dtype):
@@ -90,7 +90,8 @@ def test_any_sequence(kind, ops, norm, tied, dtype):
                 with warnings.catch_warnings(record=True): avg.update()
                 net.a.bias[0] = kept
         if op == 'look' and len(seen) > 1:
-            if 'swag' in kind: avg.predict([torch.ones(2, 3, dtype=dtype)], n=1, bn_data=[torch.eye(3, dtype=dtype)])
+            def forward(m, b): return m.b(m.norm(b).to(dtype))
+            if 'swag' in kind: avg.predict([torch.ones(2, 3)], n=1, forward=forward, bn_data=[torch.eye(3)])
             if kind == 'posthoc' and len(avg.steps) > 1:
                 with pytest.raises(KeyboardInterrupt), avg.using(0.15): raise KeyboardInterrupt
         assert same(net.state_dict(), raw) and torch.equal(torch.get_rng_state(), rng), op
@@ -189,7 +190,7 @@ def test_weights_stay_the_same_tensors():
         assert avg.weights['weight'].data_ptr() == before
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40)
 @given(values=st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=30), offset=st.sampled_from([0., 1., 1e3, 1e6]))
 def test_variance_is_never_negative(values, offset):
     "The mean of the squares less the square of the mean is"

@@ -30,7 +30,7 @@ def names(groups): return [g['param_names'] for g in groups]
 PATTERNS = ['*', '*.bias', 'head.*', 'body.*', 'body.1.weight', '*weight', 'tail.?ias', '[bt]*']
 OPTIONS = [dict(weight_decay=0), dict(lr_mult=10), dict(lr_mult=0.5, weight_decay=0.1), dict(betas=(0.8, 0.9)), {}]
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.dictionaries(st.sampled_from(PATTERNS), st.sampled_from(OPTIONS)), st.booleans(), st.sampled_from([None, 0.5, 1.]), st.booleans())
 def test_each_parameter_once(options, no_decay, layer_decay, lr):
     "Every parameter is in one group, whose options are those of its patterns, the later ones last; torch takes the groups"

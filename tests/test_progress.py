@@ -1,5 +1,6 @@
 "What training looks like in a terminal, in a log, and in Jupyter; and that showing it costs next to nothing"
-import fcntl, os, pty, re, select, signal, subprocess, sys, termios, time
+import fcntl, inspect, os, pty, re, select, signal, subprocess, sys, termios, time
+from functools import partial
 from types import SimpleNamespace
 
 import IPython, pytest, torch
@@ -22,8 +23,34 @@ class AverageCB(Callback):
         learn.add_average('ema', self.average)
     def after_step(self, learn): self.average.update()
 
+LIMIT = 120                                                  # seconds: only so that a process that hangs comes to an end
+
+class Clock:
+    "Time that passes where a test says so"
+    now = 0.
+    def __call__(self): return self.now
+
 class SlowCB(Callback):
-    def before_batch(self, learn): time.sleep(0.02)
+    "Each batch takes so many seconds, of the clock"
+    def __init__(self, clock, seconds=0.05): self.clock, self.seconds = clock, seconds
+    def before_batch(self, learn): self.clock.now += self.seconds
+
+class Waits(Callback):
+    "In the middle of the second epoch, until a line comes in"
+    def before_batch(self, learn):
+        if learn.training and (learn.epoch, learn.iter) == (1, 15): sys.stdin.readline()
+
+@pytest.fixture
+def clock(monkeypatch):
+    c = Clock()
+    monkeypatch.setattr(time, 'perf_counter', c)
+    return c
+
+def progress(clock, view=None, **kwargs):
+    "A `ProgressCB` that goes by this clock, as far as it takes one; what does not goes by a patched `time.perf_counter`"
+    def timed(f): return dict(clock=clock) if 'clock' in inspect.signature(f).parameters else {}
+    if view is not None: view = partial(view, **timed(view))
+    return ProgressCB(view=view, **kwargs, **timed(ProgressCB))
 
 class Unsized:
     def __init__(self, batches): self.batches = batches
@@ -35,22 +62,22 @@ def learner(*cbs, n=30):
     batches = list(zip(x, x.sum(-1, keepdim=True)))
     return TrainLearner(nn.Linear(3, 1), SimpleNamespace(train=batches, valid=batches[:10]), lr=0.02, cbs=cbs)
 
-def script(epochs):
+def script(epochs, wait=False):
     "A training run for a process of its own"
-    learner(AverageCB(), SlowCB(), ProgressCB()).fit(epochs)
+    clock = time.perf_counter = Clock()
+    learner(AverageCB(), SlowCB(clock), *[Waits() for _ in range(wait)], progress(clock)).fit(epochs)
 
-def command(epochs): return [sys.executable, '-c', f'import test_progress as t; t.script({epochs})']
-
-def popen(epochs, **kwargs):
-    return subprocess.Popen(command(epochs), cwd=os.path.dirname(__file__), **kwargs)
+def popen(epochs, wait=False, **kwargs):
+    code = f'import test_progress as t; t.script({epochs}, {wait})'
+    return subprocess.Popen([sys.executable, '-c', code], cwd=os.path.dirname(__file__), **kwargs)
 
 def in_terminal(epochs, interrupt_at=None):
-    "What the run writes into a terminal; Ctrl-C is pressed once `interrupt_at` has appeared"
+    "What the run writes into a terminal; Ctrl-C is pressed once `interrupt_at` has appeared, and the run waits for it"
     master, slave = pty.openpty()
-    p = popen(epochs, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, start_new_session=True,
+    p = popen(epochs, interrupt_at is not None, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, start_new_session=True,
               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))   # its own terminal: Ctrl-C reaches it, and nobody else
     os.close(slave)
-    seen, until = b'', time.monotonic() + 60
+    seen, until = b'', time.monotonic() + LIMIT
     while time.monotonic() < until:
         if not select.select([master], [], [], 1)[0]: continue
         try: new = os.read(master, 65536)
@@ -58,7 +85,7 @@ def in_terminal(epochs, interrupt_at=None):
         if not new: break
         seen += new
         if interrupt_at and interrupt_at in seen: interrupt_at = os.write(master, b'\x03') and None
-    p.wait(10)
+    p.wait(LIMIT)
     os.close(master)
     return seen.decode(), p.returncode
 
@@ -90,20 +117,24 @@ def test_ctrl_c_in_a_terminal():
     assert code not in (0, None) and len(lines) == 5         # the header, three rows of the first epoch, and where it stopped
     assert re.search(r'stopped by KeyboardInterrupt in epoch 2/5 train, batch \d+/30', lines[-1])
 
+def first_line(p):
+    "What is written while the run waits, and not when a buffer is full"
+    assert select.select([p.stdout], [], [], LIMIT)[0]
+    return p.stdout.readline().decode()
+
 def test_log():
-    p = popen(2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    first = p.stdout.readline().decode()
-    assert p.poll() is None                                  # written while it runs, not when a buffer is full
-    out = first + p.communicate(timeout=60)[0].decode()
+    p = popen(2, wait=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    first = first_line(p)
+    out = first + p.communicate(b'\n', timeout=LIMIT)[0].decode()
     assert not re.search(r'[^\x20-\x7e\n]', out)             # no control characters
     assert [re.sub(r'\d\.[\de.-]+|\d:\d\d', '#', o) for o in out.splitlines()] == [
         f'epoch {i}/2 | train loss # | raw loss # | ema loss # | #' for i in (1, 2)]
 
 def test_interrupted_log():
-    p = popen(5, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    first = p.stdout.readline().decode()
+    p = popen(5, wait=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    first = first_line(p)
     p.send_signal(signal.SIGINT)
-    lines = [first, *p.communicate(timeout=60)[0].decode().splitlines()]
+    lines = [first, *p.communicate(timeout=LIMIT)[0].decode().splitlines()]
     assert p.returncode != 0
     assert lines[0].startswith('epoch 1/5 | train') and lines[-1].startswith('stopped by KeyboardInterrupt in epoch 2/5 train')
 
@@ -126,32 +157,35 @@ def test_find_view(monkeypatch):
 # --- Jupyter
 
 class Display:
-    "Stands for IPython's `display` and for the handle it returns"
-    def __init__(self): self.shown = []
-    def __call__(self, data, raw, display_id): self.shown.append(('new', display_id, data)); return self
-    def update(self, data, raw): self.shown.append(('update', None, data))
+    "Stands for IPython's `display` and for the handle it returns; each output takes a while"
+    def __init__(self, clock): self.clock, self.shown = clock, []
+    def __call__(self, data, raw, display_id):
+        self._add('new', display_id, data)
+        return self
+    def update(self, data, raw): self._add('update', None, data)
+    def _add(self, *output):
+        self.clock.now += 0.02
+        self.shown.append(output)
 
 @pytest.fixture
-def display(monkeypatch):
-    d = Display()
+def display(monkeypatch, clock):
+    d = Display(clock)
     monkeypatch.setattr('IPython.display.display', d)
     return d
 
-def test_one_output_updated_by_time(display):
-    start = time.perf_counter()
-    learner(AverageCB(), SlowCB(), ProgressCB(plot=True, view=NotebookView)).fit(2)
-    seconds = time.perf_counter() - start
+def test_one_output_updated_by_time(display, clock):
+    learner(AverageCB(), SlowCB(clock), progress(clock, NotebookView, plot=True)).fit(2)
     kinds, ids, data = zip(*display.shown)
     assert kinds[0] == 'new' and set(kinds[1:]) == {'update'} and ids[0] is True
-    assert len(kinds) <= 2 + 6 + 2*seconds                   # start, end, rows, two a second
+    assert clock.now > 5 and 2*(clock.now - 1) <= len(kinds) <= 2 + 6 + 2*clock.now      # start, end, rows, two a second
     assert any('epoch 2/2 valid ema, batch' in o['text/plain'] for o in data)
     assert '<progress' in data[1]['text/html'] and '<progress' not in data[-1]['text/html']
     assert data[-1]['text/html'].count('<tr>') == 7 and data[-1]['text/html'].count('data:image/png;base64,') == 1
     assert len(data[-1]['text/plain'].splitlines()) == 7
 
-def test_many_short_epochs_are_not_an_output_each(display):
-    learner(ProgressCB(plot=True, view=NotebookView), n=2).fit(200)
-    assert len(display.shown) < 60 and len(display.shown[-1][2]['text/plain'].splitlines()) == 401
+def test_many_short_epochs_are_not_an_output_each(display, clock):
+    learner(SlowCB(clock, 0.001), progress(clock, NotebookView, plot=True), n=2).fit(200)
+    assert len(display.shown) < 10 and len(display.shown[-1][2]['text/plain'].splitlines()) == 401
 
 def test_other_shells_get_one_output(display):
     learner(ProgressCB(view=lambda: NotebookView(live=False))).fit(2)
@@ -188,10 +222,10 @@ def test_the_plot_of_any_fit(monkeypatch):
 def test_in_a_kernel():
     pytest.importorskip('ipykernel')
     from jupyter_client.manager import start_new_kernel
-    km, kc = start_new_kernel(kernel_name='python3', cwd=os.path.dirname(__file__))
+    km, kc = start_new_kernel(startup_timeout=LIMIT, kernel_name='python3', cwd=os.path.dirname(__file__))
     seen = []
     def hook(m): seen.append((m['msg_type'], m['content']))
-    try: kc.execute_interactive('import test_progress as t; t.script(2)', output_hook=hook, timeout=60, allow_stdin=False)
+    try: kc.execute_interactive('import test_progress as t; t.script(2)', output_hook=hook, timeout=LIMIT, allow_stdin=False)
     finally:
         kc.stop_channels()
         km.shutdown_kernel(now=True)

@@ -44,7 +44,7 @@ def trained(batches, *cbs, n=1, dtype=torch.double, cls=TrainLearner, opt_func=p
 def vec(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 4), st.booleans())
 def test_accumulation_is_one_large_batch(sizes, k, by_samples):
     "Batches of any sizes, with a shorter window at the end (Lightning#19987). Wrong: each micro-batch counts the same, or the tail is divided by k"

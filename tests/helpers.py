@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -181,12 +181,17 @@ def ctrl_c(f, files, at=None):
     Returns how many lines ran, and whether KeyboardInterrupt came out."""
     count = 0
 
+    @cache
+    def watched(file): return any(o in file for o in files)
+
     def trace(frame, event, arg):
         nonlocal count
-        if not any(o in frame.f_code.co_filename for o in files): return None
+        if not watched(frame.f_code.co_filename): return None
         if event == 'line':
             count += 1
-            if count == at: signal.raise_signal(signal.SIGINT)
+            if count == at:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
         return trace
     sys.settrace(trace)
     try: f()

@@ -1,4 +1,4 @@
-"What several test files share: toy data, small nets, learners on them, copies of tensors, Ctrl-C at any line, new processes"
+"What test files share: toy data, small nets, learners on them, copies of tensors, memory, Ctrl-C at any line, new processes"
 import io
 import os
 import signal
@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastswa.training.events import Callback, CancelFitException
@@ -167,7 +168,19 @@ class Trail(Callback):
     def weights(self): return [s['0.weight'].double().numpy() for s in self.seen]
 
 
-# --- interruptions and processes
+# --- memory, interruptions, processes
+
+
+def memory(f):
+    "Bytes that torch held at most during `f`, and after it, beyond those before"
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
+    events = sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns())
+    now = top = 0
+    for e in events:
+        now += e.nbytes()
+        top = max(top, now)
+    assert events
+    return top, now
 
 
 def end_workers(dls):

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,7 +27,7 @@ from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.readings import Readings, _in_any_order, reading
 from fastswa.callbacks.bnupdate import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
-from helpers import ctrl_c
+from helpers import ctrl_c, memory
 
 matplotlib.use('agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -308,11 +307,7 @@ def test_a_sample_of_large_outputs(layout):
 def test_a_reading_takes_little_memory(layout):
     "The largest activation of a network, three times more, may be too much"
     x = torch.randn(64, 32, 64, 64).to(memory_format=layout)        # 32 MB
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: reading(x)
-    now = top = 0
-    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()):
-        now += e.nbytes()
-        top = max(top, now)
+    top, _ = memory(lambda: reading(x))
     assert 0 < top < 6*2**20
 
 

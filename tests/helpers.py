@@ -14,7 +14,7 @@ from torch import nn, optim
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastswa.training.events import Callback, CancelFitException
+from fastswa.training.events import Callback, CancelFitException, CancelStepException
 from fastswa.training.learner import TrainLearner
 
 # --- data, nets, learners
@@ -79,6 +79,20 @@ class At(Callback):
         setattr(self, event, self.go)
     def go(self, learn):
         if learn.training == self.training: raise self.exc
+
+
+class Accumulate(Callback):
+    "A step each `k` batches, for the sum of their gradients"
+    def __init__(self, k): self.k = k
+    def after_backward(self, learn):
+        if (learn.iter + 1) % self.k: raise CancelStepException
+
+
+class NoOptimizer:
+    "What a learner takes for an optimizer, and a schedule does not"
+    def __init__(self, params, lr): pass
+    def step(self): pass
+    def zero_grad(self): pass
 
 
 class AtEpoch(Callback):

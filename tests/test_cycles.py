@@ -12,7 +12,7 @@ from fastswa.callbacks.cycles import OneCycleCB, WarmupStableDecayCB, plot_sched
 from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
-from helpers import AtEpoch, linear, regression, reopened
+from helpers import AtEpoch, NoOptimizer, linear, regression, reopened
 
 N, EPOCHS = 5, 4
 
@@ -121,11 +121,6 @@ def test_wsd_errors():
     (dict(moms=(0.95, 0.85, 0.9)), 'the last the same as the first'), (dict(moms=(1., 0.5, 1.)), 'moms must be a number')])
 def test_one_cycle_arguments(kw, match):
     with pytest.raises(ValueError, match=match): OneCycleCB(**kw)
-
-class NoOptimizer:
-    def __init__(self, params, lr): pass
-    def step(self): pass
-    def zero_grad(self): pass
 
 @pytest.mark.parametrize('cb', [OneCycleCB, WarmupStableDecayCB])
 def test_errors_of_the_fit(cb):

@@ -15,16 +15,16 @@ from fastswa.callbacks.finder import LRFinderCB, lr_find
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
 from fastswa.callbacks.swa import SWACB
 from fastswa.core import set_seed
-from fastswa.training.events import Callback, CancelStepException
+from fastswa.training.events import Callback
 from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
-from helpers import image_learner, linear, regression
+from helpers import Accumulate, image_learner, linear, regression
 
 N = 7     # steps in an epoch
 SCHEDS = dict(
     batches=lambda: BatchSchedCB(partial(lr_scheduler.OneCycleLR, max_lr=0.1)), epochs=lambda: EpochSchedCB(lr_scheduler.ReduceLROnPlateau),
     one_cycle=OneCycleCB, wsd=lambda: WarmupStableDecayCB('1ba', '2ba'), swa=lambda: SWACB('3ba', '1ba', swa_lr=0.01, anneal='3ba'))
 
-def net():
+def noisy_net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
 
@@ -52,7 +52,7 @@ def test_finder_leaves_no_trace(kind, exc, first):
         gen = torch.Generator().manual_seed(1)
         ds = TensorDataset(x, x.sum(1, keepdim=True))
         dls = SimpleNamespace(train=DataLoader(ds, 10, shuffle=True, generator=gen), valid=DataLoader(ds, 20, shuffle=True))
-        learn, breaks = LEARNERS[kind](net(), dls, lr=0.01), Breaks(exc)
+        learn, breaks = LEARNERS[kind](noisy_net(), dls, lr=0.01), Breaks(exc)
         learn.cbs += [Noise(), breaks, BatchSchedCB(partial(lr_scheduler.OneCycleLR, max_lr=0.05))]
         learn.fit(first)
         if look:
@@ -81,13 +81,8 @@ def test_finder_stops_where_it_should():
     assert len(TrainLearner(linear(), regression(N)).lr_find(max_steps=9, show=False).lrs) == 9
     assert len(TrainLearner(linear(), regression(N)).lr_find(max_epochs=2, show=False).lrs) == 2*N
 
-class EverySecond(Callback):
-    "Gradients of two batches add up"
-    def after_backward(self, learn):
-        if learn.iter % 2 == 0: raise CancelStepException
-
 def test_finder_with_gradients_that_add_up():
-    cb = EverySecond()
+    cb = Accumulate(2)
     cb.prepares = True                                              # so that it takes part
     res = TrainLearner(linear(), regression(N), cbs=cb).lr_find(max_steps=60, show=False)
     assert len(set(res.lrs)) < len(res.lrs) and all(map(math.isfinite, res.smooth[1]))

@@ -14,12 +14,12 @@ import fastswa.callbacks.csvlog
 from fastswa.callbacks.basics import MetricsCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.callbacks.csvlog import CSVLoggerCB
-from fastswa.training.events import Callback, CancelFitException, CancelStepException
+from fastswa.training.events import Callback, CancelFitException
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.loggers import LogCB, TensorBoardCB
 from fastswa.callbacks.schedule import BatchSchedCB
 from fastswa.callbacks.swa import EMACB, SWACB
-from helpers import in_new_process
+from helpers import Accumulate, in_new_process
 
 class Error:
     "The mean absolute error"
@@ -375,11 +375,8 @@ def test_optimizer_without_groups():
 
 def test_steps_not_batches():
     "Under accumulation the interval is in optimizer steps, and its mean is over all the batches that led to them"
-    class Accumulates(Callback):
-        def after_backward(self, learn):
-            if learn.iter % 2 == 0: raise CancelStepException
     kept, losses = Kept(), Losses()
-    learn = fit(learner(losses, Accumulates(), LogCB(kept, every='1ba'), sizes=(4, 2, 8, 5)), 2)
+    learn = fit(learner(losses, Accumulate(2), LogCB(kept, every='1ba'), sizes=(4, 2, 8, 5)), 2)
     n, values = np.array(losses.seen, dtype=np.float64).T
     assert learn.opt_steps == 4
     assert [s for s, _ in kept.of('train/loss')] == [1, 2, 3, 4]

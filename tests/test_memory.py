@@ -10,7 +10,7 @@ from helpers import floats, memory
 SLACK = 32*1024      # bytes: scalars, and the padding of allocations
 
 
-def net():
+def large_net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 256), nn.BatchNorm1d(256), *(nn.Linear(256, 256) for _ in range(4)))
 
@@ -24,7 +24,7 @@ def small_bytes(model): return 4*sum(t.numel() for t in floats(model).values() i
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_an_average_costs_one_fp32_copy(dtype):
     "A copied module would cost the gradients' buffers too, an average made through temporaries twice as much"
-    model = net().to(dtype)
+    model = large_net().to(dtype)
     avg = Average(model, ema(decay=0.9))
     top, kept = memory(avg.update)
     assert fp32_bytes(model) <= kept <= top <= fp32_bytes(model) + small_bytes(model) + SLACK      # the buffer for the small tensors stays too
@@ -42,7 +42,7 @@ def test_the_buffer_is_bounded():
 
 
 def test_swapping_takes_the_largest_tensor_once_more():
-    model = net()
+    model = large_net()
     avg = Average(model)
     avg.update()
     def swap():
@@ -52,7 +52,7 @@ def test_swapping_takes_the_largest_tensor_once_more():
 
 
 def test_another_dtype_takes_one_stash_of_the_raw_weights():
-    model = net().to(torch.bfloat16)
+    model = large_net().to(torch.bfloat16)
     avg = Average(model)
     avg.update()
     def swap():
@@ -62,7 +62,7 @@ def test_another_dtype_takes_one_stash_of_the_raw_weights():
 
 
 def test_several_averages_take_no_more_than_each_alone():
-    model = net()
+    model = large_net()
     averages = [Average(model, ema(decay=d)) for d in (0.9, 0.99, 0.999)]
     update_all(averages)
     top, kept = memory(lambda: update_all(averages))

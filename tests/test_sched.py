@@ -15,7 +15,7 @@ from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.basics import RecorderCB
 from fastswa.callbacks.swa import EMACB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
-from helpers import AtEpoch, image_learner, linear, regression, reopened
+from helpers import Accumulate, AtEpoch, NoOptimizer, image_learner, linear, regression, reopened
 
 N, EPOCHS = 7, 4     # steps in an epoch, epochs in a fit
 
@@ -119,14 +119,9 @@ def test_one_list_of_callbacks_for_two_learners():
     one = lambda n: by_hand(partial(S.OneCycleLR, max_lr=0.2, total_steps=n*N), OPTS['sgd'], 'batch', n_epochs=n)[0]
     assert [o[0][0] for o in used.seen] == [o[0][0] for o in one(1) + one(3)]
 
-class EverySecond(Callback):
-    "Gradients of two batches add up"
-    def after_backward(self, learn):
-        if learn.iter % 2 == 0: raise CancelStepException
-
 def test_steps_only_with_the_optimizer():
     cb = BatchSchedCB(partial(S.ExponentialLR, gamma=0.5))
-    TrainLearner(linear(), regression(N), cbs=[cb, EverySecond()]).fit(1)
+    TrainLearner(linear(), regression(N), cbs=[cb, Accumulate(2)]).fit(1)
     assert cb.schedo.last_epoch == N//2
 
 class NoSteps(Callback):
@@ -287,7 +282,7 @@ def test_a_new_fit_starts_anew():
         learn.fit(EPOCHS, valid=False)
         assert again.seen == used*2
 
-class Accumulate(Callback):
+class SaysItsSteps(Callback):
     "As accumulation does: says how many steps an epoch has, before the schedules ask"
     order = 25
     def before_fit(self, learn): learn.epoch_steps = math.ceil(N/2)
@@ -300,7 +295,7 @@ def test_length_under_accumulation():
         order = 20
         def after_step(self, learn): used.append(options(learn.opt))
     cb = BatchSchedCB(partial(S.OneCycleLR, max_lr=0.2))
-    TrainLearner(linear(), regression(N), lr=0.1, cbs=[cb, Accumulate(), AtStep()], opt_func=OPTS['sgd']).fit(2)
+    TrainLearner(linear(), regression(N), lr=0.1, cbs=[cb, SaysItsSteps(), AtStep()], opt_func=OPTS['sgd']).fit(2)
     opt, want = OPTS['sgd'](linear().parameters(), 0.1), []
     sched = S.OneCycleLR(opt, 0.2, total_steps=steps)
     for _ in range(steps):
@@ -317,10 +312,6 @@ def test_errors_before_training():
     ):
         with pytest.raises(exc, match=match): learn.fit(2, cbs=BatchSchedCB(sched))
     assert learn.opt_steps == 0 and learn.opt.param_groups[0]['lr'] == 0.1 and 'max_lr' not in learn.opt.param_groups[0]
-    class NoOptimizer:
-        def __init__(self, params, lr): pass
-        def step(self): pass
-        def zero_grad(self): pass
     with pytest.raises(TypeError, match='not an Optimizer'):
         TrainLearner(linear(), regression(N), opt_func=NoOptimizer).fit(1, cbs=BatchSchedCB(SCHEDS['step']))
 

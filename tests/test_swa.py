@@ -16,13 +16,13 @@ from fastswa.averaging.average import Average
 from fastswa.averaging.rules import ema
 from fastswa.averaging.batchnorm import update_bn
 from fastswa.callbacks.basics import BatchTransformCB, MetricsCB
-from fastswa.training.events import Callback, CancelEpochException, CancelStepException
+from fastswa.training.events import Callback, CancelEpochException
 from fastswa.callbacks.schedule import EpochSchedCB
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
 from fastswa.callbacks.bnupdate import BNUpdateCB
 from fastswa.callbacks.snapshots import AverageCB
 from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
-from helpers import Trail, copied, data, learner, net, one, same
+from helpers import Accumulate, Trail, copied, data, learner, net, one, same
 
 N, BS = 160, 16      # samples and batch size of `data()`
 
@@ -299,13 +299,6 @@ def test_raw_and_average_at_any_moment():
         for w in trail.seen[1:n]: avg = 0.8*avg + 0.2*w['0.weight'].double()
         assert same(raw, trail.seen[n - 1]) and state['n'] == n
         torch.testing.assert_close(state['weights']['0.weight'].double(), avg, rtol=1e-5, atol=1e-6)
-
-
-class Accumulate(Callback):
-    "A step each `k` batches, for the sum of their gradients"
-    def __init__(self, k): self.k = k
-    def after_backward(self, learn):
-        if (learn.iter + 1) % self.k: raise CancelStepException
 
 
 def test_micro_batches_do_not_count():

@@ -69,7 +69,8 @@ def script(epochs, wait=False):
 
 def popen(epochs, wait=False, **kwargs):
     code = f'import test_progress as t; t.script({epochs}, {wait})'
-    return subprocess.Popen([sys.executable, '-c', code], cwd=os.path.dirname(__file__), **kwargs)
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONUNBUFFERED'}      # it would hide that nothing is flushed
+    return subprocess.Popen([sys.executable, '-c', code], cwd=os.path.dirname(__file__), env=env, **kwargs)
 
 def in_terminal(epochs, interrupt_at=None):
     "What the run writes into a terminal; Ctrl-C is pressed once `interrupt_at` has appeared, and the run waits for it"

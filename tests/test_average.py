@@ -403,31 +403,33 @@ def test_a_state_saved_while_the_model_holds_the_average():
     assert (other.n, other.weights['weight'].item()) == (3, 5.)            # (0 + 4 + 11)/3
 
 
-@pytest.mark.parametrize('where', range(1, 9))
-def test_an_exchange_that_fails_mixes_nothing(where, monkeypatch):
+@pytest.mark.parametrize('where', range(1, 13))
+def test_a_swap_that_fails_mixes_nothing(where, monkeypatch):
     """As where memory runs out half-way: neither the raw weights nor the average hold a part of the other
 
     Elsewhere raw weights never come back after an exception (keras SwapEMAWeights, diffusers#2321)"""
-    import fastswa.averaging.average as averaging
+    from fastswa.averaging import holding
     model = net(norm=False)
-    avg, real, calls = Average(model), averaging.exchange, []
+    avg, real, calls = Average(model), holding.local, []
     avg.update()
     with torch.no_grad():
         for p in model.parameters(): p += 1
     avg.update()
     raw, weights = copied(model.state_dict()), copied(avg.weights)
-    def exchange(a, b):
+    def local(t):                                                          # 4 to keep the raw weights, 4 to swap, 4 to swap back
         calls.append(1)
-        if len(calls) == where <= 4: raise torch.OutOfMemoryError('no memory')
-        real(a, b)
-        if len(calls) == where - 4: raise torch.OutOfMemoryError('no memory')
-    monkeypatch.setattr(averaging, 'exchange', exchange)
+        if len(calls) == where: raise torch.OutOfMemoryError('no memory')
+        return real(t)
+    monkeypatch.setattr(holding, 'local', local)
     with pytest.raises(torch.OutOfMemoryError), avg.applied(): pass
-    if where <= 4:                                                         # nothing of the failing one was exchanged
-        assert same(copied(model.state_dict()), raw) and same(copied(avg.weights), weights)
-        monkeypatch.undo()
-        with avg.applied(): assert same(copied(model.state_dict()), weights)
-        avg.update()
+    monkeypatch.undo()
+    if where > 8:                                                          # half swapped back: doing it again mends it
+        assert holding.held_weights(model) == 'average'
+        holding.restore_raw(model)
+    assert holding.held_weights(model) == 'raw'
+    assert same(copied(model.state_dict()), raw) and same(copied(avg.weights), weights)
+    with avg.applied(): assert same(copied(model.state_dict()), weights)
+    avg.update()
 
 
 def test_a_weight_that_cannot_be_written():

@@ -66,7 +66,7 @@ def a_plain_learner():
     return learn
 
 
-FIXED = 'model dls loss_func lr opt_func cbs weights quick quiet in_fit'.split()
+FIXED = 'model dls loss_func lr opt_func cbs own_cbs weights quiet in_fit'.split()
 ENDS = dict(well=None, error=At('after_backward', ZeroDivisionError(), 90), ctrl_c=At('after_batch', KeyboardInterrupt(), 90, training=False))
 
 

@@ -225,8 +225,9 @@ def test_what_is_in_it(tmp_path):
     for k, v in learn.model.state_dict().items(): assert torch.equal(state['weights']['raw'][k], v)
     assert not torch.equal(state['weights']['raw']['0.weight'], raw['0.weight'])
     for name, a in learn.averages.items():
-        assert state['averages'][name]['n'] == a.n and state['averages'][name]['rule'] == repr(a.rule)
-        for k, v in a.weights.items(): assert torch.equal(state['averages'][name]['weights'][k], v)
+        saved = state['averages']['averages'][name]['average']
+        assert saved['n'] == a.n and saved['rule'] == repr(a.rule)
+        for k, v in a.weights.items(): assert torch.equal(saved['weights'][k], v)
     assert {*state['opt']} >= {'param_groups', 'state'}
     assert {*state['rng']} >= {'python', 'numpy', 'torch', 'cuda'} and {*state['made']} >= {'python', 'torch', 'fastswa', 'time'}
     assert state['history'] == learn.history and state['opt_steps'] == learn.opt_steps
@@ -385,7 +386,7 @@ def test_compiled_prefixes_stay_out(tmp_path):
     learn = learner(EMACB(0.8), model=model)
     learn.fit(1, cbs=CheckpointCB(tmp_path))
     state = read_checkpoint(tmp_path/'step-00000008.pt')
-    names = [*state['weights']['raw'], *state['averages']['ema']['weights'], *(n for g in state['opt']['param_groups'] for n in g['param_names'])]
+    names = [*state['weights']['raw'], *state['averages']['averages']['ema']['average']['weights'], *(n for g in state['opt']['param_groups'] for n in g['param_names'])]
     assert names and not [n for n in names if '_orig_mod' in n]
     plain = learner(EMACB(0.8))
     plain.load(tmp_path/'step-00000008.pt')

@@ -83,7 +83,7 @@ def test_ctrl_c_comes_out_when_all_is_tidy(name, event, training):
         def before_fit(self, learn): seen.append('begun')
         def cleanup_fit(self, learn): seen.append(type(learn.error))
     class Press(Callback):
-        order, armed, prepares, measures = 90, True, True, True
+        order, armed, role = 90, True, 'prepares'
         def go(self, learn):
             if Press.armed and (event.endswith('fit') or learn.training == training): signal.raise_signal(signal.SIGINT)
     setattr(Press, event, Press.go)

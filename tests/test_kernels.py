@@ -1,4 +1,4 @@
-"""What a GPU does otherwise, here on the CPU: a flag masks the write and its count is read late, weights travel by ferry
+"""What a GPU does otherwise, here on the CPU: a flag masks the write and its count is read late, weights travel beside the computation
 
 The two operators behind the mask exist on the CPU too. They are told to be used there, demand what they demand on a GPU, and
 every result is compared with the plain path, or with float64."""
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fastswa.averaging.average as averaging
-import fastswa.averaging.kernels as blend
+import fastswa.averaging.kernels as kernels
 from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.rules import ema, equal, power
 from helpers import floats
@@ -27,15 +27,15 @@ BAD = [(), (0,), (0, 1), (0, 2, 3), (3,), (1, 2), (2, 6), (0, 7), (7,), tuple(ra
 def dense(t): return torch.empty_like(t, device='meta').stride() == t.stride()
 
 
-class Lagging(blend.Late):
+class Lagging(kernels.DelayedFlags):
     "A device that is never done before it is waited for"
     waits = 0
 
     def ready(self): return False
 
-    def news(self):
+    def read(self):
         type(self).waits += 1
-        return super().news()
+        return super().read()
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def masked(monkeypatch):
             assert dense(a) and dense(e) and a.stride() == e.stride(), '_fused_sgd_ takes tensors of one dense layout on a GPU'
         fused(tensors, ends, *args, **kw)
     monkeypatch.setattr(torch, '_fused_sgd_', strict)
-    monkeypatch.setattr(averaging, 'masks', lambda tensors: all(t.is_floating_point() for t in tensors))
-    monkeypatch.setattr(averaging, 'Late', Lagging)
+    monkeypatch.setattr(averaging, 'can_mask', lambda tensors: all(t.is_floating_point() for t in tensors))
+    monkeypatch.setattr(averaging, 'DelayedFlags', Lagging)
     Lagging.waits = 0
 
 
@@ -143,7 +143,7 @@ def walk_quietly(model, n=4):
 def test_a_look_between_updates_reads_what_is_late(masked):
     "n, weights, the state and the swap wait for the checks: a bad newest snapshot is in none of them"
     for look in (lambda a: a.n, lambda a: a.skipped, lambda a: a.weights, lambda a: a.state_dict()['n'], lambda a: a.module(),
-                 lambda a: a.applied().__enter__() and a.restore()):
+                 lambda a: entered(a)):
         for bad in BAD[1:]:
             def at(i, avg, bad=bad, look=look):
                 if any(j not in bad for j in range(i + 1)): look(avg)
@@ -183,7 +183,7 @@ def test_several_at_once(masked):
                 use = avs if i % 2 else avs[::2]          # they do not all begin at once
                 if together: update_all(use)
                 else: [a.update() for a in use]
-            return [outcome(a, warned) for a in avs]
+            return [outcome(a, ()) for a in avs]          # together they warn once
     for a, b in zip(each(True), each(False)): assert_alike(a, b)
 
 
@@ -305,27 +305,31 @@ def test_the_flags_do_not_follow_the_default_dtype(default):
     kept = torch.get_default_dtype()
     try:
         torch.set_default_dtype(default)
-        flag, late = blend.bad_flag([torch.tensor([1., float('nan')], dtype=torch.float32)]), blend.Late('cpu')
+        flag, late = kernels.bad_flag([torch.tensor([1., float('nan')], dtype=torch.float32)]), kernels.DelayedFlags('cpu')
         for _ in range(300): late.add(flag)
     finally: torch.set_default_dtype(kept)
-    assert late.news() == 300
+    assert late.read() == 300
 
 
 # --- weights on their way to the host
 
 
-class FakeFerry:
+def entered(avg):
+    with avg.applied(): pass
+
+
+class FakeCopy:
     "Holds copies until they are fetched"
     sent = 0
 
     def __init__(self, tensors): self.spec = [(t.shape, t.dtype) for t in tensors]
 
-    def send(self, tensors):
+    def start(self, tensors):
         assert [(t.shape, t.dtype) for t in tensors] == self.spec, 'the host has memory for other tensors'
         self.cargo = [t.clone() for t in tensors]
         type(self).sent += 1
 
-    def land(self): return self.cargo
+    def wait(self): return self.cargo
 
 
 class Far(Average):
@@ -339,8 +343,8 @@ class Far(Average):
 
 @pytest.fixture
 def ferry(monkeypatch):
-    monkeypatch.setattr(averaging, 'Ferry', FakeFerry)
-    FakeFerry.sent = 0
+    monkeypatch.setattr(averaging, 'PinnedCopy', FakeCopy)
+    FakeCopy.sent = 0
 
 
 @pytest.mark.parametrize('bad', BAD, ids=str)
@@ -348,12 +352,12 @@ def ferry(monkeypatch):
 def test_by_ferry_as_at_once(rule, bad, ferry):
     "Not: the snapshot under way forgotten, taken twice, or overtaken by the next weights"
     assert_alike(run(lambda m: Far(m, RULES[rule]), bad), run(lambda m: Average(m, RULES[rule]), bad))
-    assert FakeFerry.sent == 8
+    assert FakeCopy.sent == 8
 
 
 @pytest.mark.parametrize('look', [
     lambda a: a.n, lambda a: a.weights, lambda a: a.state_dict(), lambda a: a.module(), lambda a: a.copy_to(net()),
-    lambda a: a.load_state_dict(copy.deepcopy(a.state_dict())), lambda a: a.applied().__enter__() and a.restore()])
+    lambda a: a.load_state_dict(copy.deepcopy(a.state_dict())), lambda a: entered(a)])
 def test_looks_wait_for_the_ferry(look, ferry):
     def at(i, avg):
         look(avg)
@@ -412,7 +416,7 @@ def test_a_copy_takes_nothing_that_is_under_way(how, request):
     avg = (Far if how == 'ferry' else Average)(model, ema(decay=0.5))
     for _ in walk(model, 3, (2,)):
         with warnings.catch_warnings(record=True): avg.update()
-    for part in (avg._late, avg._ferry):
+    for part in (avg._flags, avg._host_copy):
         if part: part.event = lock
     with warnings.catch_warnings(record=True): others = copy.deepcopy(avg), pickle.loads(pickle.dumps(avg))
     for other in others:

@@ -16,6 +16,7 @@ from fastswa.callbacks.metrics import MetricsCB
 from fastswa.core import set_seed
 from fastswa.training.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.training.learner import MomentumLearner, TrainLearner
+from fastswa.training.sandbox import sandbox
 from fastswa.callbacks.swa import BNUpdateCB
 import helpers
 from fastswa.core import clean_mem
@@ -163,7 +164,7 @@ def test_a_learner_that_failed_is_freed():
 def test_validation_only_needs_no_optimizer():
     learn = learner(opt_func=None)
     learn.fit(1, train=False)
-    assert learn.opt is None and learn.history[0]['train'] == 'eval'
+    assert not learn.has_opt and learn.history[0]['train'] == 'eval'
     learn.dls.valid = None
     with pytest.raises(ValueError, match='no validation loader'): learn.validate()
 
@@ -193,7 +194,7 @@ def test_showing_a_batch_trains_nothing(monkeypatch):
     learn = TrainLearner(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), dls, F.cross_entropy, 0.1)
     before = state(learn)
     learn.show_image_batch(max_n=4)
-    assert same(before, state(learn)) and learn.opt is None and learn.batch is None
+    assert same(before, state(learn)) and not learn.has_opt and learn.batch is None
 
 
 def test_an_error_before_backward_keeps_no_activations():
@@ -221,7 +222,7 @@ def test_the_list_of_callbacks_stays_the_callers():
     learn.fit(1, cbs=extra)
     assert set(seen) == {(1, 2, 3)} and learn.cbs == given and learn.cbs is not given
     learn.cbs.append(extra[0])
-    with learn.aside([Sees()]): pass
+    with sandbox(learn, [Sees()]): pass
     assert len(given) == 1 and len(learn.cbs) == 2
 
 

@@ -497,7 +497,7 @@ def test_bad_loggers():
     for bad in '0ba', 10, 'often':
         with pytest.raises(ValueError, match='every must be'): LogCB(Kept(), every=bad)
     with pytest.raises(ValueError, match="'train' is the training"): learner(EMACB(name='train'), LogCB(Kept())).fit(1)
-    learn = learner(LogCB(Kept(), every='1ep'))
+    learn = learner(LogCB(Kept(), every='0.5dur'))
     learn.dls.train = iter(learn.dls.train)
     with pytest.raises(ValueError, match='loader with a length'): learn.fit(1)
 

@@ -62,10 +62,6 @@ ROOMS = dict(                                                # design: each room
     core=['core', 'files'], plot=['plot', 'curves'], averaging=['averaging'], data=['data'], nets=['nets'], training=['training'],
     callbacks=['callbacks'], checkpoint=['checkpoint'], integrations=['integrations'], compare=['compare'], cli=['cli'], all=['all'])
 ONLY = dict(integrations={'core', 'averaging', 'integrations'})      # a room that may import from fewer rooms
-KNOWN = {                                                    # violations of today: to be emptied, then deleted
-    'fastswa.nets.hooks imports fastswa.training.events', 'fastswa.data.mixing imports fastswa.training.events',
-    'fastswa.data.mixing imports fastswa.callbacks.basics'}
-
 def modules():
     "Name → tree of each module of the library that belongs to a room"
     files = {o.relative_to(root).with_suffix('').parts: o for o in (root/'fastswa').rglob('*.py')}
@@ -106,7 +102,7 @@ def test_imports_come_from_rooms_above():
     order = list(ROOMS)
     def allowed(a, b): return b in ONLY[a] if a in ONLY else order.index(b) <= order.index(a)
     wrong = {f'{m} imports {o}' for m, found in imports().items() for o in found if not allowed(room(m), room(o))}
-    assert wrong - KNOWN == set()
+    assert wrong == set()
 
 def test_no_circles():
     try: [*TopologicalSorter(imports()).static_order()]

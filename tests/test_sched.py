@@ -145,7 +145,7 @@ class EmaCB(Callback):
     def before_fit(self, learn):
         average = Average(learn.model)
         for _ in range(self.n): average.update()
-        learn.add_average('ema', average)
+        learn.averages.add('ema', average)
 
 plateau = partial(S.ReduceLROnPlateau, mode='max', factor=0.5, patience=0)
 
@@ -247,7 +247,7 @@ OTHERS = [
 def new_from(cls, sched, n_epochs=EPOCHS, lr=0.1):
     "The rates of the third and fourth epoch of a fit with a schedule"
     used = Used()
-    learn = TrainLearner(linear(), data(), lr=lr, cbs=[cls(sched), used], opt_func=OPTS['sgd'])
+    learn = TrainLearner(linear(), regression(N), lr=lr, cbs=[cls(sched), used], opt_func=OPTS['sgd'])
     learn.fit(n_epochs, valid=False)
     return used.seen[2*N:4*N]
 

@@ -127,9 +127,9 @@ def interrupted():
 def bad_on_one():
     "Skipped where the NaN is, and where it is not"
     import fastswa.averaging.average as averaging
-    real = averaging.masks
+    real = averaging.can_mask
     for masks in (real, lambda tensors: True):                 # decided at once, and by a flag that is reduced
-        averaging.masks = masks
+        averaging.can_mask = masks
         model, avg, ref = trained(rule=ema(decay=0.5))
         before = copy.deepcopy(avg.weights)
         with torch.no_grad():
@@ -139,7 +139,7 @@ def bad_on_one():
             avg.update()
             assert (avg.n, avg.skipped, len(w)) == (4, 1, 1)
         assert all(torch.equal(v, before[k]) for k, v in avg.weights.items())
-        averaging.masks = real
+        averaging.can_mask = real
 
 
 def several():

@@ -13,6 +13,7 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 
 from fastswa.callbacks.basics import RecorderCB
+from fastswa.training.sandbox import prepared_batches
 from fastswa.training.events import Callback
 from fastswa.callbacks.speed import CompileCB, MixedPrecisionCB
 from fastswa.callbacks.metrics import EarlyStoppingCB
@@ -140,7 +141,7 @@ def test_autocast_where_batches_are_prepared():
     learn.get_preds('ema')
     learn.validate()
     assert {*seen} == {(True, True), (True, False)} and not torch.is_autocast_enabled('cpu')
-    for batch in learn.prepared(batches): break                           # left in the midst of it
+    for batch in prepared_batches(learn, batches): break                           # left in the midst of it
     del batch
     assert not torch.is_autocast_enabled('cpu')
 

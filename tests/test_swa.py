@@ -113,7 +113,7 @@ def test_apply_raw_is_restore():
     learn.fit(1)
     learn.apply('raw')
     learn.fit(1, valid=False)
-    learn.cbs[0].restore()
+    learn.restore()
     assert learn.weights == 'raw'
 
 
@@ -132,28 +132,27 @@ def test_statistics_for_a_bare_learner_and_added_later():
     learn = learner(cls=Learner)
     learn.fit(1, cbs=[TrainCB(), EMACB(apply=False)])
     own = learn.averages['ema'].weights['1.running_mean'].clone()
-    learn.cbs += [TrainCB(), BNUpdateCB()]
+    learn.averages.bn_data = learn.dls.train
     learn.apply('ema')
     assert not torch.allclose(learn.model[1].running_mean, own)
 
 
-def test_row_and_final_statistics():
+def test_row_and_final_statistics(monkeypatch):
     "A row takes valid_batches, weights that are applied take n_batches; neither repeats a pass it has made"
-    class Count(BNUpdateCB):
-        def _compute(self, learn, n):
-            self.passes.append(n)
-            super()._compute(learn, n)
-    bn = Count(n_batches=7, valid_batches=3)
-    bn.passes = []
-    learn = learner(EMACB(), bn)
+    passes = []
+    def counted(*args, n_batches, **kwargs):
+        passes.append(n_batches)
+        update_bn(*args, n_batches=n_batches, **kwargs)
+    monkeypatch.setattr('fastswa.averaging.averages.update_bn', counted)
+    learn = learner(EMACB(), BNUpdateCB(n_batches=7, valid_batches=3))
     learn.fit(2)
-    assert bn.passes == [3, 3, 7]
+    assert passes == [3, 3, 7]
     learn.validate()
-    assert bn.passes == [3, 3, 7]
+    assert passes == [3, 3, 7]
     learn.restore()
     learn.averages['ema'].load_state_dict(copy.deepcopy(learn.averages['ema'].state_dict()))
     learn.apply('ema')
-    assert bn.passes == [3, 3, 7, 7]             # the same count, but another average
+    assert passes == [3, 3, 7, 7]             # the same count, but another average
 
 
 def test_dict_batches_and_two_inputs_reach_the_statistics():
@@ -216,14 +215,18 @@ def test_state_loaded_within_a_fit_counts_at_once():
 
 @pytest.mark.parametrize('cbs, says', [
     ([EMACB(), SWACB()], 'ema, swa'), ([EMACB(), SWACB(start='1000ba')], 'ema'), ([EMACB(apply=False), SWACB(start='0ba')], 'ema, swa'),
-    ([EMACB(apply=False), SWACB(apply=False)], None), ([EMACB(apply=True), SWACB()], None), ([EMACB(apply=False)], None)])
+    ([EMACB(apply=False), SWACB(apply=False)], 'ema, swa'), ([EMACB(apply=True), SWACB()], None), ([EMACB()], None),
+    ([EMACB(apply=False)], 'ema'), ([EMACB(start='1000ba')], '')])
 def test_the_line_that_says_how_to_choose(cbs, says, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn = learner(*cbs, BNUpdateCB())
         learn.fit(1)
     out = capsys.readouterr().out
-    assert (out == '') if says is None else out.endswith(f'hold an average: {says}\n')
+    if says is None: assert out == "The model holds its 'ema' weights; learn.restore() gives it its raw ones back.\n" and learn.weights == 'ema'
+    else:
+        assert learn.weights == 'raw'
+        assert out == (f'The model holds its raw weights; learn.apply(name) gives it those of an average: {says}.\n' if says else '')
 
 
 def test_a_look_within_an_epoch_leaves_its_metrics_alone():
@@ -237,10 +240,6 @@ def test_a_look_within_an_epoch_leaves_its_metrics_alone():
     learn = learner(MetricsCB(n=Right()), Look())
     learn.fit(1)
     assert [r['n'] for r in learn.history] == [N, N]
-
-
-def test_averaging_by_a_base_without_a_rule():
-    with pytest.raises(TypeError, match='does not say by which rule'): learner(AverageCB(name='x')).fit(1)
 
 
 def test_swa_lr_respects_the_groups():

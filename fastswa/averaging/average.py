@@ -45,9 +45,9 @@ class ShadowWeights:
     def _clear(self): self._avg,self._blocks = None,{}
 
     @torch.no_grad()
-    def _copies(self, values, into=None, device=None):
+    def _copies(self, values, into=None, device=None, selection=None):
         "A copy of values in the order of the selection, in the layout of the module's tensors"
-        res = self._selection.empty(self.dtype, device or self.device) if into is None else into
+        res = (selection or self._selection).empty(self.dtype, device or self.device) if into is None else into
         for r, v in zip(res, values): r.copy_(v)
         return res
 
@@ -71,9 +71,8 @@ class ShadowWeights:
         self._follow(old, new)
 
     def _follow(self, old, new):
-        avg,self._selection = self._avg,new
-        self._clear()
-        if avg is not None: self._avg = self._copies(new.in_order(old.by_name(avg)))
+        avg = None if self._avg is None else self._copies(new.in_order(old.by_name(self._avg)), selection=new)
+        with uninterrupted(): self._selection,self._avg,self._blocks = new,avg,{}
 
     def _is_held(self): return is_held(self._selection.owners)
 
@@ -264,11 +263,11 @@ class Average(CountedSnapshots):
         self._need()
         return self._selection.by_name(self._avg)
 
-    def contents(self) -> tuple: # `(dict, key)` of each distinct tensor of the module, and the average of each
+    def contents(self) -> tuple: # `(dict, key)` of each tensor of the module, under every name, and the average of each
         "Where the module's tensors lie, and what the average has for them"
         self._need()
         self.verify()
-        return self._selection.places, self._avg
+        return self._selection.places, list(self.weights.values())
 
     @contextmanager
     def applied(self,

@@ -219,7 +219,7 @@ class Averages(TrackedAverages):
         quick:bool=False, # will `averages.quick_batches` do? For a look in the midst of a run
     ):
         "Inside the block the model holds these weights; afterwards weights, buffers, modes and random state are as before"
-        self._adopt_changes()
+        self.adopt_changes()
         places,values = self._contents(name)
         with keep_rng(), keep_modes(self.model), holding(self.model, name, places, values):
             self._fit_statistics(name, bn_data, forward, n_batches or (self.quick_batches if quick else None))
@@ -232,7 +232,7 @@ class Averages(TrackedAverages):
         n_batches:int|None=None, # use so many batches; None: `averages.bn_batches`
     ):
         "The model holds these weights from now on, until `restore` or the next run; RuntimeError if the average is empty"
-        self._adopt_changes()
+        self.adopt_changes()
         restore_raw(self.model)
         if name == 'raw': return
         places,values = self._contents(name)
@@ -248,6 +248,7 @@ class Averages(TrackedAverages):
 
     def restore(self):
         "The model holds its raw weights again; nothing happens if it does already"
+        self.adopt_changes()
         restore_raw(self.model)
 
     def keep(self):
@@ -256,19 +257,23 @@ class Averages(TrackedAverages):
 
     def start_from_raw(self):
         "The model holds its raw weights, to train on; a warning where that is not what its holder knows"
-        if self._adopt_changes():
+        if self.adopt_changes():
             for average in self.values(): average.reset()      # they are of other weights
         held = held_record(self.model)
         if held is None or held.name == 'raw': return
         if held is not self._applied: warnings.warn(f'the model held its {held.name!r} weights: training starts from its raw ones')
         restore_raw(self.model)
 
-    def _adopt_changes(self):
-        "Where somebody put other weights in place of the average that the model held, they are the raw weights now"
+    def adopt_changes(self) -> bool: # were there any?
+        """Where somebody put other weights in place of the average that the model held, they are the raw weights from now on
+
+        That average starts anew, since it is of other weights."""
         held = held_record(self.model)
         if held is None or not held.changed(): return False
-        warnings.warn(f'the weights of {held.name!r}, which the model held, were changed: the weights as they are now count as the raw ones')
+        warnings.warn(f'the weights of {held.name!r}, which the model held, were changed: '
+                      'the weights as they are now count as the raw ones, and that average starts anew')
         keep_held(self.model)
+        if held.name in self: self[held.name].reset()
         return True
 
     def _contents(self, name):

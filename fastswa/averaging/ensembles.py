@@ -32,8 +32,10 @@ class KeepsSnapshots(Average):
         self._kept = []
 
     def _follow(self, old, new):
-        super()._follow(old, new)
-        self._kept = [self._copies(new.in_order(old.by_name(v))) for v in self._kept]
+        kept = [self._copies(new.in_order(old.by_name(v)), selection=new) for v in self._kept]
+        with uninterrupted():
+            super()._follow(old, new)
+            self._kept = kept
 
     def state_dict(self): return dict(super().state_dict(), **{self._key: [self._selection.by_name(v) for v in self._kept]})
 

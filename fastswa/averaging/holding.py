@@ -23,10 +23,11 @@ class Held:
     def __init__(self,
         name:str, # of what is to be held: that of an average, or `'raw'`
         module:nn.Module, # the plain model
-        places, # where its tensors lie: `(dict, key)`, each tensor once
+        places, # where its tensors lie: `(dict, key)`
         stash=None, # device where the covered weights are kept; None: that of each
+        look:bool=False, # only to look at for a while? Then whatever is written meanwhile is of no interest
     ):
-        self.name,self.places,self.active = name,list(places),False
+        self.name,self.places,self.active,self.look = name,list(places),False,look
         ours = {(id(d), k) for d, k in self.places}
         self.buffers = [(m._buffers, k) for m in module.modules() for k, b in m._buffers.items()
                         if b is not None and (id(m._buffers), k) not in ours]      # others, which may change meanwhile
@@ -34,7 +35,15 @@ class Held:
         self.below = list({id(h): h for t in self.tensors if (h := _BY_TENSOR.get(id(t))) is not None}.values())
         self.changed_below = [h.changed() for h in self.below]
         self.mark = None
-        with _in_train_mode(module), torch.no_grad(): self.kept = [_copy(local(t), stash) for t in self.tensors]
+        self.n_taken = 0
+        with _in_train_mode(module), torch.no_grad(): self._keep(stash)
+
+    def _keep(self, stash):
+        "A copy of each tensor, once where several places have the same"
+        copies = {}
+        for t in self.tensors:
+            if id(t) not in copies: copies[id(t)] = _copy(local(t), stash)
+        self.kept = [copies[id(t)] for t in self.tensors]
 
     @torch.no_grad()
     def take(self,
@@ -44,7 +53,12 @@ class Held:
         "The module holds these values from now on"
         self._link(module)      # first: whatever happens from here on, `release` puts everything back
         with _in_train_mode(module):
-            for (d, k), v in zip(self.places, values): local(d[k]).copy_(v)
+            for i, ((d, k), v) in enumerate(zip(self.places, values)):
+                self.n_taken = i + 1      # before: an interruption may come after the copy, and before the next line
+                try: local(d[k]).copy_(v)
+                except RuntimeError:
+                    self.n_taken = i      # a tensor that cannot be written to has not changed
+                    raise
         self.note_contents()
 
     @torch.no_grad()
@@ -61,7 +75,9 @@ class Held:
 
     def _put_back(self):
         n = len(self.places)
-        for (d, k), raw in zip(self.places, self.kept): local(d[k]).copy_(raw)
+        taken = list(zip(self.places, self.tensors, self.kept))[:self.n_taken]
+        for (d, k), _, raw in sorted(taken, key=lambda o: o[0][0][o[0][1]] is o[1]):      # a place that got another's tensor comes first
+            local(d[k]).copy_(raw)
         for (d, k), buffer, raw in zip(self.buffers, self.tensors[n:], self.kept[n:]):
             now = d.get(k)
             if now is None: continue
@@ -100,7 +116,7 @@ class Held:
 
     def changed(self) -> bool:
         "Has somebody put other weights in the place of those that were to be held?"
-        return self.mark != self._contents()
+        return not self.look and self.mark != self._contents()
 
     def __setstate__(self, state):      # of a copy of the module, or one from a file
         vars(self).update(state)
@@ -179,13 +195,13 @@ def raw_values(
 def holding(
     module:nn.Module, # a model, compiled or wrapped ones too
     name:str, # what it is to hold
-    places, # where its tensors lie: `(dict, key)`, each tensor once
+    places, # where its tensors lie: `(dict, key)`
     values, # the tensors to hold, in the same order
     stash=None, # device where the covered weights are kept; None: that of each
 ):
     "Inside the block a module holds other weights; after it, whatever happened, those from before"
     module = unwrap(module)
-    held = Held(name, module, places, stash)
+    held = Held(name, module, places, stash, look=True)
     try:
         held.take(module, values)
         yield held

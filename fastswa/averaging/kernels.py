@@ -118,7 +118,7 @@ def can_mask(tensors):
 def bad_flag(tensors):
     "fp32 number on their device: 1 if `tensors` hold NaN or infinity, else 0"
     full = [t for t in tensors if t.numel()]  # the maximum of no elements is an error
-    if not full: return torch.zeros((), device=tensors[0].device)
+    if not full: return torch.zeros((), dtype=torch.float32, device=tensors[0].device)
     largest = torch.stack(torch._foreach_norm(full, math.inf))
     return largest.isfinite().all().logical_not().float()
 
@@ -155,8 +155,8 @@ class DelayedFlags:
     @torch.inference_mode(False)  # an inference tensor could not be updated later
     def __init__(self, device):
         on_gpu = torch.device(device).type == 'cuda'
-        self._count = torch.zeros((), device=device)
-        self._host = torch.zeros((), pin_memory=on_gpu)
+        self._count = torch.zeros((), dtype=torch.float32, device=device)      # whatever the default is: bf16 counts to 256
+        self._host = torch.zeros((), dtype=torch.float32, device='cpu', pin_memory=on_gpu)
         self._event = torch.cuda.Event() if on_gpu else None
         self.unread = 0
         self._read = 0

@@ -116,7 +116,7 @@ class SWAG(KeepsSnapshots):
             raise ValueError(f'bn_data is gone through for each sample: give a list or loader; got a {type(bn_data).__name__}')
         from tqdm import tqdm
         loaders,other = [*loader_generators(batches), *loader_generators(bn_data)],average_of(self, self.weights)
-        with keep_rng(*loaders):
+        with keep_rng(*loaders), keep_modes(self.source):
             batches,means = list(batches),None
             if not batches: raise ValueError('there are no batches to predict')
             for i in tqdm(range(n), 'samples', leave=False, disable=None):

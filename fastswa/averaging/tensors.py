@@ -116,7 +116,7 @@ class Selection:
         self.tensors = {name: local(t).detach() for name, (_, _, t) in zip(places, self._slots)}     # tied ones under every name
         self.live,self.index = distinct(self.tensors)                                                # tied ones once
         owners = [self._slots[pos] for pos in self._first()]
-        self.places = [(d, k) for d, k, _ in owners]
+        self.places = [(d, k) for d, k, _ in self._slots]                                            # under every name
         self.owners = [t for _, _, t in self._slots]                                                 # parameters and buffers themselves
         self.small = sum(t.numel() for t in self.live) <= 2**15
         self.params = [isinstance(t, nn.Parameter) for _, _, t in owners]

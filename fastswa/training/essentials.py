@@ -87,15 +87,17 @@ class ModesCB(Callback):
     def __init__(self): self.modes,self.frozen = {},[]
 
     def before_fit(self, learn):
-        self.modes = {m: m.training for m in learn.model.modules()}
-        self.frozen = [m for m in self.modes if learn.model.training and not m.training]
+        self.modes,self.frozen = {m: m.training for m in learn.model.modules()},None
 
     def set(self, model, training):
         "Put the model in train or eval mode"
         model.train(training)
-        for m in self.frozen: m.train(False)
+        for m in self.frozen or (): m.train(False)
 
-    def before_epoch(self, learn): self.set(learn.model, learn.training)
+    def before_epoch(self, learn):
+        if self.frozen is None:      # now, since a callback may freeze layers when the fit begins
+            self.frozen = [m for m in learn.model.modules() if learn.model.training and not m.training]
+        self.set(learn.model, learn.training)
 
     def cleanup_fit(self, learn): set_modes(self.modes)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 from ..averaging.averages import Averages
+from ..averaging.holding import restore_raw
 from ..core import Clock, later, map_tensors, unwrap
 from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepException, as_list, check_cbs, with_cbs
 from .optim import HasOptimizer
@@ -157,6 +158,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
             self.n_epochs,self.epochs,self.completed = n_epochs,range(n_epochs),0
             self.epoch,self.iter,self.between_batches = 0,-1,True
             if train:
+                stack.push(self._raw_after_error)
                 self.clock = Clock(_length(self.dls.train), n_epochs)
                 self.averages.begin(clock=self.clock)
                 self.averages.clear()      # the callbacks of this fit add theirs
@@ -174,6 +176,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
             self.completed = self.epoch + 1
 
     def _validate(self, valid):
+        self.averages.adopt_changes()
         for name in [valid] if isinstance(valid, str) else self.averages.rows():
             if name == 'raw' == self.weights: self.one_epoch(False)
             else:
@@ -237,6 +240,9 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         self.cbs.append(self.resuming)
         self.epoch = self.completed = self.resuming.epoch
         self.epochs = range(self.epoch, self.n_epochs)
+
+    def _raw_after_error(self, exc_type, exc, tb):
+        if exc is not None: restore_raw(self.model)
 
     def _let_go(self):
         "A batch that was not finished does not keep its graph"

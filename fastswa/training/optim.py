@@ -188,6 +188,7 @@ def hook_steps(
 # %% ../../nbs/training/03_optim.ipynb #0000001a
 class HasOptimizer:
     "An optimizer for `model`, made by `opt_func` when it is first needed; `opt_steps` counts the steps that it really made"
+    in_fit = will_train = False
     def __init__(self):
         self.opt_steps = 0
         self.forget_opt()
@@ -209,8 +210,8 @@ class HasOptimizer:
 
     @property
     def opt(self):
-        "The optimizer"
-        if self._is_ready: return self._opt
+        "The optimizer; None in a fit that does not train, if there is none yet"
+        if self._is_ready or (self.in_fit and not self.will_train): return self._opt
         if self._opt is None or not opt_fits(self._opt, self.model): self.opt = make_opt(self.opt_func, self.model, self._rate())
         set_rates(self._opt, self._rate())
         self.options,self._is_ready = group_options(self._opt),True

@@ -362,6 +362,25 @@ def test_errors_before_training():
     with pytest.raises(TypeError, match='not an Optimizer'):
         TrainLearner(linear(), data(), opt_func=NoOptimizer).fit(1, cbs=BatchSchedCB(SCHEDS['step']))
 
+class Counting(optim.Optimizer):
+    "Keeps state in its groups, as Prodigy's d, Schedule-Free's weight_sum and fused Adam's step"
+    def __init__(self, params, lr): super().__init__(params, dict(lr=lr, k=0, total=torch.zeros(())))
+    @torch.no_grad()
+    def step(self, closure=None):
+        for g in self.param_groups:
+            g['k'] += 1
+            g['total'] += 1
+            for p in g['params']: p.sub_(g['lr']/g['k']*p.grad)
+
+@pytest.mark.parametrize('per', CBS)
+def test_only_what_a_schedule_changed_is_put_back(per):
+    "Wrong: the optimizer's own counts are those of before the fit (f07)"
+    learn = TrainLearner(linear(), data(), lr=0.1, opt_func=Counting, cbs=CBS[per](SCHEDS['exponential']))
+    for n in 1, 2:
+        learn.fit(2)
+        group, = learn.opt.param_groups
+        assert group['k'] == int(group['total']) == 2*n*N and group['lr'] == 0.1 and 'initial_lr' not in group
+
 # the finder
 
 def net():

@@ -17,10 +17,10 @@ import torch
 from torch import optim
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from .finder import group_options, restore_options, set_option
 from .metrics import Watched
 from ..core import Clock, Time, check_choice, check_number, check_whole, plain
 from ..training.events import Callback, Stage
+from ..training.optim import OptionChanges, group_options, set_option
 
 # %% ../../nbs/callbacks/06_schedule.ipynb #00000007
 def _takes_length(sched):
@@ -93,10 +93,9 @@ def _order_does_not_matter():
 
 # %% ../../nbs/callbacks/06_schedule.ipynb #0000000d
 class BaseSchedCB(Callback):
-    "Makes the scheduler `self.schedo` when a fit begins, and puts the optimizer's options back when it ends"
+    "Makes the scheduler `self.schedo` when a fit begins; when it ends, the options that it changed are as before"
     order,role = Stage.schedule,'schedules'
-    schedo = _opt = None
-    _before = ()
+    schedo = _changes = None
     def __init__(self,
         sched, # called with the optimizer (and `total_steps`, if it takes that and has none); returns a scheduler
     ):
@@ -114,47 +113,44 @@ class BaseSchedCB(Callback):
         if not hasattr(learn.opt, 'param_groups'):
             raise TypeError('a schedule needs an optimizer with param_groups; '
                             f'{type(learn.opt).__name__} is not an Optimizer of that kind')
-        self._opt,self._before = learn.opt,group_options(learn.opt)
-        self._make(self.steps(learn))
+        self._changes = OptionChanges(learn.opt)
+        self._make(learn.opt, self.steps(learn))
 
-    def _make(self, steps):
+    def _make(self, opt, steps):
         asks = _takes_length(self.sched)
         if asks and not steps:
             raise ValueError('the schedule needs the number of steps in the fit, but the training loader has no '
                              'length: give the loader a `__len__`, or the schedule its total_steps')
-        self._remake = partial(self.sched, self._opt, **(dict(total_steps=steps) if asks else {}))
-        self.schedo = self._remake()
+        self._factory = partial(self.sched, opt, **(dict(total_steps=steps) if asks else {}))
+        with self._changes.recording(): self.schedo = self._factory()
         if not hasattr(self.schedo, 'step'):
             raise TypeError(f'sched must return a scheduler; it returned {self.schedo!r}')
         _check_length(self.schedo, steps)
         self._new = _settings(self.schedo)
         self._by_metric = 'metrics' in inspect.signature(self.schedo.step).parameters
 
-    def _restore(self): restore_options(self._opt, self._before)
-
     def _step(self, value=None):
         self._n += 1
-        if self._by_metric: self.schedo.step(value)
-        else: self.schedo.step()
+        with self._changes.recording(): self.schedo.step(*([value] if self._by_metric else []))
 
     def before_batch(self, learn):
         if not self._skip: return
-        self._restore()      # another schedule than the one that was saved starts from the rate of this fit
-        self.schedo,n = self._remake(),self._skip
-        self._n = self._skip = 0
+        self._changes.undo()      # another schedule than the one that was saved starts from the rate of this fit
+        with self._changes.recording(): self.schedo = self._factory()
+        n,self._n,self._skip = self._skip,0,0
         with _order_does_not_matter():
             for _ in range(0 if self._by_metric else n): self._step()
 
     def cleanup_fit(self, learn):
-        if self._opt is not None: self._restore()
-        self._opt,self._before = None,()
+        if self._changes is not None: self._changes.undo()
+        self._changes = None
 
     def state_dict(self):
         return {} if self.schedo is None else dict(new=self._new, now=_state(self.schedo), n=self._n)
 
     def load_state_dict(self, state):
         "Go on from where a saved schedule was; a warning if it was another one. Between fits nothing happens"
-        if not state or self._opt is None: return
+        if not state or self._changes is None: return
         differences = _differences(state['new'], self._new)
         if differences:
             warnings.warn(f'the saved schedule is another one: {differences}; '
@@ -198,7 +194,7 @@ class EpochSchedCB(BaseSchedCB):
         super().before_fit(learn)
 
     def before_epoch(self, learn):
-        if self._opt is None or not learn.training or not self._by_metric: return
+        if self._changes is None or not learn.training or not self._by_metric: return
         self.watched.check(learn)
         if self._row is None: return
         weights = self.watched.weights
@@ -208,7 +204,7 @@ class EpochSchedCB(BaseSchedCB):
         self._row = None
 
     def after_epoch(self, learn):
-        if self._opt is None: return
+        if self._changes is None: return
         if learn.training: self._row = learn.history[-1]
         if not self._by_metric:
             if learn.training: self._step()
@@ -226,7 +222,7 @@ class EpochSchedCB(BaseSchedCB):
 
     def load_state_dict(self, state):
         "Go on from where a saved schedule was, with the step that it owed"
-        if not state or self._opt is None: return
+        if not state or self._changes is None: return
         super().load_state_dict(state)
         self._row = state['row']
         if self._row is not None and self._row['epoch'] < self._learn.epoch: self.before_epoch(self._learn)

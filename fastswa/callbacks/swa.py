@@ -15,7 +15,7 @@ from ..averaging.batchnorm import bn_layers
 from .bnupdate import BNUpdateCB
 from ..core import Time
 from ..averaging.ensembles import LatestAverage
-from .finder import group_options, restore_options, set_option
+from ..training.optim import group_options, restore_options, set_option
 from ..averaging.posthoc import PostHocEMA
 from ..averaging.rules import ema, equal
 from .snapshots import AverageCB

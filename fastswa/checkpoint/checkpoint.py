@@ -16,8 +16,7 @@ from ..callbacks.metrics import Watched
 from ..core import Time, unwrap
 from ..training.events import Callback, Stage, by_order
 from ..files import check_folder, written
-from ..callbacks.finder import restore_options
-from ..training.optim import load_opt_state
+from ..training.optim import load_opt_state, restore_options
 from .resume import Resume, check_model, learner_state, load_weights
 
 # %% ../../nbs/checkpoint/02_checkpoint.ipynb #00000007

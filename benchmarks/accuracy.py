@@ -20,7 +20,7 @@ from fastswa.nets.init import init_weights
 from fastswa.nets.layers import act_gr, get_model
 from fastswa.training.learner import MomentumLearner, TrainLearner
 from fastswa.data.sources import fashion_mnist
-from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
 
 

@@ -12,8 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from fastswa.data.mixing import cutmix, mixup
-from fastswa.data.transforms import rand_copy, rand_crop, rand_erase, rand_flip
+from fastswa.data.transforms import cutmix, mixup, rand_copy, rand_crop, rand_erase, rand_flip
 from fastswa.core import default_device
 
 

@@ -4,8 +4,8 @@
 
 The variants alternate in one process; each figure is the median over the rounds, the ratio is that of the medians, with the smallest and the
 largest of a single round. `acts` are the four activations, `layers` the convolutions, norms and activations, `all` every module, containers
-too, which is what `ActivationStats()` watches. An epoch ends when what was read is on the CPU and in a report. The target is 10 % of the
-epoch at the default interval.
+too. (`ActivationStats()` itself watches all modules but containers.) An epoch ends when what was read is on the CPU and in a report. The
+target is 10 % of the epoch at the default interval.
 """
 import argparse, statistics, time
 from functools import partial

@@ -1,7 +1,9 @@
 "Every public name, for notebooks: `from fastswa.all import *`. Written by hand"
 from fastswa.averaging.average import *
+from fastswa.averaging.averages import *
 from fastswa.averaging.batchnorm import *
 from fastswa.averaging.ensembles import *
+from fastswa.averaging.holding import *
 from fastswa.averaging.interchange import *
 from fastswa.averaging.kernels import *
 from fastswa.averaging.posthoc import *
@@ -11,15 +13,12 @@ from fastswa.averaging.tensors import *
 from fastswa.callbacks.activations import *
 from fastswa.callbacks.augment import *
 from fastswa.callbacks.basics import *
-from fastswa.callbacks.bnupdate import *
 from fastswa.callbacks.finder import *
 from fastswa.callbacks.inspection import *
 from fastswa.callbacks.loggers import *
 from fastswa.callbacks.metrics import *
 from fastswa.callbacks.progress import *
-from fastswa.callbacks.readings import *
 from fastswa.callbacks.schedule import *
-from fastswa.callbacks.snapshots import *
 from fastswa.callbacks.speed import *
 from fastswa.callbacks.steps import *
 from fastswa.callbacks.swa import *
@@ -28,7 +27,6 @@ from fastswa.checkpoint.checkpoint import *
 from fastswa.checkpoint.resume import *
 from fastswa.core import *
 from fastswa.data.loaders import *
-from fastswa.data.mixing import *
 from fastswa.data.sources import *
 from fastswa.data.transforms import *
 from fastswa.files import *
@@ -37,9 +35,10 @@ from fastswa.nets.init import *
 from fastswa.nets.layers import *
 from fastswa.nets.lsuv import *
 from fastswa.nets.norms import *
+from fastswa.nets.statistics import *
 from fastswa.plot import *
+from fastswa.training.essentials import *
 from fastswa.training.events import *
 from fastswa.training.learner import *
-from fastswa.training.meter import *
 from fastswa.training.optim import *
 from fastswa.training.sandbox import *

@@ -102,7 +102,7 @@ def train(
     from fastswa.training.learner import TrainLearner
     from fastswa.callbacks.progress import ProgressCB
     from fastswa.callbacks.schedule import BatchSchedCB
-    from fastswa.callbacks.bnupdate import BNUpdateCB
+    from fastswa.callbacks.swa import BNUpdateCB
     from fastswa.callbacks.swa import EMACB, SWACB
 
     set_seed(seed)

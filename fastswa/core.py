@@ -145,7 +145,7 @@ def loader_generators(
     found = generators_in([*(getattr(o, 'generator', None) for o in places), getattr(dl, 'tfm', None)])
     return list({id(g): g for g in found}.values())
 
-# %% ../nbs/00_core.ipynb #c6c42780
+# %% ../nbs/00_core.ipynb #0000001c
 def _range(low, high, include_low, include_high):
     "The numbers from `low` to `high` in words"
     if low == -math.inf: return '' if high == math.inf else f' {"at most" if include_high else "below"} {high}'
@@ -195,7 +195,38 @@ def check_choice(
     *others, last = map(repr, choices)
     raise ValueError(f'{name} must be {", ".join(others)}{" or " if others else ""}{last}; got {value!r}')
 
-# %% ../nbs/00_core.ipynb #0000001c
+# %% ../nbs/00_core.ipynb #00000022
+def format_table(
+    rows, # dicts or named tuples: column → value
+    formats=None, # column → format specification of its floats; `'.4g'` where there is none
+) -> str:
+    "Rows as aligned text under the names of their columns; None and columns without any value are left out"
+    rows = [r._asdict() if hasattr(r, '_asdict') else r for r in rows]
+    formats = formats or {}
+    def text(column, value):
+        if not isinstance(value, float): return '' if value is None else str(value)
+        res = format(value, formats.get(column, '.4g'))
+        return res if res.strip('-0.%') else res.removeprefix('-')             # no -0.0000
+    blocks = []
+    for c in dict.fromkeys(k for r in rows for k in r):
+        cells = [text(c, r.get(c)) for r in rows]
+        if not any(cells): continue
+        width = max(map(len, (c, *cells)))
+        side = '<' if any(isinstance(r.get(c), str) for r in rows) else '>'
+        blocks.append([f'{cell:{side}{width}}' for cell in (c, *cells)])
+    return '\n'.join('  '.join(line).rstrip() for line in zip(*blocks))
+
+class Report(list):
+    "A list of named tuples that prints as a table"
+    def __init__(self,
+        rows=(), # named tuples
+        **formats, # for `format_table`
+    ):
+        super().__init__(rows)
+        self.formats = formats
+    def __repr__(self): return format_table(self, self.formats) or 'no rows'
+
+# %% ../nbs/00_core.ipynb #00000025
 class Time(NamedTuple):
     "A span of training: `value` in optimizer steps (`ba`), epochs (`ep`) or shares of the run (`dur`)"
     value: Fraction
@@ -235,7 +266,7 @@ class Time(NamedTuple):
             raise ValueError(f"'{self}' needs the number of epochs of the run: give n_epochs, or a time such as '200ba' or '3ep'")
         return self.value*epoch_steps*n_epochs
 
-# %% ../nbs/00_core.ipynb #00000020
+# %% ../nbs/00_core.ipynb #00000029
 class Clock:
     "How far a run has come: `batches` seen and optimizer `steps` taken"
     def __init__(self,
@@ -245,6 +276,7 @@ class Clock:
         self.epoch_batches,self.n_epochs = epoch_batches,n_epochs
         self.epoch_steps = epoch_batches      # optimizer steps in an epoch; fewer where gradients are accumulated
         self.batches = self.steps = 0
+        self.epochs = 0      # passes that are over; `ep` counts these where the loader has no length
 
     def tick(self,
         stepped:bool=True, # did the optimizer take a step?
@@ -256,11 +288,24 @@ class Clock:
     def now(self,
         time:Time, # whose unit counts
     ) -> int:
-        "How far the run has come: in optimizer steps for `ba`, else in batches"
-        return self.steps if time.unit == 'ba' else self.batches
+        "How far the run has come: in optimizer steps for `ba`, else in batches (in passes for `ep` where the loader has no length)"
+        return getattr(self, self.kind(time))
+
+    def begin_epoch(self,
+        epoch:int, # its number, from 0
+    ):
+        "An epoch begins; those before it are over, even if they were cut short"
+        self.epochs = epoch
+        if self.epoch_batches is not None: self.batches = epoch*self.epoch_batches
+
+    def kind(self, time:Time) -> str:
+        "What `now` counts"
+        if time.unit == 'ba': return 'steps'
+        return 'epochs' if time.unit == 'ep' and self.epoch_batches is None else 'batches'
 
     def span(self, time:Time) -> Fraction:
         "How long a time is, counted as `now` does; ValueError where that depends on an unknown length"
+        if self.kind(time) == 'epochs': return time.value
         return time.steps(self.epoch_batches, self.n_epochs)
 
 class Every:
@@ -298,7 +343,7 @@ class Every:
         if not self.started(): return False
         now = self.clock.now(self.every)
         if self.origin is None:
-            same = (self.start.unit == 'ba') == (self.every.unit == 'ba')
+            same = self.clock.kind(self.start) == self.clock.kind(self.every)
             self.origin,self.passed = (self.first if same else now),-1
         before,self.passed = self.passed,(now - self.origin)//self.gap
         return self.passed > before
@@ -312,7 +357,7 @@ class Every:
         self.passed = state['passed']
         self.origin = None if state['origin'] is None else Fraction(state['origin'])
 
-# %% ../nbs/00_core.ipynb #00000024
+# %% ../nbs/00_core.ipynb #0000002d
 @contextmanager
 def uninterrupted():
     "Ctrl-C pressed inside the block takes effect at its end (signals reach the main thread only: elsewhere nothing to do)"
@@ -326,7 +371,7 @@ def uninterrupted():
         signal.signal(signal.SIGINT, old)
         if pressed and callable(old): old(*pressed[0])
 
-# %% ../nbs/00_core.ipynb #00000025
+# %% ../nbs/00_core.ipynb #0000002e
 def set_modes(
     modes:dict, # module → is it in train mode? A parent before its children, as `modules()` gives them
 ):
@@ -344,7 +389,7 @@ def keep_modes(
     finally:
         with uninterrupted(): set_modes(modes)
 
-# %% ../nbs/00_core.ipynb #00000028
+# %% ../nbs/00_core.ipynb #00000031
 class later:
     "A method whose function lies in a module further down: it is imported at first use, and shows its own signature"
     def __init__(self,
@@ -356,7 +401,7 @@ class later:
         f = getattr(import_module(f'fastswa.{self.module}'), self.name)
         return f if obj is None else MethodType(f, obj)
 
-# %% ../nbs/00_core.ipynb #0000002b
+# %% ../nbs/00_core.ipynb #00000034
 def clean_ipython_hist():
     "Make IPython forget the inputs and outputs of the cells that ran; nothing happens outside IPython"
     try: ip = sys.modules['IPython'].get_ipython()
@@ -388,7 +433,7 @@ def clean_mem():
     if torch.cuda.is_initialized(): torch.cuda.empty_cache()
     elif torch.backends.mps.is_available(): torch.mps.empty_cache()
 
-# %% ../nbs/00_core.ipynb #03b152c4
+# %% ../nbs/00_core.ipynb #00000038
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype, torch.device,
           str, bytes, int, float, bool, complex, type(None))
 
@@ -413,7 +458,7 @@ def plain(
     raise TypeError(f'{name or "this"} is a {type(value).__name__}: a checkpoint holds tensors, numbers, texts, '
                     'and lists and dicts of them')
 
-# %% ../nbs/00_core.ipynb #b7d32438
+# %% ../nbs/00_core.ipynb #0000003b
 def format_value(
     value, # a number, a text, a tensor
 ) -> str:
@@ -429,7 +474,7 @@ def format_time(
     minutes,seconds = divmod(int(seconds), 60)
     return f'{minutes//60}:{minutes%60:02}:{seconds:02}' if minutes >= 60 else f'{minutes}:{seconds:02}'
 
-# %% ../nbs/00_core.ipynb #9647683f
+# %% ../nbs/00_core.ipynb #0000003d
 class Table:
     "Rows of values as lines of text, one by one, and as HTML"
     def __init__(self,
@@ -473,7 +518,7 @@ class Table:
         rows = [tr('td', [r.get(c, '') for c in self.columns]) for r in self.rows[-last:]]
         return f'<table><thead>{tr("th", self.columns)}</thead><tbody>{"".join(rows)}</tbody></table>' if rows else ''
 
-# %% ../nbs/00_core.ipynb #db20448e
+# %% ../nbs/00_core.ipynb #00000041
 _all_quiet = False
 
 @contextmanager
@@ -484,7 +529,7 @@ def quiet():
     try: yield
     finally: _all_quiet = before
 
-# %% ../nbs/00_core.ipynb #eb321c6c
+# %% ../nbs/00_core.ipynb #00000042
 def is_quiet(learn) -> bool:
     "Should what runs on this learner print nothing?"
     return _all_quiet or learn.quiet

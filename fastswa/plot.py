@@ -19,8 +19,8 @@ from .core import check_whole
 # %% ../nbs/02_plot.ipynb #00000005
 GREY = '#6b6b6b'
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
-_rc = {'axes.spines.top': False, 'axes.spines.right': False, 'font.size': 11., 'axes.titlesize': 12., 'axes.labelsize': 11.,
-       'legend.frameon': False, 'lines.linewidth': 2., 'image.cmap': 'gray'}
+_rc = {'axes.spines.top': False, 'axes.spines.right': False, 'font.size': 11., 'axes.titlesize': 12.,
+       'axes.labelsize': 11., 'legend.frameon': False, 'lines.linewidth': 2., 'image.cmap': 'gray'}
 
 @contextmanager
 def plot_style():

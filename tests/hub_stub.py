@@ -44,7 +44,8 @@ def main():
     import datasets, numpy as np
     from fastswa.data import sources
     datasets.disable_progress_bars()
-    sources._system = os.environ['XDG_CACHE_HOME'] = os.environ['HF_HOME']      # what this machine has must not be found first
+    # what this machine has must not be found first
+    sources._system = os.environ['XDG_CACHE_HOME'] = os.environ['HF_HOME']
     names = ['T - shirt / top'] + sources._classes['fashion_mnist'][1:]  # as the hub spells them
     for split, n in dict(train=5, test=3).items():
         f = BytesIO()

@@ -16,7 +16,7 @@ from fastswa.core import set_seed
 from fastswa.callbacks.schedule import OneCycleCB
 from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
 
 N_EPOCHS,STEPS = 4,8

@@ -1,5 +1,5 @@
-"""Batch augmentation: each transform against a loop over samples in NumPy given the same random numbers, its distribution, its gradients;
-mixing in training; test-time augmentation"""
+"""Batch augmentation: each transform against a loop over samples in NumPy given the same random numbers, its
+distribution, its gradients; mixing in training; test-time augmentation"""
 import copy, math, pickle, random
 from functools import partial
 
@@ -11,10 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torcheval.metrics import MulticlassAccuracy
 
-from fastswa.callbacks.augment import TTA, AugmentCB, log_mean_probs, tta, tta_views
-from fastswa.data.mixing import CutMixCB, MixUpCB, cutmix, mixup
-from fastswa.data.transforms import (RandCopy, RandCrop, RandErase, RandFlip, rand_copy, rand_crop, rand_erase,
-    rand_flip)
+from fastswa.callbacks.augment import TTA, AugmentCB, CutMixCB, MixUpCB, log_mean_probs, tta, tta_views
+from fastswa.data.transforms import (RandCopy, RandCrop, RandErase, RandFlip, cutmix, mixup, rand_copy, rand_crop,
+                                     rand_erase, rand_flip)
 from fastswa.callbacks.basics import BatchTransformCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.core import set_seed
@@ -24,7 +23,7 @@ from fastswa.training.events import Callback
 from fastswa.nets.init import init_weights
 from fastswa.nets.layers import act_gr, get_model
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
-from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
 
 SHAPES = [(5, 1, 28, 28), (3, 3, 7, 11), (4, 2, 16, 9), (1, 1, 5, 5), (2, 5, 1, 6), (1, 1, 1, 1)]
@@ -33,7 +32,8 @@ MIXED = dict(mixup=partial(mixup, classes=4, alpha=1.), cutmix=partial(cutmix, c
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
-def images(*shape, dtype=torch.float32, seed=0): return (100 + 40*torch.randn(shape, generator=gen(seed), dtype=torch.float64)).to(dtype)
+def images(*shape, dtype=torch.float32, seed=0):
+    return (100 + 40*torch.randn(shape, generator=gen(seed), dtype=torch.float64)).to(dtype)
 def labels(n, classes=4, seed=0): return torch.randint(classes, (n,), generator=gen(seed))
 def same(a, b): return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 def near(count, n, p, sigmas=5): assert abs(count - n*p) <= sigmas*math.sqrt(n*p*(1 - p)) + 1e-9, (count, n*p)
@@ -73,7 +73,8 @@ def test_copy_is_the_loop(shape, dtype, pct, max_num):
     for k in range(max_num):
         t, l, ft, fl = drawn(g, n, *[h - sh + 1, w - sw + 1]*2)
         for i in range(n):
-            if max_num - k <= num[i]: want[i, :, t[i]:t[i] + sh, l[i]:l[i] + sw] = a[i, :, ft[i]:ft[i] + sh, fl[i]:fl[i] + sw]
+            if max_num - k <= num[i]:
+                want[i, :, t[i]:t[i] + sh, l[i]:l[i] + sw] = a[i, :, ft[i]:ft[i] + sh, fl[i]:fl[i] + sw]
     assert got.dtype == dtype
     np.testing.assert_array_equal(got.double().numpy(), want)
 
@@ -156,13 +157,15 @@ def test_every_number_and_place_of_rectangles_is_equally_likely():
     place = rows.argmax(1)*6 + cols.argmax(1)
     for count in torch.bincount(place, minlength=24).tolist(): near(count, hit.sum().item(), 1/24)
     thin = rand_erase(marks(n, 100, 1), 0.01, 3, gen()) != marks(n, 100, 1)
-    for k, count in enumerate(torch.bincount(thin.sum((1, 2, 3)), minlength=4).tolist()):       # of three, some may coincide
+    # of three, some may coincide
+    for k, count in enumerate(torch.bincount(thin.sum((1, 2, 3)), minlength=4).tolist()):
         p = [1/4, 1/4*(1 + 1/100 + 1/100**2), 1/4*(99/100 + 3*99/100**2), 1/4*99*98/100**2][k]
         near(count, n, p)
 
 def test_share_of_erased_pixels_is_as_large_as_stated():
     "29 % of 100 pixels are 29, though 0.29*100 is less in floating point; and a pixel is left of a tiny image's 20 %"
-    assert (rand_erase(marks(500, 100, 100), 0.29, 1, gen()) != marks(500, 100, 100)).sum((1, 2, 3)).unique().tolist() == [0, 29*29]
+    x = marks(500, 100, 100)
+    assert (rand_erase(x, 0.29, 1, gen()) != x).sum((1, 2, 3)).unique().tolist() == [0, 29*29]
     assert (rand_erase(marks(500, 4, 4), 0.2, 1, gen()) != marks(500, 4, 4)).sum((1, 2, 3)).unique().tolist() == [0, 1]
 
 def test_noise_has_the_mean_and_deviation_of_the_batch_within_its_bounds():
@@ -188,7 +191,8 @@ def test_a_normalised_batch_stays_normalised():
 
 def test_crop_and_flip_are_uniform():
     n, pad = 20_000, 2
-    at = (rand_crop(marks(n, 9, 9), pad, generator=gen()) - marks(n, 9, 9)).long()[:, 0, 4, 4]     # of what comes to the centre
+    # of what comes to the centre
+    at = (rand_crop(marks(n, 9, 9), pad, generator=gen()) - marks(n, 9, 9)).long()[:, 0, 4, 4]
     counts = {9*d + r: 0 for d in range(-pad, pad + 1) for r in range(-pad, pad + 1)}
     for v in at.tolist(): counts[v] += 1
     for count in counts.values(): near(count, n, 1/25)
@@ -228,7 +232,8 @@ def test_extreme_alphas_give_shares(alpha):
     if alpha < 1:                                                   # in logits z the density goes as (σ(z)σ(-z))^α
         z = np.linspace(-50, 50, 200_001)
         weight = np.exp(-alpha*2*np.logaddexp(z/2, -z/2))*(z[1] - z[0])
-        near((top < 0.999).sum().item(), n, weight[np.abs(z) < math.log(999)].sum()/(weight.sum() + 2*math.exp(-50*alpha)/alpha))
+        near((top < 0.999).sum().item(), n,
+             weight[np.abs(z) < math.log(999)].sum()/(weight.sum() + 2*math.exp(-50*alpha)/alpha))
     else: assert ((top - 0.5).abs() < 5*math.sqrt(1/(8*alpha + 4)) + 1e-6)[top < 1].all() and (top < 1).sum() >= n - 5
 
 def test_p_is_the_share_of_mixed_samples():
@@ -301,13 +306,15 @@ class TestAll:
         x = images(6, 3, 12, 10)
         for layout in x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3), \
                 torch.cat([x, x])[::2].copy_(x):
-            torch.testing.assert_close(apply(name, layout, gen()), apply(name, x, gen()))      # noise: sums in another order
+            # noise: sums in another order
+            torch.testing.assert_close(apply(name, layout, gen()), apply(name, x, gen()))
         x = x[:1].expand(6, 3, 12, 10)                              # all in one place in memory
         torch.testing.assert_close(apply(name, x, gen()), apply(name, x.contiguous(), gen()))
 
     def test_gradients_reach_the_input(self, name):
         x = torch.rand(4, 2, 5, 6, generator=gen(), dtype=torch.float64).requires_grad_()
-        if name == 'erase':                                         # the noise is data: no gradient goes through its statistics
+        # the noise is data: no gradient goes through its statistics
+        if name == 'erase':
             new = rand_erase(x, 0.4, generator=gen())
             new.sum().backward()
             np.testing.assert_array_equal(x.grad.numpy(), (new == x).double().numpy())
@@ -329,7 +336,8 @@ class TestAll:
     def test_no_number_is_read_on_the_way(self, name):
         "On the meta device, where there are none: so nothing waits for a GPU either"
         x, y = torch.empty(8, 3, 16, 12, device='meta'), torch.empty(8, dtype=torch.int64, device='meta')
-        for g in None, gen():                                       # one of another device will do: the numbers are drawn there
+        # one of another device will do: the numbers are drawn there
+        for g in None, gen():
             if name in PLAIN: assert PLAIN[name](x, generator=g).shape == x.shape
             else:
                 new, shares = MIXED[name](x, F.one_hot(y, 4).float(), generator=g)
@@ -338,7 +346,7 @@ class TestAll:
 
     def test_no_images(self, name):
         for x in torch.zeros(3, 12, 10), torch.zeros(2, 0, 4, 4), torch.zeros(2, 1, 0, 4), torch.zeros(12), [1, 2]:
-            with pytest.raises(ValueError, match=r'images are a tensor \(N, C, H, W\); got'): apply(name, x)
+            with pytest.raises(ValueError, match=r'images must be a tensor \(N, C, H, W\); got'): apply(name, x)
 
 def test_a_constant_batch_and_a_single_pixel():
     for x in torch.full((5, 1, 8, 8), 3.), torch.full((1, 1, 1, 1), 3.):
@@ -346,10 +354,14 @@ def test_a_constant_batch_and_a_single_pixel():
             if name == 'crop' and x.numel() == 1 or name == 'zeros': continue
             torch.testing.assert_close(apply(name, x, gen()), x)
 
-BAD = [(rand_erase, dict(pct=1.2), 'pct must be a number from 0 to 1; got 1.2'), (rand_copy, dict(pct=math.nan), 'got nan'),
-       (rand_erase, dict(pct='0.2'), "got '0.2'"), (rand_copy, dict(max_num=-1), 'max_num must be a whole number 0 or more; got -1'),
-       (rand_copy, dict(max_num=2.), 'got 2.0'), (rand_crop, dict(pad=-1), 'got -1'), (rand_crop, dict(pad=1.5), 'whole number'),
-       (rand_crop, dict(pad=8), 'smaller than the images'), (rand_crop, dict(mode='edge'), "'reflect' or 'zeros'; got 'edge'"),
+BAD = [(rand_erase, dict(pct=1.2), 'pct must be a number from 0 to 1; got 1.2'),
+       (rand_copy, dict(pct=math.nan), 'got nan'),
+       (rand_erase, dict(pct='0.2'), "got '0.2'"),
+       (rand_copy, dict(max_num=-1), 'max_num must be a whole number, 0 or more; got -1'),
+       (rand_copy, dict(max_num=2.), 'got 2.0'), (rand_crop, dict(pad=-1), 'got -1'),
+       (rand_crop, dict(pad=1.5), 'whole number'),
+       (rand_crop, dict(pad=8), 'smaller than the images'),
+       (rand_crop, dict(mode='edge'), "'reflect' or 'zeros'; got 'edge'"),
        (rand_flip, dict(p=-0.1), 'p must be a number from 0 to 1; got -0.1')]
 
 @pytest.mark.parametrize('f,options,message', BAD)
@@ -369,8 +381,10 @@ def test_bytes_are_moved_but_not_mixed_with_noise():
 
 def test_modules():
     x = images(8, 1, 12, 12)
-    for m, f in ((RandErase(0.3, 2), partial(rand_erase, pct=0.3, max_num=2)), (RandCopy(0.3, 2), partial(rand_copy, pct=0.3, max_num=2)),
-                 (RandCrop(3, 'zeros'), partial(rand_crop, pad=3, mode='zeros')), (RandFlip(0.7), partial(rand_flip, p=0.7))):
+    for m, f in ((RandErase(0.3, 2), partial(rand_erase, pct=0.3, max_num=2)),
+                 (RandCopy(0.3, 2), partial(rand_copy, pct=0.3, max_num=2)),
+                 (RandCrop(3, 'zeros'), partial(rand_crop, pad=3, mode='zeros')),
+                 (RandFlip(0.7), partial(rand_flip, p=0.7))):
         torch.manual_seed(3)
         got = m(x)
         assert same(got, f(x, generator=gen(3)))
@@ -398,7 +412,8 @@ def test_targets_of_mixing(mix):
     for bad, message in ((y[:3], '6 images have 3 targets'), (y.float(), r'got \(6,\) of torch.float32'),
                          (F.one_hot(y, 4), r'got \(6, 4\) of torch.int64'), (y, 'how many classes there are')):
         with pytest.raises(ValueError, match=message): mix(x, bad)
-    bad = (dict(alpha=0), 'alpha must be above 0; got 0'), (dict(p=2), 'p must be'), (dict(classes=0), 'classes must be')
+    bad = ((dict(alpha=0), 'alpha must be a number above 0; got 0'), (dict(p=2), 'p must be'),
+           (dict(classes=0), 'classes must be'))
     for options, message in bad:
         with pytest.raises(ValueError, match=message): mix(x, y, **dict(dict(classes=4), **options))
         with pytest.raises(ValueError, match=message): {mixup: MixUpCB, cutmix: CutMixCB}[mix](**options)
@@ -422,7 +437,8 @@ class Watch(Callback):
     def before_fit(self, learn): self.rows = []
     def after_batch(self, learn):
         x, y, *rest = learn.batch
-        self.rows.append(dict(training=learn.training, x=x, y=y, rest=rest, preds=learn.preds.detach(), loss=learn.loss.item()))
+        self.rows.append(dict(training=learn.training, x=x, y=y, rest=rest, preds=learn.preds.detach(),
+                              loss=learn.loss.item()))
 
 @pytest.mark.parametrize('cb', [MixUpCB, CutMixCB])
 def test_mixing_in_training(cb, capsys):
@@ -435,10 +451,13 @@ def test_mixing_in_training(cb, capsys):
     g, mix, right = gen(3), {MixUpCB: mixup, CutMixCB: cutmix}[cb], 0
     for row, (x, y) in zip(see.rows, kept):
         mx, my = mix(x, y, 4, generator=g)
-        assert same(row['x'], mx) and same(row['y'], my.argmax(1)) and row['loss'] == F.cross_entropy(row['preds'], my).item()
+        assert same(row['x'], mx)
+        assert same(row['y'], my.argmax(1))
+        assert row['loss'] == F.cross_entropy(row['preds'], my).item()
         right += (row['preds'].argmax(1) == my.argmax(1)).sum().item()
     assert learn.history[0]['accuracy'] == pytest.approx(right/64)
-    for row, (x, y) in zip(see.rows[4:], dls.valid): assert not row['training'] and same(row['x'], x) and same(row['y'], y)
+    for row, (x, y) in zip(see.rows[4:], dls.valid):
+        assert not row['training'] and same(row['x'], x) and same(row['y'], y)
     for a, b in zip(dls.train, kept): assert same(a[0], b[0]) and same(a[1], b[1])
 
 def test_targets_that_are_shares_stay_so():
@@ -453,7 +472,8 @@ def test_batches_that_cannot_be_mixed():
     for cb in MixUpCB(4), AugmentCB(RandFlip()):
         learn = Learner(linear(), dicts, F.cross_entropy, cbs=[TrainCB(), cb])
         with pytest.raises(TypeError, match='tuple or list.*got dict'): learn.fit(1, valid=False)
-    with pytest.raises(ValueError, match='how many classes'): TrainLearner(linear(), loaders(), F.cross_entropy, cbs=MixUpCB()).fit(1)
+    with pytest.raises(ValueError, match='how many classes'):
+        TrainLearner(linear(), loaders(), F.cross_entropy, cbs=MixUpCB()).fit(1)
     for bad in RandFlip, 3:
         with pytest.raises(TypeError, match='modules or functions'): AugmentCB(bad)
 
@@ -466,7 +486,8 @@ def test_augment_in_training_only():
 def test_as_in_the_course():
     def tfm_batch(b, tfm_x, tfm_y=lambda y: y): return tfm_x(b[0]), tfm_y(b[1])
     tfm = nn.Sequential(RandCrop(1), RandFlip(), RandErase(), RandCopy(pct=0.2, max_num=4))
-    learn = TrainLearner(linear(), loaders(), F.cross_entropy, cbs=BatchTransformCB(partial(tfm_batch, tfm_x=tfm), on_val=False))
+    learn = TrainLearner(linear(), loaders(), F.cross_entropy,
+                         cbs=BatchTransformCB(partial(tfm_batch, tfm_x=tfm), on_val=False))
     learn.fit(1)
     xb = learn.batch[0]
     assert rand_erase(xb, 0.2, 4).shape == rand_copy(xb, 0.2, 4).shape == xb.shape
@@ -495,7 +516,8 @@ def test_run_is_bit_identical_whoever_looks():
     import matplotlib
     matplotlib.use('agg')
     want = conv_run(False).model.state_dict()
-    for learn in conv_run(True), conv_run(True, [EMACB(half_life='4ba'), BNUpdateCB(), MetricsCB(accuracy=MulticlassAccuracy())]):
+    cbs = [EMACB(half_life='4ba'), BNUpdateCB(), MetricsCB(accuracy=MulticlassAccuracy())]
+    for learn in conv_run(True), conv_run(True, cbs):
         got = learn.model.state_dict()
         assert want.keys() == got.keys() and all(same(want[k], got[k]) for k in want)
 
@@ -524,7 +546,8 @@ def test_mean_of_probabilities_not_of_scores():
     assert outs.mean(0).argmax() == 0 and log_mean_probs(outs).argmax() == 1
     big = log_mean_probs(torch.tensor([[[1e4, 0.]], [[0., 1e4]]]))
     torch.testing.assert_close(big, torch.full((1, 2), math.log(0.5)))
-    assert log_mean_probs(outs.bfloat16()).dtype == torch.float32 and log_mean_probs(outs.double()).dtype == torch.float64
+    assert log_mean_probs(outs.bfloat16()).dtype == torch.float32
+    assert log_mean_probs(outs.double()).dtype == torch.float64
 
 def test_views():
     x = images(3, 2, 9, 8)
@@ -532,7 +555,8 @@ def test_views():
     assert same(two[0], x) and same(two[1], x.flip(-1))
     a = np.pad(x.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode='reflect')
     want = [a[:, :, 2 - d:11 - d, 2 - r:10 - r] for d, r in ((0, 0), (-2, -2), (-2, 2), (2, -2), (2, 2))]
-    for got, w in zip(ten, [v for w in want for v in (w, w[..., ::-1])], strict=True): np.testing.assert_array_equal(got.numpy(), w)
+    for got, w in zip(ten, [v for w in want for v in (w, w[..., ::-1])], strict=True):
+        np.testing.assert_array_equal(got.numpy(), w)
     with pytest.raises(ValueError, match='got 8 for'): tta_views(8)[2](x)
     with pytest.raises(ValueError, match='pad must be'): tta_views(-1)
     with pytest.raises(ValueError, match=r'\(N, C, H, W\)'): TTA(linear())(torch.rand(3, 64))
@@ -543,7 +567,8 @@ def test_tta_of_an_average_leaves_the_learner_alone():
     history, weights = copy.deepcopy(learn.history), learn.weights
     raw, ema = tta(learn)[0], tta(learn, weights='ema')[0]
     assert not torch.allclose(raw, ema)
-    with learn.using('ema'): torch.testing.assert_close(ema.double().exp(), mean_probs(learn, tta_views()), rtol=1e-4, atol=1e-6)
+    with learn.using('ema'):
+        torch.testing.assert_close(ema.double().exp(), mean_probs(learn, tta_views()), rtol=1e-4, atol=1e-6)
     def fails(x): raise RuntimeError('no such view')
     with pytest.raises(RuntimeError, match='no such view'): tta(learn, [fails], weights='ema')
     assert learn.model is model and (learn.history, learn.weights) == (history, weights)
@@ -558,6 +583,7 @@ def test_tta_as_a_module():
     assert [*model.state_dict()] == ['model.1.weight', 'model.1.bias'] and not model.eval().model.training
     with pytest.raises(ValueError, match='tfms is empty'): TTA(linear(), [])
     views = TTA(linear(), [RandCrop(3)]).eval()
-    assert not same(views(x), views(x))                             # views are random as long as they are in train mode themselves
+    # views are random as long as they are in train mode themselves
+    assert not same(views(x), views(x))
     model(x).sum().backward()
     assert model.model[1].weight.grad is not None

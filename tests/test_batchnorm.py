@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastswa.averaging.average import Average
 from fastswa.averaging.batchnorm import bn_layers, bn_state, update_bn
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import killed_run
 from fastswa.callbacks.augment import AugmentCB
-from fastswa.data.mixing import MixUpCB
+from fastswa.callbacks.augment import MixUpCB
 from fastswa.data.transforms import RandErase, RandFlip
 from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, RecorderCB
 from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
@@ -24,7 +24,7 @@ from fastswa.training.events import Callback
 from fastswa.training.learner import MomentumLearner
 from fastswa.callbacks.speed import MixedPrecisionCB
 from fastswa.callbacks.progress import LogView, ProgressCB
-from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
 from killed_run import Data, learner, net, result, the_run

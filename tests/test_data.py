@@ -182,7 +182,8 @@ def test_the_real_thing(fmnist):
 # --- toy images
 
 def test_toy_images_are_the_same_in_another_process():
-    code = ('import torch; torch.set_num_threads(1); from fastswa.data.loaders import DataLoaders, toy_images; '
+    code = ('import torch; torch.set_num_threads(1); from fastswa.data.loaders import DataLoaders; '
+            'from fastswa.data.sources import toy_images; '
             "x, y = DataLoaders.in_memory(toy_images(300, 10), 8, device='cpu').train.dataset.tensors; "
             'print(x.long().sum().item(), (x.flatten(1).long()*torch.arange(784)).sum().item(), y.tolist())')
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100)

@@ -21,13 +21,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.core import set_seed
 from fastswa.training.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
-from fastswa.callbacks.activations import ActivationStats
-from fastswa.callbacks.readings import append_stats, get_hist, get_min
-from fastswa.nets.hooks import Hook, Hooks, HooksCallback
+from fastswa.callbacks.activations import ActivationStats, HooksCallback
+from fastswa.nets.hooks import Hook, Hooks
 from fastswa.nets.layers import get_model
+from fastswa.nets.statistics import StatsHistory, _allow_nondeterministic, append_stats, get_hist, get_min, tensor_stats
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.readings import Readings, _in_any_order, reading
-from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
 
 matplotlib.use('agg')
@@ -44,7 +43,8 @@ def data(n=96, bs=16):
 
 def net(act=nn.ReLU):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), act()), nn.Dropout(0.3), nn.Flatten(), nn.Linear(64, 3))
+    return nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), act()), nn.Dropout(0.3), nn.Flatten(),
+                         nn.Linear(64, 3))
 
 
 def learner(*cbs, model=None, cls=TrainLearner, lr=0.1):
@@ -146,8 +146,14 @@ class Boom(Callback):
     def go(self, learn): raise self.exc
 
 
-@pytest.mark.parametrize('event', 'before_fit before_epoch before_batch after_predict after_backward after_batch after_epoch cleanup_fit'.split())
-@pytest.mark.parametrize('exc', [ZeroDivisionError, KeyboardInterrupt, CancelFitException, CancelEpochException, CancelBatchException])
+EVENTS = ['before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_backward', 'after_batch', 'after_epoch',
+          'cleanup_fit']
+
+
+@pytest.mark.parametrize('event', EVENTS)
+@pytest.mark.parametrize('exc',
+                         [ZeroDivisionError, KeyboardInterrupt, CancelFitException, CancelEpochException,
+                          CancelBatchException])
 def test_hooks_go_whatever_ends_the_fit(event, exc):
     for order in (-50, 50):
         boom = Boom(event, exc)
@@ -155,7 +161,8 @@ def test_hooks_go_whatever_ends_the_fit(event, exc):
         stats = ActivationStats(every=1, grads=True)
         learn = learner(stats, boom)
         try: learn.fit(1)
-        except (ZeroDivisionError, KeyboardInterrupt, CancelFitException, CancelEpochException, CancelBatchException): pass
+        except (ZeroDivisionError, KeyboardInterrupt, CancelFitException, CancelEpochException, CancelBatchException):
+            pass
         assert n_hooks(learn.model) == 0 and stats.learn is None
 
 
@@ -221,6 +228,20 @@ def test_what_a_hook_returns_replaces_the_output():
     assert model(torch.zeros(1, 2)).max() < 7
 
 
+def test_which_modules_are_watched():
+    "With containers there are 20 curves for 10 layers; a ModuleList has no forward and is never watched"
+    stats, everything = ActivationStats(every=1), ActivationStats(lambda m: True, every=1)
+    learner(stats, everything).fit(1, valid=False)
+    layers = ['0.0 Conv2d', '0.1 BatchNorm2d', '0.2 ReLU', '1 Dropout', '2 Flatten', '3 Linear']
+    assert [h.name for h in stats] == layers
+    assert [h.name for h in everything] == ['Sequential', '0 Sequential', *layers]
+    outer, inner = (next(h for h in everything if h.name == name).stats for name in ('0 Sequential', '0.2 ReLU'))
+    assert torch.equal(outer.means, inner.means) and torch.equal(outer.hists, inner.hists)
+    stats = ActivationStats(lambda m: not isinstance(m, nn.Linear), every=1)
+    learner(stats, model=Odd(lambda x: x)).fit(1, valid=False)
+    assert [h.name for h in stats] == ['Odd', 'odd Thing', 'more.0 Tanh']
+
+
 def test_an_output_that_is_a_parameter_keeps_no_hook():
     class Positions(nn.Module):
         def __init__(self):
@@ -236,20 +257,21 @@ def test_an_output_that_is_a_parameter_keeps_no_hook():
     learn = learner(stats, model=Net())
     learn.fit(1)
     assert not learn.model.pos.w._backward_hooks
-    assert [r.readings for r in stats.report(grads=True)] == [6, 6, 6]
+    assert [r.batches for r in stats.report(grads=True)] == [6, 6]
 
 
 # --- what is read
 
-@pytest.mark.parametrize('dtype, tol', [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)])
+@pytest.mark.parametrize('dtype, tol',
+                         [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)])
 @pytest.mark.parametrize('shape', [(), (7,), (50, 4), (20, 4, 9), (20, 4, 5, 5), (3, 4, 2, 5, 5)])
-def test_reading_against_numpy(dtype, tol, shape):
+def test_statistics_against_numpy(dtype, tol, shape):
     torch.manual_seed(0)
     x = (torch.randn(shape)*4).relu().to(dtype)
     if x.ndim > 1: x[:, 1] = 0
     a = x.double().numpy()
     units = np.moveaxis(a, 1, 0).reshape(a.shape[1], -1) if a.ndim > 1 else a.reshape(1, -1)
-    got = reading(x)
+    got = tensor_stats(x)
     assert got.dtype == (dtype if dtype == torch.float64 else torch.float32)
     expected = [a.mean(), a.std(), (a == 0).mean(), (units == 0).all(1).mean()]
     np.testing.assert_allclose(got[:4], expected, rtol=tol, atol=1e-6)
@@ -263,20 +285,20 @@ def test_units_along_the_last_axis():
     "A sequence (N, T, C): its units are not its places"
     x = torch.ones(5, 6, 8)
     x[..., :2] = 0
-    assert reading(x, axis=-1)[3] == 2/8 and reading(x, axis=2)[3] == 2/8 and reading(x, axis=1)[3] == 0
+    assert tensor_stats(x, axis=-1)[3] == 2/8 and tensor_stats(x, axis=2)[3] == 2/8 and tensor_stats(x, axis=1)[3] == 0
 
 
 def test_the_threshold_for_dead():
     "In the course, |x| < 0.25 counts as dead, which small signals are in good health"
     x = torch.rand(50, 10)*0.2 + 1e-3
-    assert reading(x)[3] == 0 and reading(x)[2] == 0
-    assert reading(x, dead=0.25)[3] == 1
+    assert tensor_stats(x)[3] == 0 and tensor_stats(x)[2] == 0
+    assert tensor_stats(x, dead=0.25)[3] == 1
     x[:, :3] = torch.tensor([0., -1e-7, 1e-7])
-    assert reading(x)[3] == pytest.approx(0.3) and reading(x, dead=0)[3] == pytest.approx(0.1)
+    assert tensor_stats(x)[3] == pytest.approx(0.3) and tensor_stats(x, dead=0)[3] == pytest.approx(0.1)
 
 
 def test_beyond_ten_is_counted():
-    counts = reading(torch.tensor([[0.1, -9.9, 10.1, -1e30, torch.inf]]))[4:]
+    counts = tensor_stats(torch.tensor([[0.1, -9.9, 10.1, -1e30, torch.inf]]))[4:]
     assert counts[0] == 1 and counts[39] == 1 and counts[40] == 3
 
 
@@ -284,19 +306,19 @@ def test_beyond_ten_is_counted():
 def test_huge_and_tiny(scale):
     "Squares of 1e30 are infinite in float32, those of 1e-30 zero"
     x = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))*scale
-    np.testing.assert_allclose(reading(x)[:2], [x.double().mean(), x.double().std(correction=0)], rtol=1e-4)
+    np.testing.assert_allclose(tensor_stats(x)[:2], [x.double().mean(), x.double().std(correction=0)], rtol=1e-4)
 
 
 def test_a_large_mean():
     "The mean of the squares less the square of the mean would be noise"
     x = 1000 + torch.randn(100_000, generator=torch.Generator().manual_seed(0))/100
-    assert reading(x)[1] == pytest.approx(x.double().std(correction=0).item(), rel=1e-2)
+    assert tensor_stats(x)[1] == pytest.approx(x.double().std(correction=0).item(), rel=1e-2)
 
 
 def test_more_elements_than_float32_can_count():
     "Counting by ones in float32 stops at 16,777,216"
     x = torch.zeros(20_000_000, dtype=torch.float16)
-    assert reading(x)[4] == 20_000_000
+    assert tensor_stats(x)[4] == 20_000_000
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
@@ -306,7 +328,7 @@ def test_a_sample_of_large_outputs(layout):
     x = torch.randn(256, 8, 32, 32, generator=g) + torch.arange(8).view(8, 1, 1)*2 - 4 + torch.arange(32.)/8
     x[:, 5] = 0
     x = x.to(memory_format=layout)
-    a, got = x.double(), reading(x).double()
+    a, got = x.double(), tensor_stats(x).double()
     np.testing.assert_allclose(got[:4], [a.mean(), a.std(), 1/8, 1/8], rtol=5e-3)
     counts = np.histogram(a.abs().numpy(), [*np.arange(0, 10.25, 0.25), np.inf])[0]
     assert got[4:].sum().item() == pytest.approx(a.numel())
@@ -315,19 +337,20 @@ def test_a_sample_of_large_outputs(layout):
         for bad in (torch.nan, torch.inf):
             y = x.clone(memory_format=torch.preserve_format)
             y[place % 256, 4, 3, 3] = bad
-            assert not reading(y)[:2].isfinite().any()
+            assert not tensor_stats(y)[:2].isfinite().any()
     z = torch.zeros(256, 8, 32, 32)
     z[100, 3, 7, 7] = 1
-    assert reading(z)[3] == 7/8
+    assert tensor_stats(z)[3] == 7/8
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-def test_a_reading_takes_little_memory(layout):
+def test_statistics_take_little_memory(layout):
     "The largest activation of a network, three times more, may be too much"
     x = torch.randn(64, 32, 64, 64).to(memory_format=layout)        # 32 MB
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: reading(x)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: tensor_stats(x)
     now = top = 0
-    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()):
+    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'),
+                    key=lambda e: e.start_ns()):
         now += e.nbytes()
         top = max(top, now)
     assert 0 < top < 6*2**20
@@ -336,15 +359,15 @@ def test_a_reading_takes_little_memory(layout):
 def test_nan_is_seen():
     x = torch.ones(10, 2)
     x[3, 0] = torch.nan
-    got = reading(x)
+    got = tensor_stats(x)
     assert got[:2].isnan().all() and got[3] == 0 and got[4:].sum() == 19
-    assert not reading(torch.tensor([[1., torch.inf]]))[:2].isfinite().any()
+    assert not tensor_stats(torch.tensor([[1., torch.inf]]))[:2].isfinite().any()
 
 
 def test_the_input_stays():
     x = torch.randn(10, 2, requires_grad=True)
     before = x.detach().clone()
-    assert not reading(x).requires_grad and not reading(x.detach(), log=True).requires_grad
+    assert not tensor_stats(x).requires_grad and not tensor_stats(x.detach(), log=True).requires_grad
     assert torch.equal(x, before)
 
 
@@ -361,12 +384,16 @@ def test_gradients_are_those_of_autograd(inplace):
     expected = torch.autograd.grad(F.cross_entropy(h, y), outs)
     stats = ActivationStats(every=1, grads=True)
     TrainLearner(model, SimpleNamespace(train=[(x, y)], valid=None), F.cross_entropy, cbs=stats).fit(1)
-    for h, o, g in zip(list(stats)[1:], outs, expected, strict=True):
+    for h, o, g in zip(stats, outs, expected, strict=True):
         o, g = o.detach().double().numpy(), g.double().numpy()
-        np.testing.assert_allclose([h.stats.means[0], h.stats.stds[0]], [o.mean(), o.std()], rtol=1e-5, atol=1e-6*o.std())
-        np.testing.assert_allclose([h.grads.means[0], h.grads.stds[0]], [g.mean(), g.std()], rtol=1e-5, atol=1e-6*g.std())
-        assert h.grads.zeros[0] == pytest.approx((g == 0).mean()) and h.grads.dead[0] == pytest.approx((g == 0).all(0).mean())
-        np.testing.assert_array_equal(h.grads.hists[0], np.histogram(np.abs(g), [0, *10**np.arange(-10, 0.25, 0.25), np.inf])[0])
+        np.testing.assert_allclose([h.stats.means[0], h.stats.stds[0]], [o.mean(), o.std()], rtol=1e-5,
+                                   atol=1e-6*o.std())
+        np.testing.assert_allclose([h.grads.means[0], h.grads.stds[0]], [g.mean(), g.std()], rtol=1e-5,
+                                   atol=1e-6*g.std())
+        assert h.grads.zeros[0] == pytest.approx((g == 0).mean())
+        assert h.grads.dead[0] == pytest.approx((g == 0).all(0).mean())
+        np.testing.assert_array_equal(h.grads.hists[0],
+                                      np.histogram(np.abs(g), [0, *10**np.arange(-10, 0.25, 0.25), np.inf])[0])
 
 
 def test_the_axis_of_the_units():
@@ -401,7 +428,8 @@ def test_checkpointing_runs_a_module_twice(reentrant):
             super().__init__()
             self.inner = nn.Sequential(nn.Linear(36, 8), nn.ReLU())
             self.lin = nn.Linear(8, 3)
-        def forward(self, x): return self.lin(checkpoint(self.inner, x.flatten(1).requires_grad_(), use_reentrant=reentrant))
+        def forward(self, x):
+            return self.lin(checkpoint(self.inner, x.flatten(1).requires_grad_(), use_reentrant=reentrant))
     stats = ActivationStats(is_act, every=1, grads=True)
     learner(stats, model=Net()).fit(1, valid=False)
     h, = stats
@@ -429,16 +457,19 @@ class Thing(nn.Module):
 
 
 @pytest.mark.parametrize('f, mean', [
-    (lambda x: (x*0 + 2, x), 2), (lambda x: dict(a='text', b=[x*0 + 3]), 3), (lambda x: SimpleNamespace(x=x), None), (lambda x: None, None),
+    (lambda x: (x*0 + 2, x), 2), (lambda x: dict(a='text', b=[x*0 + 3]), 3), (lambda x: SimpleNamespace(x=x), None),
+    (lambda x: None, None),
     (lambda x: x[:0], None), (lambda x: torch.view_as_complex(x.view(-1, 2)), None), (lambda x: x.to_sparse(), None),
-    (lambda x: torch.nested.nested_tensor([x[0], x[1]]), None), (lambda x: (x*0).long() + 4, 4), (lambda x: x > -torch.inf, 1), (lambda x: x.sum()*0, 0)])
+    (lambda x: torch.nested.nested_tensor([x[0], x[1]]), None), (lambda x: (x*0).long() + 4, 4),
+    (lambda x: x > -torch.inf, 1), (lambda x: x.sum()*0, 0)])
 def test_outputs_of_any_kind(f, mean):
     stats = ActivationStats(every=1, grads=True)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')      # nested tensors are a prototype
         learner(stats, model=Odd(f)).fit(1)
     rows = {r.name: r for r in stats.report()}
-    assert list(rows) == ['Odd', 'first Linear', 'odd Thing', 'last Linear', 'never Linear', 'more.0 Tanh']      # a ModuleList has no forward
+    # no containers
+    assert list(rows) == ['first Linear', 'odd Thing', 'last Linear', 'never Linear', 'more.0 Tanh']
     assert rows['never Linear'].note == 'never reached' and rows['first Linear'].note == ''
     if mean is None: assert rows['odd Thing'].note == 'its output has no real numbers to read'
     else: assert rows['odd Thing'].mean == mean and rows['odd Thing'].note == ''
@@ -457,7 +488,8 @@ def test_several_calls_in_a_batch():
     stats = ActivationStats(every=1, grads=True)
     learner(stats, model=Net()).fit(1)
     rows = {r.name: r for r in stats.report()}
-    assert rows['act ReLU'].readings == 6 and rows['act ReLU'].note == 'called several times in a batch, read the first time'
+    assert rows['act ReLU'].batches == 6
+    assert rows['act ReLU'].note == 'called several times in a batch, read the first time'
     assert torch.allclose(next(h for h in stats if h.name == 'act ReLU').stats.hists.sum(1), torch.tensor(16.*8))
 
 
@@ -495,10 +527,13 @@ def test_not_finite_from_a_batch_on():
 
 def test_bad_input():
     for every in (0, -1, 2.5):
-        with pytest.raises(ValueError, match='every must be a whole number, 1 or more; got'): ActivationStats(every=every)
-    with pytest.raises(ValueError, match='dead must be 0 or more; got nan'): ActivationStats(dead=float('nan'))
+        with pytest.raises(ValueError, match='every must be a whole number, 1 or more; got'):
+            ActivationStats(every=every)
+    with pytest.raises(ValueError, match='dead must be a number, 0 or more; got nan'):
+        ActivationStats(dead=float('nan'))
     stats = ActivationStats(lambda m: False)
-    with pytest.raises(ValueError, match='lets no module of the model through; there are Sequential, Conv2d'): learner(stats).fit(1)
+    with pytest.raises(ValueError, match='selects no module of the model; there are Sequential, Conv2d'):
+        learner(stats).fit(1)
     for plot in (stats.color_dim, stats.dead_chart, stats.plot_stats):
         with pytest.raises(ValueError, match='no training batch'): plot()
     stats = ActivationStats()
@@ -517,8 +552,10 @@ def test_autocast():
         def predict(self):
             with torch.autocast('cpu', torch.bfloat16): super().predict()
     dtypes = []
-    stats, see = ActivationStats(is_act, every=1, grads=True), HooksCallback(lambda h, m, i, o: dtypes.append(o.dtype), is_act)
-    learner(stats, see, cls=Cast, model=nn.Sequential(nn.Flatten(), nn.Linear(36, 50), nn.ReLU(), nn.Linear(50, 3))).fit(1)
+    stats = ActivationStats(is_act, every=1, grads=True)
+    see = HooksCallback(lambda h, m, i, o: dtypes.append(o.dtype), is_act)
+    learner(stats, see, cls=Cast, model=nn.Sequential(nn.Flatten(), nn.Linear(36, 50), nn.ReLU(),
+                                                      nn.Linear(50, 3))).fit(1)
     h, = stats
     assert set(dtypes) == {torch.bfloat16} and h.stats.means.dtype == h.grads.stds.dtype == torch.float32
     assert (h.grads.stds > 0).all() and (h.stats.hists.sum(1) == 16*50).all()
@@ -537,11 +574,12 @@ def test_no_activation_is_kept(grads):
     gc.collect()
     assert len(outs) > 50 and not any(o() is not None for o in outs)
     for h in stats:
-        for r in (h.stats, h.grads) if grads else (h.stats,): assert all(row.numel() <= 46 and row.untyped_storage().nbytes() <= 4*46 for _, row in r._new)
+        for r in (h.stats, h.grads) if grads else (h.stats,):
+            assert all(row.numel() <= 46 and row.untyped_storage().nbytes() <= 4*46 for _, row in r._new)
 
 
-def test_many_readings_move_to_the_cpu():
-    rec = Readings()
+def test_many_statistics_move_to_the_cpu():
+    rec = StatsHistory()
     for i in range(2500): rec.add(torch.full((45,), float(i)), i)
     assert len(rec._new) == 500 and len(rec.batches) == rec.n == 2500
     assert torch.equal(rec.means, torch.arange(2500.))
@@ -581,7 +619,8 @@ def test_compiled_models(style):
     assert len(runs) == n_runs + 12 - 4 and len(built) == n_built
     learn.fit(1, valid=False)                               # and compilation is on again
     assert len(runs) == n_runs + 8 + 6
-    with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=[ActivationStats(is_act, every=1), Boom('after_predict', ZeroDivisionError)])
+    with pytest.raises(ZeroDivisionError):
+        learn.fit(1, cbs=[ActivationStats(is_act, every=1), Boom('after_predict', ZeroDivisionError)])
     learn.fit(1, valid=False)
     assert len(runs) == n_runs + 8 + 6 + 6
 
@@ -591,12 +630,13 @@ def test_deterministic_algorithms_stay_as_asked():
     try:
         for warn in (False, True):
             torch.use_deterministic_algorithms(True, warn_only=warn)
-            with pytest.raises(ZeroDivisionError), _in_any_order(on_gpu):
+            with pytest.raises(ZeroDivisionError), _allow_nondeterministic(on_gpu):
                 assert not torch.are_deterministic_algorithms_enabled()
                 1/0
-            assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled() == warn
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.is_deterministic_algorithms_warn_only_enabled() == warn
         torch.use_deterministic_algorithms(False)
-        with _in_any_order(on_gpu): pass
+        with _allow_nondeterministic(on_gpu): pass
         assert not torch.are_deterministic_algorithms_enabled()
     finally: torch.use_deterministic_algorithms(False)
 
@@ -617,19 +657,23 @@ def test_any_number_of_modules_fits(n):
     for grads in (False, True):
         stats.color_dim(grads=grads)
         axes = plt.gcf().axes
-        assert sum(len(ax.images) for ax in axes[:-1]) == n and axes[-1].get_ylabel() == f'share of {"gradients" if grads else "outputs"}'
+        assert sum(len(ax.images) for ax in axes[:-1]) == n
+        assert axes[-1].get_ylabel() == f'share of {"gradients" if grads else "outputs"}'
         image = axes[0].images[0]
         assert image.norm.vmin == 1e-5 and np.nanmax(image.get_array()) <= 1 and image.get_extent()[:2] == [-0.5, 5.5]
         titles = [ax.get_title() for ax in axes[:n]]
         assert titles == [h.name for h in stats]
         stats.dead_chart(grads=grads)
         fig = plt.gcf()
-        assert sum(len(ax.lines) for ax in fig.axes) == 2*n and fig.get_supxlabel() == 'training batch' and fig.get_supylabel() == 'share'
+        assert sum(len(ax.lines) for ax in fig.axes) == 2*n
+        assert fig.get_supxlabel() == 'training batch'
+        assert fig.get_supylabel() == 'share'
         assert ('exactly zero' if grads else '1e-06') in fig.legends[0].get_title().get_text()
         stats.plot_stats(grads=grads)
         fig = plt.gcf()
         assert [ax.get_title() for ax in fig.axes] == ['Means', 'Stdevs'] and all(len(ax.lines) == n for ax in fig.axes)
-        assert len({line.get_color() if isinstance(line.get_color(), str) else tuple(line.get_color()) for line in fig.axes[0].lines}) == n
+        assert len({line.get_color() if isinstance(line.get_color(), str) else tuple(line.get_color())
+                    for line in fig.axes[0].lines}) == n
         assert min(n, 10) <= len(fig.legends[0].get_texts()) <= 12
         assert all(ax.get_xlabel() and ax.get_ylabel() for ax in fig.axes)
         plt.close('all')
@@ -648,7 +692,8 @@ def test_what_the_axes_show():
     assert image.origin == 'lower' and image.get_extent() == [-1, 5, 0, 10.25]
     shares = np.asarray(image.get_array())
     assert shares.shape == (41, 3)
-    assert shares[[0, 16, 40], 0] == pytest.approx([0.6, 0.3, 0.1]) and shares[[0, 16, 40], 1] == pytest.approx([1, 1e-5, 1e-5])
+    assert shares[[0, 16, 40], 0] == pytest.approx([0.6, 0.3, 0.1])
+    assert shares[[0, 16, 40], 1] == pytest.approx([1, 1e-5, 1e-5])
     assert dict(zip([t.get_text() for t in ax.get_yticklabels()], ax.get_yticks()))['> 10'] == 10.125
     stats.dead_chart()
     lines = {line.get_label(): line.get_ydata().tolist() for line in plt.gcf().axes[0].lines}
@@ -657,10 +702,11 @@ def test_what_the_axes_show():
     mean, std = (ax.lines[0] for ax in plt.gcf().axes)
     assert list(mean.get_xdata()) == [0, 2, 4]
     a = x.double().numpy()
-    assert mean.get_ydata().tolist() == pytest.approx([a.mean(), 0, a.mean()]) and std.get_ydata().tolist() == pytest.approx([a.std(), 0, a.std()])
+    assert mean.get_ydata().tolist() == pytest.approx([a.mean(), 0, a.mean()])
+    assert std.get_ydata().tolist() == pytest.approx([a.std(), 0, a.std()])
 
 
-def test_one_reading():
+def test_a_single_batch():
     stats = ActivationStats(is_act, every=1000)
     learner(stats).fit(1)
     stats.color_dim()
@@ -713,15 +759,15 @@ class TestOnAGPU:
     def test_nothing_waits_and_all_is_right(self, log, deterministic):
         x = (torch.randn(64, 8, 14, 14, generator=torch.Generator().manual_seed(0))*4).relu()
         on_gpu = x.cuda()
-        reading(on_gpu, log=log)                            # loads the kernels
+        tensor_stats(on_gpu, log=log)                            # loads the kernels
         torch.use_deterministic_algorithms(deterministic)
         torch.cuda.set_sync_debug_mode('error')
         try:
-            rec = Readings()
-            for i in range(5): rec.add(reading(on_gpu, log=log))
+            rec = StatsHistory()
+            for i in range(5): rec.add(tensor_stats(on_gpu, log=log))
         finally:
             torch.cuda.set_sync_debug_mode('default')
             torch.use_deterministic_algorithms(False)
-        expected = reading(x, log=log)
+        expected = tensor_stats(x, log=log)
         torch.testing.assert_close(rec._read()[1][-1][:4], expected[:4], rtol=1e-5, atol=1e-6)
         assert (rec.hists[-1] - expected[4:]).abs().sum() <= 4 and rec.hists[-1].sum() == x.numel()

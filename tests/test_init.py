@@ -1,5 +1,5 @@
-"""Gains against closed forms and samples, Fixup against the paper's rules, and LSUV over many architectures: unit variance or a reason,
-nothing else changed, everything back after a failure"""
+"""Gains against closed forms and samples, Fixup against the paper's rules, and LSUV over many architectures: unit
+variance or a reason, nothing else changed, everything back after a failure"""
 import math
 from functools import partial
 
@@ -36,7 +36,8 @@ class PreAct(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(1, 8, 3, bias=False)
-        self.a, self.b = [nn.Sequential(BatchNorm(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, bias=False)) for _ in range(2)]
+        self.a, self.b = [nn.Sequential(BatchNorm(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, bias=False))
+                          for _ in range(2)]
         self.squeeze, self.head = nn.Linear(8, 8), nn.Linear(16, 10)
     def forward(self, x):
         x = self.stem(x)
@@ -50,7 +51,8 @@ class Deconv(nn.Sequential):
 def mlp(*norm): return nn.Sequential(nn.Linear(20, 64), *norm, nn.ReLU(inplace=True), nn.Dropout(0.5),
                                      nn.Linear(64, 64, bias=False), nn.GELU(), nn.Linear(64, 10))
 def resnet(norm): return nn.Sequential(conv(1, 8, norm=norm), ResBlock(8, 8, norm=norm), ResBlock(8, 16, 2, norm=norm),
-                                       ResBlock(16, 16, 3, norm=norm), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+                                       ResBlock(16, 16, 3, norm=norm), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                       nn.Linear(16, 10))
 def zeros():
     m = get_model(act_gr)
     for p in m.parameters(): nn.init.zeros_(p)
@@ -65,14 +67,19 @@ NETS = dict(
     batchnorm=(lambda: get_model(act_gr, norm=nn.BatchNorm2d).cpu(), images()), zeros=(zeros, images()),
     groupnorm=(lambda: get_model(norm=partial(nn.GroupNorm, 2)).cpu(), images()),
     resnet=(lambda: resnet(None), images()), resnet_bn=(lambda: resnet(nn.BatchNorm2d), images()),
-    mlp=(mlp, vectors()), mlp_bn=(lambda: mlp(nn.BatchNorm1d(64)), vectors()), mlp_ln=(lambda: mlp(nn.LayerNorm(64)), vectors()),
-    conv1d=(lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.SiLU(), nn.Conv1d(8, 8, 3, groups=4)), vectors(64, 60).view(64, 3, 20)),
-    conv3d=(lambda: nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Conv3d(4, 4, 2)), vectors(16, 216).view(16, 1, 6, 6, 6)),
+    mlp=(mlp, vectors()), mlp_bn=(lambda: mlp(nn.BatchNorm1d(64)), vectors()),
+    mlp_ln=(lambda: mlp(nn.LayerNorm(64)), vectors()),
+    conv1d=(lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.SiLU(), nn.Conv1d(8, 8, 3, groups=4)),
+            vectors(64, 60).view(64, 3, 20)),
+    conv3d=(lambda: nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Conv3d(4, 4, 2)),
+            vectors(16, 216).view(16, 1, 6, 6, 6)),
     transformer=(lambda: nn.Sequential(nn.Linear(20, 16), nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)),
                  vectors(32, 100).view(32, 5, 20)),
-    preact=(PreAct, images()), ours_bn=(lambda: resnet(BatchNorm), images()), ours_ln=(lambda: resnet(LayerNorm), images()),
+    preact=(PreAct, images()), ours_bn=(lambda: resnet(BatchNorm), images()),
+    ours_ln=(lambda: resnet(LayerNorm), images()),
     gains=(lambda: get_model(act_gr).cpu().apply(partial(init_weights, act=act_gr)), images()),
-    fixed_up=(lambda: with_fixup(resnet(None)), images()), twice=(Twice, vectors()), deconv=(Deconv, images()), tokens=(Tokens, torch.arange(200).view(20, 10) % 50),
+    fixed_up=(lambda: with_fixup(resnet(None)), images()), twice=(Twice, vectors()), deconv=(Deconv, images()),
+    tokens=(Tokens, torch.arange(200).view(20, 10) % 50),
 )
 LEFT = dict(transformer={'1.self_attn.out_proj': 'not reached'}, tokens={'head': 'shares its weight with emb'})
 
@@ -130,7 +137,8 @@ def test_left_alone():
     report = lsuv(model, vectors(), exclude='3')
     computed = 'its weight is computed from other parameters'
     assert [r.note for r in report] == ['frozen', '', computed, 'excluded', 'shares its weight with 1']
-    assert all(torch.equal(a, b) for a, b in zip(before, [p for m in (model[0], model[2], model[3]) for p in m.parameters()]))
+    after = [p for m in (model[0], model[2], model[3]) for p in m.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert 'not reached' not in repr(report) and len(repr(report).splitlines()) == 6
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -189,14 +197,17 @@ class Explodes(nn.Module):
         if self.factor is None: raise KeyboardInterrupt
         return x*self.factor
 
-@pytest.mark.parametrize('factor, exc', [(float('nan'), ValueError), (float('inf'), ValueError), (None, KeyboardInterrupt)])
+@pytest.mark.parametrize('factor, exc',
+                         [(float('nan'), ValueError), (float('inf'), ValueError), (None, KeyboardInterrupt)])
 def test_failure_changes_no_bit(factor, exc):
     set_seed(0)
     model = nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Linear(20, 20), Explodes(factor), nn.Linear(20, 5))
     nn.init.zeros_(model[2].weight)
     before, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    with pytest.raises(exc, match="^4 gives values that are not finite" if exc is ValueError else None): lsuv(model, vectors())
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(rng, torch.get_rng_state())
+    with pytest.raises(exc, match="^4 gives values that are not finite" if exc is ValueError else None):
+        lsuv(model, vectors())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state())
     assert model.training and not any(m._forward_hooks for m in model.modules())
 
 def test_frozen_batchnorm_stays_frozen():
@@ -239,13 +250,17 @@ def test_course_form_bounds_the_search():
     set_seed(0)
     model = get_model(act_gr, norm=nn.BatchNorm2d).cpu()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match='0.0 cannot give 0.2 an output'): lsuv_init(model, model[0][2], model[0][0], images())
+    with pytest.raises(ValueError, match='0.0 cannot give 0.2 an output'):
+        lsuv_init(model, model[0][2], model[0][0], images())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    with pytest.raises(ValueError, match='m_in must have a weight of its own; got GeneralRelu'): lsuv_init(model, model[0][0], model[0][2], images())
+    with pytest.raises(ValueError, match='m_in must have a weight of its own; got GeneralRelu'):
+        lsuv_init(model, model[0][0], model[0][2], images())
     unused = nn.ModuleDict(dict(used=nn.Linear(20, 20), unused=nn.Linear(20, 20)))
     unused.forward = lambda x: unused['used'](x)
-    with pytest.raises(ValueError, match='unused gives no output for this batch'): lsuv_init(unused, unused['unused'], unused['used'], vectors())
-    with pytest.raises(ValueError, match='unused cannot give used an output'): lsuv_init(unused, unused['used'], unused['unused'], vectors())
+    with pytest.raises(ValueError, match='unused gives no output for this batch'):
+        lsuv_init(unused, unused['unused'], unused['used'], vectors())
+    with pytest.raises(ValueError, match='unused cannot give used an output'):
+        lsuv_init(unused, unused['used'], unused['unused'], vectors())
     no_bias = nn.Sequential(nn.Linear(20, 20, bias=False), GeneralRelu(0.1))
     row = lsuv_init(no_bias, no_bias[1], no_bias[0], vectors())
     assert row.note == 'no bias' and abs(row.std - 1) < 1e-3
@@ -270,7 +285,9 @@ def piece(a, c, lo, hi):
     m2 = p + (lo*phi(lo) if abs(lo) < 50 else 0) - (hi*phi(hi) if abs(hi) < 50 else 0)
     return a*m1 + c*p, a*a*m2 + 2*a*c*m1 + c*c*p
 
-@pytest.mark.parametrize('leak, sub, maxv', [(0, 0, 9), (0.1, 0.4, 9), (0.1, 0.4, 1), (0.3, -0.5, 2), (0.1, 0.4, 0.), (-0.2, 0, 0.5), (0, 1.2, 0.3)])
+@pytest.mark.parametrize('leak, sub, maxv',
+                         [(0, 0, 9), (0.1, 0.4, 9), (0.1, 0.4, 1), (0.3, -0.5, 2), (0.1, 0.4, 0.), (-0.2, 0, 0.5),
+                          (0, 1.2, 0.3)])
 def test_general_relu_in_closed_form(leak, sub, maxv):
     "Three pieces: the leak, the slope 1, and what `maxv` cuts off (of the result, after `sub`)"
     cut = maxv + sub
@@ -281,8 +298,10 @@ def test_general_relu_in_closed_form(leak, sub, maxv):
     assert (s.mean, s.square, s.std) == pytest.approx((mean, square, (square - mean**2)**0.5), abs=1e-7)
     assert gain(GeneralRelu(leak, sub, maxv)) == pytest.approx(square**-0.5, rel=1e-6)
 
-ACTS = dict(gr=act_gr, cut=GeneralRelu(0.1, 0.4, 1.), relu=nn.ReLU(inplace=True), gelu=nn.GELU, silu=F.silu, tanh=nn.Tanh(), sigmoid=torch.sigmoid, elu=nn.ELU,
-            prelu=nn.PReLU(), hard=nn.Hardswish, step=lambda x: (x > 0.3).to(x.dtype), leaky=partial(F.leaky_relu, negative_slope=0.2))
+ACTS = dict(gr=act_gr, cut=GeneralRelu(0.1, 0.4, 1.), relu=nn.ReLU(inplace=True), gelu=nn.GELU, silu=F.silu,
+            tanh=nn.Tanh(), sigmoid=torch.sigmoid, elu=nn.ELU,
+            prelu=nn.PReLU(), hard=nn.Hardswish, step=lambda x: (x > 0.3).to(x.dtype),
+            leaky=partial(F.leaky_relu, negative_slope=0.2))
 
 @pytest.mark.parametrize('name', ACTS)
 def test_stats_by_sampling(name):
@@ -299,21 +318,24 @@ def test_stats_by_sampling(name):
 
 def test_published_gains():
     "1/std, sampled, for weights without a mean: NFNet's table (arXiv 2102.06171)"
-    for act, want in ((nn.GELU, 1.7015), (nn.ReLU, 1.7140), (nn.ReLU6, 1.7131), (nn.SiLU, 1.7881), (nn.Softplus, 1.9203), (nn.ELU, 1.2716), (nn.Tanh, 1.5939)):
+    for act, want in ((nn.GELU, 1.7015), (nn.ReLU, 1.7140), (nn.ReLU6, 1.7131), (nn.SiLU, 1.7881),
+                      (nn.Softplus, 1.9203), (nn.ELU, 1.2716), (nn.Tanh, 1.5939)):
         assert 1/act_stats(act).std == pytest.approx(want, rel=5e-3)
 
 def test_an_activation_is_not_touched():
     m = nn.PReLU()
     act_stats(m)
     assert m.training and m.weight.dtype is torch.float32 and m.weight.grad is None
-    assert act_stats(nn.RReLU(0.1, 0.3)) == act_stats(nn.LeakyReLU(0.2)) and act_stats(nn.Dropout(0.5)).std == pytest.approx(1)
+    assert act_stats(nn.RReLU(0.1, 0.3)) == act_stats(nn.LeakyReLU(0.2))
+    assert act_stats(nn.Dropout(0.5)).std == pytest.approx(1)
     with torch.no_grad(): assert gain(nn.ReLU()) == pytest.approx(2**0.5)
     for wrong in nn.GLU(), nn.Softmax(0), torch.sum, lambda x: x.cumsum(0):
         with pytest.raises(ValueError, match='does not work element by element'): act_stats(wrong)
     for wrong in torch.log, lambda x: torch.exp(x**2):
         with pytest.raises(ValueError, match='no finite moments'): act_stats(wrong)
 
-@pytest.mark.parametrize('layer', [nn.Conv1d(4, 64, 5), nn.Conv2d(4, 64, 5), nn.Conv3d(4, 64, 3, groups=2), nn.Linear(100, 400)])
+@pytest.mark.parametrize('layer',
+                         [nn.Conv1d(4, 64, 5), nn.Conv2d(4, 64, 5), nn.Conv3d(4, 64, 3, groups=2), nn.Linear(100, 400)])
 @pytest.mark.parametrize('act', [act_gr, GeneralRelu(0.1, 1.), nn.GELU(), torch.tanh])
 def test_weights_by_the_gain(layer, act):
     set_seed(0)
@@ -324,7 +346,7 @@ def test_weights_by_the_gain(layer, act):
 
 @pytest.mark.parametrize('sub', [0., 0.4, 0.8])
 def test_variance_stays_one_with_sub(sub):
-    "By the gain of the leak alone it would become 0.75 in one layer for sub=0.4; by the activation's variance 1.8 for sub=0.8"
+    "The leak alone would make it 0.75 in one layer for sub=0.4; the activation's variance 1.8 for sub=0.8"
     set_seed(0)
     act, ratios = GeneralRelu(0.1, sub), []
     for _ in range(20):
@@ -336,7 +358,8 @@ def test_variance_stays_one_with_sub(sub):
 # --- residual networks without norms
 
 def residual(n, norm=None, act=nn.ReLU):
-    return nn.Sequential(conv(1, 8, norm=norm), *[ResBlock(8, 8, act=act, norm=norm) for _ in range(n)], ResBlock(8, 16, 2, act=act, norm=norm),
+    return nn.Sequential(conv(1, 8, norm=norm), *[ResBlock(8, 8, act=act, norm=norm) for _ in range(n)],
+                         ResBlock(8, 16, 2, act=act, norm=norm),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
 class Mlp(nn.Module):
@@ -375,7 +398,7 @@ def test_fixup_is_the_papers():
     assert m.stem.weight.std().item() == pytest.approx(gain(act_gr)/20**0.5, rel=0.03)
 
 def test_fixup_bounds_the_update():
-    "What one step on the branches changes in the output does not grow with the depth; without the scale it grows like L"
+    "The change of the output in one step on the branches does not grow with depth; without the scale it grows like L"
     def change(n, scaled, seed):
         set_seed(seed)
         m, x = Mlp(n), vectors(32)
@@ -392,7 +415,9 @@ def test_fixup_bounds_the_update():
     assert growth(True) == pytest.approx(1, abs=0.3)
     assert growth(False) > 5
 
-@pytest.mark.parametrize('norm', [None, nn.BatchNorm2d, BatchNorm, LayerNorm, partial(nn.GroupNorm, 2), partial(nn.InstanceNorm2d, affine=True)])
+@pytest.mark.parametrize('norm',
+                         [None, nn.BatchNorm2d, BatchNorm, LayerNorm, partial(nn.GroupNorm, 2),
+                          partial(nn.InstanceNorm2d, affine=True)])
 def test_blocks_begin_as_their_shortcut(norm):
     set_seed(0)
     m, other = residual(6, norm), residual(1, norm)
@@ -410,13 +435,16 @@ def test_blocks_begin_as_their_shortcut(norm):
 
 def test_what_residual_inits_refuse():
     for f in fixup, zero_init_residual:
-        with pytest.raises(ValueError, match='Sequential has no ResBlock: give its branches'): f(nn.Sequential(nn.Linear(2, 2)))
+        with pytest.raises(ValueError, match='Sequential has no ResBlock: give its branches'):
+            f(nn.Sequential(nn.Linear(2, 2)))
         with pytest.raises(ValueError, match='branch 1 has no layer'): f(m := Mlp(), [m.blocks[0], [nn.ReLU()]])
     with pytest.raises(ValueError, match='use zero_init_residual'): fixup(residual(2, LayerNorm))
-    with pytest.raises(ValueError, match='give head, the classification layer'): fixup(nn.Sequential(conv(1, 8), ResBlock(8, 16)))
+    with pytest.raises(ValueError, match='give head, the classification layer'):
+        fixup(nn.Sequential(conv(1, 8), ResBlock(8, 16)))
     with pytest.raises(ValueError, match='give head'): fixup(m := Mlp(), m.blocks, head=m.blocks[4][2])
     for norm in partial(BatchNorm, affine=False), nn.InstanceNorm2d:
         m = residual(2, norm)
         before = [p.detach().clone() for p in m.parameters()]
-        with pytest.raises(ValueError, match='1.convs.1.1 has no weight of its own that could be zero'): zero_init_residual(m)
+        with pytest.raises(ValueError, match='1.convs.1.1 has no weight of its own that could be zero'):
+            zero_init_residual(m)
         assert all(torch.equal(a, b) for a, b in zip(before, m.parameters()))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
 
 FILES = 'fastswa/averaging/', 'fastswa/training/', 'fastswa/callbacks/', 'fastswa/core.py', '/contextlib.py'      # the code in whose lines Ctrl-C is pressed

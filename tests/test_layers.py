@@ -1,4 +1,4 @@
-"Norms equal to torch's, to the last digit that float64 allows; known to `update_bn` and averages; and what they do for `conv`"
+"Norms equal torch's to the last digit of float64; `update_bn` and averages know them; and what they do for `conv`"
 import copy
 import io
 from functools import partial
@@ -43,8 +43,10 @@ def assert_same_step(ours, theirs, x, **tol):
     for m in ours, theirs: m.zero_grad()
     ya.backward(up), yb.backward(up)
     assert_close(a.grad, b.grad, **tol)
-    for (n, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True): assert_close(p.grad, q.grad, msg=lambda s: f'{n}: {s}', **tol)
-    for (n, p), q in zip(ours.named_buffers(), theirs.buffers(), strict=True): assert_close(p, q, msg=lambda s: f'{n}: {s}', **tol)
+    for (n, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert_close(p.grad, q.grad, msg=lambda s: f'{n}: {s}', **tol)
+    for (n, p), q in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        assert_close(p, q, msg=lambda s: f'{n}: {s}', **tol)
 
 
 # --- BatchNorm
@@ -78,15 +80,18 @@ def test_biased_to_normalise_unbiased_to_run():
 def test_batchnorm_gradcheck(shape):
     x = data(*shape).requires_grad_()
     for m in (redrawn(BatchNorm(4).double()), redrawn(BatchNorm(4).double()).eval()):
-        torch.autograd.gradcheck(lambda x, w, b: torch.func.functional_call(m, dict(weight=w, bias=b), x), (x, m.weight, m.bias))
+        torch.autograd.gradcheck(lambda x, w, b: torch.func.functional_call(m, dict(weight=w, bias=b), x),
+                                 (x, m.weight, m.bias))
     torch.autograd.gradgradcheck(BatchNorm(4).double(), data(4, 4).requires_grad_())
 
 
 def test_one_value_per_channel():
     "An error as torch's, and nothing counted; NaN otherwise. In eval mode there is no need for more"
-    for ours, theirs, x in ((BatchNorm(4), nn.BatchNorm1d(4), torch.ones(1, 4)), (BatchNorm(4), nn.BatchNorm2d(4), torch.ones(1, 4, 1, 1))):
+    for ours, theirs, x in ((BatchNorm(4), nn.BatchNorm1d(4), torch.ones(1, 4)),
+                            (BatchNorm(4), nn.BatchNorm2d(4), torch.ones(1, 4, 1, 1))):
+        message = 'Expected more than 1 value per channel when training, got input size'
         for m in ours, theirs:
-            with pytest.raises(ValueError, match='Expected more than 1 value per channel when training, got input size'): m(x)
+            with pytest.raises(ValueError, match=message): m(x)
         assert ours.num_batches_tracked == 0 and ours.running_var.eq(1).all()
         assert_close(ours.eval()(x), theirs.eval()(x))
     assert BatchNorm(4)(torch.ones(1, 4, 1, 2)).isfinite().all()
@@ -108,7 +113,8 @@ def test_mean_far_from_zero():
     ours = BatchNorm(4, mom=1., eps=0.)
     ours(x.float())
     assert_close(ours.running_var.double(), x.float().double().var(0), rtol=1e-3, atol=0)
-    assert_close(LayerNorm(512)(x.T.float()[None, ..., None].transpose(1, 2)).std(correction=0).item(), 1., rtol=1e-3, atol=0)
+    assert_close(LayerNorm(512)(x.T.float()[None, ..., None].transpose(1, 2)).std(correction=0).item(), 1., rtol=1e-3,
+                 atol=0)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -116,7 +122,8 @@ def test_half_precision_inputs(dtype):
     "Squares of these overflow fp16; the sums of bf16 stand still at 256"
     x = data(600, 4, 3, dtype=dtype, mean=100, std=300)
     up = partial(assert_close, rtol=2**-7, atol=2**-7)
-    for ours, theirs in ((BatchNorm(4), nn.BatchNorm1d(4)), (LayerNorm(4), nn.GroupNorm(1, 4)), (LayerNorm((4, 3)), nn.LayerNorm((4, 3)))):
+    for ours, theirs in ((BatchNorm(4), nn.BatchNorm1d(4)), (LayerNorm(4), nn.GroupNorm(1, 4)),
+                         (LayerNorm((4, 3)), nn.LayerNorm((4, 3)))):
         up(ours(x), theirs(x))
         for a, b in zip(ours.buffers(), theirs.buffers()): assert_close(a, b, rtol=1e-4, atol=1e-4)
     halves = BatchNorm(4).to(dtype), nn.BatchNorm1d(4).to(dtype)
@@ -150,7 +157,8 @@ def test_layernorm_of_an_int(shape):
     ours, theirs = redrawn(LayerNorm(4, eps=1e-3).double()), nn.GroupNorm(1, 4, eps=1e-3).double()
     theirs.load_state_dict(ours.state_dict())
     assert_same_step(ours, theirs, data(*shape), rtol=1e-10, atol=1e-12)
-    assert_same_step(LayerNorm(4, elementwise_affine=False), nn.GroupNorm(1, 4, affine=False), data(*shape), rtol=1e-10, atol=1e-12)
+    assert_same_step(LayerNorm(4, elementwise_affine=False), nn.GroupNorm(1, 4, affine=False), data(*shape),
+                     rtol=1e-10, atol=1e-12)
     plain = nn.LayerNorm(shape[1:], elementwise_affine=False)
     assert_close(LayerNorm(4).double()(data(*shape)), plain(data(*shape)), rtol=1e-10, atol=1e-12)
     torch.autograd.gradcheck(ours, data(*shape).requires_grad_())
@@ -168,7 +176,8 @@ def test_layernorm_of_a_tuple(shape, kw):
 
 
 def test_layernorm_wrong_inputs():
-    for m, x in ((LayerNorm(4), torch.ones(3, 5, 4)), (LayerNorm(4), torch.ones(4)), (LayerNorm((3, 4)), torch.ones(2, 4, 3)), (LayerNorm((3, 4)), torch.ones(4))):
+    for m, x in ((LayerNorm(4), torch.ones(3, 5, 4)), (LayerNorm(4), torch.ones(4)),
+                 (LayerNorm((3, 4)), torch.ones(2, 4, 3)), (LayerNorm((3, 4)), torch.ones(4))):
         with pytest.raises(ValueError, match=r'the input must be \('): m(x)
     for wrong in 0, -1, (), (3, 0), (2.5,):
         with pytest.raises(ValueError, match='must be a whole number, 1 or more'): LayerNorm(wrong)
@@ -177,7 +186,9 @@ def test_layernorm_wrong_inputs():
 # --- what others make of them
 
 
-def nets(): return [nn.Sequential(conv(1, 4, norm=n), conv(4, 3, norm=n), nn.Flatten(), nn.Linear(12, 5), LayerNorm(5)) for n in (BatchNorm, nn.BatchNorm2d)]
+def nets():
+    return [nn.Sequential(conv(1, 4, norm=n), conv(4, 3, norm=n), nn.Flatten(), nn.Linear(12, 5), LayerNorm(5))
+            for n in (BatchNorm, nn.BatchNorm2d)]
 
 
 def test_update_bn_and_averages_know_it():
@@ -186,9 +197,11 @@ def test_update_bn_and_averages_know_it():
     batches = data(22, 1, 8, 8, dtype=torch.float32).split((8, 8, 6))
     assert list(bn_layers(ours)) == list(bn_layers(theirs)) == ['0.1', '1.1']       # a LayerNorm keeps no statistics
     for m in ours, theirs: update_bn(m, batches)
-    for (k, v), w in zip(ours.state_dict().items(), theirs.state_dict().values()): assert_close(v, w, rtol=1e-5, atol=1e-6, msg=k)
+    for (k, v), w in zip(ours.state_dict().items(), theirs.state_dict().values()):
+        assert_close(v, w, rtol=1e-5, atol=1e-6, msg=k)
     assert ours[0][1].num_batches_tracked == 3 and ours[0][1].momentum == 0.1
-    assert_close(ours[0][1].running_var, torch.cat([ours[0][0](b) for b in batches]).var((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    assert_close(ours[0][1].running_var, torch.cat([ours[0][0](b) for b in batches]).var((0, 2, 3)), rtol=1e-5,
+                 atol=1e-6)
     avg = Average(ours)
     for _ in range(2):
         avg.update()
@@ -200,7 +213,8 @@ def test_update_bn_and_averages_know_it():
         assert momenta == {'0.1': 0.1, '1.1': 0.1} and m[0][1].running_mean.eq(0).all()
         for b in batches: m(b)
         update_bn(m, momenta=momenta)
-    for k in '0.1.running_mean', '1.1.running_var': assert_close(ours.state_dict()[k], theirs.state_dict()[k], rtol=1e-5, atol=1e-6)
+    for k in '0.1.running_mean', '1.1.running_var':
+        assert_close(ours.state_dict()[k], theirs.state_dict()[k], rtol=1e-5, atol=1e-6)
 
 
 def test_training_with_ours_is_training_with_torchs():
@@ -213,7 +227,8 @@ def test_training_with_ours_is_training_with_torchs():
             opt.zero_grad()
             F.cross_entropy(m(x), y).backward()
             opt.step()
-    for (k, v), w in zip(ours.state_dict().items(), theirs.state_dict().values()): assert_close(v, w, rtol=1e-3, atol=1e-4, msg=k)
+    for (k, v), w in zip(ours.state_dict().items(), theirs.state_dict().values()):
+        assert_close(v, w, rtol=1e-3, atol=1e-4, msg=k)
 
 
 class RMS(nn.Module):
@@ -225,10 +240,13 @@ class RMS(nn.Module):
 
 
 @pytest.mark.parametrize('norm, bias', [
-    (None, True), (BatchNorm, False), (partial(BatchNorm, affine=False), True), (LayerNorm, False), (partial(LayerNorm, bias=False), True),
-    (partial(LayerNorm, elementwise_affine=False), True), (nn.BatchNorm2d, False), (partial(nn.BatchNorm2d, affine=False), True),
+    (None, True), (BatchNorm, False), (partial(BatchNorm, affine=False), True), (LayerNorm, False),
+    (partial(LayerNorm, bias=False), True),
+    (partial(LayerNorm, elementwise_affine=False), True), (nn.BatchNorm2d, False),
+    (partial(nn.BatchNorm2d, affine=False), True),
     (partial(nn.GroupNorm, 2), False), (partial(nn.GroupNorm, 2, affine=False), True), (nn.InstanceNorm2d, True),
-    (partial(nn.InstanceNorm2d, affine=True), False), (RMS, True), (lambda nf: nn.Sequential(RMS(nf), nn.BatchNorm2d(nf)), False)])
+    (partial(nn.InstanceNorm2d, affine=True), False), (RMS, True),
+    (lambda nf: nn.Sequential(RMS(nf), nn.BatchNorm2d(nf)), False)])
 def test_bias_by_what_the_norm_is(norm, bias):
     "A class, a partial of one or a function makes it; looking at these and not at the norm, a bias was always there"
     assert (conv(1, 4, norm=norm)[0].bias is not None) == bias
@@ -252,4 +270,5 @@ def test_seed_model_learns(act, norm):
         loss.backward()
         opt.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.8*losses[0] and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert losses[-1] < 0.8*losses[0]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -16,7 +16,7 @@ from fastswa.callbacks.metrics import MetricsCB
 from fastswa.core import set_seed
 from fastswa.training.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.training.learner import MomentumLearner, TrainLearner
-from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
 
 

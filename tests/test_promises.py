@@ -17,7 +17,7 @@ from fastswa.core import set_seed
 from fastswa.training.events import Callback, CancelStepException
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.schedule import EpochSchedCB
-from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
 
 

@@ -17,8 +17,8 @@ from fastswa.callbacks.basics import BatchTransformCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.training.events import Callback, CancelEpochException
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
-from fastswa.callbacks.bnupdate import BNUpdateCB
-from fastswa.callbacks.snapshots import AverageCB
+from fastswa.callbacks.swa import BNUpdateCB
+from fastswa.callbacks.swa import AverageCB
 from fastswa.callbacks.swa import EMACB, SWACB
 
 N, BS = 160, 16

@@ -19,7 +19,7 @@ from fastswa.callbacks.speed import ChannelsLastCB, CompileCB, MixedPrecisionCB
 from fastswa.callbacks.metrics import EarlyStoppingCB
 from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
 from fastswa.callbacks.schedule import BatchSchedCB
-from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
 
@@ -228,7 +228,7 @@ def test_memory_does_not_grow():
         from fastswa.callbacks.loggers import LogCB
         from fastswa.callbacks.speed import MixedPrecisionCB
         from fastswa.callbacks.progress import ProgressCB
-        from fastswa.callbacks.bnupdate import BNUpdateCB
+        from fastswa.callbacks.swa import BNUpdateCB
         from fastswa.callbacks.swa import EMACB, SWACB
         from fastswa.callbacks.steps import GradAccumCB, GradClipCB
         import tempfile

@@ -122,7 +122,7 @@ from fastswa.averaging.average import Average, update_all
 from fastswa.training.events import Callback, CancelStepException
 from fastswa.training.learner import TrainLearner
 from fastswa.averaging.rules import ema, equal, power
-from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
 
 

@@ -245,24 +245,28 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastswa.callbacks.augment import AugmentCB
 from fastswa.data.transforms import RandFlip
 from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, RecorderCB
-from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import clean_mem, set_seed, to_device
-from fastswa.callbacks.loggers import CSVLoggerCB, LogCB
-from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB
+from fastswa.callbacks.loggers import CSVLoggerCB
+from fastswa.callbacks.schedule import OneCycleCB, WarmupStableDecayCB
 from fastswa.data.loaders import collate_device
 from fastswa.training.events import Callback, CancelBatchException, CancelFitException
-from fastswa.callbacks.speed import ChannelsLastCB, CompileCB, MixedPrecisionCB
-from fastswa.callbacks.activations import ActivationStats
-from fastswa.callbacks.readings import append_stats
-from fastswa.nets.hooks import HooksCallback
+from fastswa.callbacks.speed import ChannelsLastCB, CompileCB
+from fastswa.callbacks.metrics import EarlyStoppingCB
+from fastswa.callbacks.activations import ActivationStats, HooksCallback
 from fastswa.nets.layers import get_model
+from fastswa.nets.statistics import append_stats
 from fastswa.training.learner import TrainLearner
-from fastswa.data.mixing import CutMixCB, MixUpCB
-from fastswa.callbacks.progress import LogView, NotebookView, ProgressCB, View
-from fastswa.callbacks.bnupdate import BNUpdateCB
+from fastswa.callbacks.loggers import LogCB
+from fastswa.callbacks.augment import CutMixCB, MixUpCB
+from fastswa.callbacks.speed import MixedPrecisionCB
+from fastswa.callbacks.progress import ProgressCB
+from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
+from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
+from fastswa.callbacks.progress import LogView, NotebookView, View
 
 
 def data(n=56, bs=8, valid=20):

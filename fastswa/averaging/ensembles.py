@@ -15,45 +15,34 @@ import torch
 from torch import nn
 
 from .average import Average
-from .kernels import blend
-from ..core import uninterrupted, unwrap
+from ..core import uninterrupted
 from .tensors import check_same
 
 # %% ../../nbs/averaging/07_ensembles.ipynb #00000006
-@torch.no_grad()
-def copies(average, values, into=None, device=None):
-    "A copy of values in the order of `live`, as the average keeps its own"
-    res = average._chosen.empty(average.dtype, device or average.device)[0] if into is None else into
-    for r, v in zip(res, values): r.copy_(v)
-    return res
-
-def holding(average, weights):
-    "An `Average` for the same module that holds these weights: for its `applied`"
-    res = Average(average.source, dtype=average.dtype, include=average._chosen.include, exclude=average._chosen.exclude)
+def average_of(average, weights):
+    "An `Average` for the same module that has these weights: for its `applied`"
+    res = Average(average.source, dtype=average.dtype, include=average._selection.include, exclude=average._selection.exclude)
     res.load_state_dict(dict(n=1, skipped=0, rule=repr(res.rule), weights=weights))
     return res
 
-class Keeping(Average):
+class KeepsSnapshots(Average):
     "An average that keeps more lists of tensors like its own"
     def reset(self):
         super().reset()
         self._kept = []
 
-    def verify(self):
-        old = self._chosen
-        super().verify()
-        if self._chosen is not old: self._kept = [copies(self, self._chosen.in_order(old.by_name(v))) for v in self._kept]
+    def _follow(self, old, new):
+        super()._follow(old, new)
+        self._kept = [self._copies(new.in_order(old.by_name(v))) for v in self._kept]
 
-    def _values(self, module): return self._chosen.live if module is None or unwrap(module) is self.source else self._of(module)
-
-    def state_dict(self): return dict(super().state_dict(), **{self._key: [self._chosen.by_name(v) for v in self._kept]})
+    def state_dict(self): return dict(super().state_dict(), **{self._key: [self._selection.by_name(v) for v in self._kept]})
 
     def load_state_dict(self, state):
         if self._key not in state: raise ValueError(f'the saved average is no {type(self).__name__}: it has no {self._key}')
         self.verify()
-        kept = [self._chosen.in_order(d, 'the saved average') for d in state[self._key]]
+        kept = [self._selection.in_order(d, 'the saved average') for d in state[self._key]]
         super().load_state_dict(state)
-        self._kept = [copies(self, v) for v in kept]
+        self._kept = [self._copies(v) for v in kept]
 
 # %% ../../nbs/averaging/07_ensembles.ipynb #00000008
 @dataclass(frozen=True)
@@ -63,7 +52,7 @@ class latest:
     def __call__(self, n): raise TypeError('a running average cannot forget a snapshot whole: use a LatestAverage')
 
 # %% ../../nbs/averaging/07_ensembles.ipynb #00000009
-class LatestAverage(Keeping):
+class LatestAverage(KeepsSnapshots):
     "The mean of the `k` newest snapshots (LAWA), arXiv 2209.14981; keeps `k + 1` copies of the weights; `update` waits for a GPU"
     _key = 'snapshots'
     def __init__(self,
@@ -82,21 +71,20 @@ class LatestAverage(Keeping):
         "Take a snapshot; one that is not finite is skipped whole"
         self._ready()
         values = self._values(module)
-        if self._bad(values): self._skip()
+        if self._is_bad(values): self._skip()
         else:
             with uninterrupted():
                 oldest = self._kept.pop(0) if len(self._kept) == self.k else None
-                self._kept.append(copies(self, values, oldest))
+                self._kept.append(self._copies(values, oldest))
                 self._mean()
-                self._taken += 1
+                self._count()
         return self._taken
 
     @torch.no_grad()
     def _mean(self):
         first,*others = self._kept
-        if self._avg is None: self._hold(first)
-        copies(self, first, self._avg)
-        for i, other in enumerate(others, 2): blend([self._avg], other, [1/i])
+        self._avg = self._copies(first, self._avg)
+        for i, other in enumerate(others, 2): torch._foreach_lerp_(self._avg, other, 1/i)
 
     def load_state_dict(self, state):
         super().load_state_dict(state)

@@ -129,7 +129,7 @@ def to_averaged_model(
 def _load(average, n, tensors, what):
     "Put named tensors into an average; `tensors` may hold other things from the module's `state_dict` too"
     average.verify()
-    ours,known = average._chosen.tensors,{name.replace('_orig_mod.', '') for name in average.source.state_dict()}
+    ours,known = average._selection.tensors,{name.replace('_orig_mod.', '') for name in average.source.state_dict()}
     _refuse(f'{what} does not fit the model', _differ(ours, tensors) + [f'{k} is not in the model' for k in tensors if k not in known])
     chosen = {k: tensors[k] for k in ours}
     average.load_state_dict(dict(n=n, skipped=0, rule=repr(average.rule), weights=chosen))

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn
 
-from .average import Average
-from ..core import unwrap
-from .ensembles import copies, holding
+from .average import Average, move
+from .ensembles import average_of
 from ..files import written
 from .rules import power
 
@@ -98,7 +97,7 @@ class PostHocEMA(Average):
         what = str(stored) if isinstance(stored, Path) else 'the snapshot'
         if tuple(d['sigma_rels']) != self.sigma_rels:
             raise ValueError(f'{what} is of sigma_rels {tuple(d["sigma_rels"])}, not {self.sigma_rels}')
-        return [self._chosen.in_order(w, what) for w in d['weights']]
+        return [self._selection.in_order(w, what) for w in d['weights']]
 
     def _now(self): return dict(n=self.n, sigma_rels=self.sigma_rels, weights=[a.weights for a in self.averages])
 
@@ -109,9 +108,7 @@ class PostHocEMA(Average):
         "Move the averages; RuntimeError in the first update if the folder holds snapshots of an earlier run"
         self.check_new()
         for a in self.averages: a._ready()
-        own = module is None or unwrap(module) is self.source
-        ends,end_kind = (self._chosen.blocks(self.dtype), '_blocks') if own else (self._of(module), '_avg')
-        self._step(self.averages, ends, [1]*len(self.sigma_rels), end_kind)
+        move(self.averages, self._values(module), [1]*len(self.sigma_rels))
         if self.every and self._taken % self.every == 0 and self.n and self.n % self.every == 0: self.store()      # `n` waits for a GPU
         return self._taken
 
@@ -128,8 +125,8 @@ class PostHocEMA(Average):
         n,now = self.n,self._now()
         if n in self._stored: return
         if self.folder is None:
-            weights = [copies(self, self._chosen.in_order(w), device='cpu') for w in now['weights']]
-            self._stored[n] = dict(now, weights=[self._chosen.by_name(v) for v in weights])
+            weights = [self._copies(self._selection.in_order(w), device='cpu') for w in now['weights']]
+            self._stored[n] = dict(now, weights=[self._selection.by_name(v) for v in weights])
             return
         for step, p in self._files().items():
             if step not in self._stored: p.unlink()      # of a run that was given up for the state from which this one went on
@@ -175,15 +172,15 @@ class PostHocEMA(Average):
                 values = [v.to('cpu', torch.promote_types(v.dtype, torch.float64)) for v in values]
                 if total is None: total = [torch.zeros_like(v) for v in values]
                 torch._foreach_add_(total, values, alpha=float(c))
-        total = [t if p else v for t, v, p in zip(total, values, self._chosen.params)]
-        return self._chosen.by_name(copies(self, total, device='cpu'))
+        total = [t if p else v for t, v, p in zip(total, values, self._selection.params)]
+        return self._selection.by_name(self._copies(total, device='cpu'))
 
     def using(self,
         sigma_rel:float, # the window, above 0 and below 0.2887
         step:int|None=None, # one of `steps`; None: the last
     ):
         "A context: inside it the module holds the reconstruction; after it, whatever happened, its own weights"
-        return holding(self, self.reconstruct(sigma_rel, step)).applied()
+        return average_of(self, self.reconstruct(sigma_rel, step)).applied()
 
     def state_dict(self):
         stored = {n: s.name if isinstance(s, Path) else s for n, s in self._stored.items()}

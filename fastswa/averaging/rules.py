@@ -7,11 +7,13 @@ __all__ = ['equal', 'ema', 'power']
 
 # %% ../../nbs/averaging/00_rules.ipynb #00000002
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
 
 import numpy as np
+
+from ..core import Time
 
 # %% ../../nbs/averaging/00_rules.ipynb #00000005
 @dataclass(frozen=True)
@@ -19,51 +21,82 @@ class equal:
     "Every snapshot counts the same: stochastic weight averaging (SWA), arXiv 1803.05407, alg. 1"
     def __call__(self, n): return 1/(n + 1)
 
+# %% ../../nbs/averaging/00_rules.ipynb #00000006
 @dataclass(frozen=True)
 class ema:
     "Exponential moving average: each snapshot counts `decay` times as much as the one after it"
-    decay:float|None=None # what is left of the old average after an update, from 0 to 1; 0.999 if neither this nor `half_life` is given
-    half_life:float|None=None # or: updates after which a snapshot counts half, decay = 2^(-1/half_life)
-    warmup:str|None=None # `'ratio'` caps decay by (1+n)/(10+n) as TensorFlow does, `'power'` by 1-(1+n)^(-2/3) as timm does
+    decay:float|None=None # what is left of the old average after a step, from 0 to 1; 0.999 if neither this nor `half_life` is given
+    half_life:float|str|None=None # or: steps after which a snapshot counts half, decay = 2^(-1/half_life); or a time such as `'0.05dur'`
+    warmup:str|None=None # None; `'ratio'` caps decay by (1+n)/(10+n) as TensorFlow does, `'power'` by 1-(1+n)^(-2/3) as timm does
+    per_step = True # an update after k optimizer steps leaves decay^k of the average
 
     def __post_init__(self):
         if self.decay is not None and self.half_life is not None:
-            raise ValueError(f'give decay or half_life, not both; got decay={self.decay} and half_life={self.half_life}')
+            raise ValueError(f'give decay or half_life, not both; got decay={self.decay} and half_life={self.half_life!r}')
         if self.decay is not None and not (isinstance(self.decay, Real) and 0 <= self.decay <= 1):
             raise ValueError(f'decay must be between 0 and 1; got {self.decay!r}')
-        if self.half_life is not None and not (isinstance(self.half_life, Real) and 0 < self.half_life < math.inf):
-            raise ValueError(f'half_life must be a number of updates above 0; got {self.half_life!r}')
+        if isinstance(self.half_life, str): Time.parse(self.half_life, 'half_life', zero=False)
+        elif self.half_life is not None and not (isinstance(self.half_life, Real) and 0 < self.half_life < math.inf):
+            raise ValueError(f"half_life must be a number of steps above 0, or a time such as '0.05dur'; got {self.half_life!r}")
         if self.warmup not in (None, 'ratio', 'power'):
             raise ValueError(f"warmup must be None, 'ratio' or 'power'; got {self.warmup!r}")
 
     def __call__(self, n):
-        d = 2**(-1/self.half_life) if self.half_life else 0.999 if self.decay is None else self.decay
-        if self.warmup == 'ratio': d = min(d, (1 + n)/(10 + n))
-        if self.warmup == 'power': d = min(d, 1 - (1 + n)**(-2/3))
-        return 1 - d
+        decay = self._decay
+        if self.warmup == 'ratio': decay = min(decay, (1 + n)/(10 + n))
+        if self.warmup == 'power': decay = min(decay, 1 - (1 + n)**(-2/3))
+        return 1 - decay
+
+    @cached_property
+    def _decay(self):
+        if isinstance(self.half_life, str):
+            raise RuntimeError(f'half_life={self.half_life!r} is a time, which depends on the length of the run: `Averages` resolves it')
+        if self.half_life is not None: return 2**(-1/self.half_life)
+        return 0.999 if self.decay is None else self.decay
 
     @property
-    def constant(self): return self.warmup is None
+    def constant(self) -> bool:
+        "Is the weight of a snapshot the same for every n above 0?"
+        return self.warmup is None
 
+    @property
+    def unit(self) -> Time:
+        "In whose unit the time between two updates counts: batches for a half-life in `ep` or `dur`, else optimizer steps"
+        return Time.parse(self.half_life if isinstance(self.half_life, str) else '1ba')
 
+    def resolve(self,
+        span, # from a `Time` to its length in steps, such as `Clock.span`
+    ):
+        "The rule with its half-life in steps of this run"
+        if not isinstance(self.half_life, str): return self
+        return replace(self, half_life=float(span(Time.parse(self.half_life))) or 1.)      # a run of no epochs has no steps
+
+# %% ../../nbs/averaging/00_rules.ipynb #00000007
 @dataclass(frozen=True)
 class power:
     "Snapshots count by a power of their number, t^gamma, so that the window grows with the run: arXiv 2312.02696, eq. 2"
     gamma:float|None=None # 0 is `equal()`; the larger, the shorter the window
     sigma_rel:float|None=None # or: standard deviation of the window as a share of the run, above 0 and below 12^(-1/2) = 0.2887
+    half_life:float|None=None # or: half-life as a share of the steps so far, above 0 and at most ln 2 = 0.6931: needs no planned end
 
     def __post_init__(self):
-        if (self.gamma is None) == (self.sigma_rel is None):
-            raise ValueError(f'give one of gamma and sigma_rel; got gamma={self.gamma} and sigma_rel={self.sigma_rel}')
-        if self.gamma is not None and not (isinstance(self.gamma, Real) and 0 <= self.gamma < math.inf): raise ValueError(f'gamma must be 0 or more; got {self.gamma}')
-        if self.sigma_rel is not None and not (isinstance(self.sigma_rel, Real) and 0 < self.sigma_rel < 12**-0.5):
-            raise ValueError(f'sigma_rel must be above 0 and below 0.2887; got {self.sigma_rel}')
+        given = {k: v for k in ('gamma', 'sigma_rel', 'half_life') if (v := getattr(self, k)) is not None}
+        if len(given) != 1: raise ValueError(f'give one of gamma, sigma_rel and half_life; got {given or "none"}')
+        ranges = dict(gamma=(0 <= _number(self.gamma) < math.inf, '0 or more'),
+                      sigma_rel=(0 < _number(self.sigma_rel) < 12**-0.5, 'above 0 and below 0.2887'),
+                      half_life=(0 < _number(self.half_life) <= math.log(2), 'above 0 and at most 0.6931'))
+        for k, v in given.items():
+            allowed,words = ranges[k]
+            if not allowed: raise ValueError(f'{k} must be {words}; got {v!r}')
 
     @cached_property
-    def exponent(self):
-        "gamma; from sigma_rel it is the root of (g + 1) = sigma_rel^2 (g + 2)^2 (g + 3), arXiv 2312.02696, alg. 2"
+    def exponent(self) -> float:
+        "gamma; from sigma_rel the root of (g + 1) = sigma_rel^2 (g + 2)^2 (g + 3), arXiv 2312.02696, alg. 2; from half_life ln 2/f - 1"
         if self.gamma is not None: return self.gamma
+        if self.half_life is not None: return math.log(2)/self.half_life - 1
         inverse = self.sigma_rel**-2
         return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
     def __call__(self, n): return 1 - (1 - 1/(n + 1))**(self.exponent + 1)
+
+def _number(v): return v if isinstance(v, Real) else math.nan

@@ -8,32 +8,17 @@ __all__ = ['SWAG']
 # %% ../../nbs/averaging/08_swag.ipynb #00000002
 import math, warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from numbers import Real
 
 import torch
 from torch import nn
 
 from .batchnorm import bn_layers, outputs, update_bn
-from ..core import get_rng_state, keep_modes, loader_generators, set_rng_state, uninterrupted
-from .ensembles import Keeping, copies, holding
+from ..core import keep_modes, keep_rng, loader_generators, uninterrupted
+from .ensembles import KeepsSnapshots, average_of
 from .rules import equal
 
 # %% ../../nbs/averaging/08_swag.ipynb #00000006
-@contextmanager
-def untouched(average, generators):
-    "Afterwards the module of an average has its own weights, buffers and modes again, and the random state is as before"
-    module,state = average.source,get_rng_state(generators)
-    modes = {m: m.training for m in module.modules()}
-    buffers = [(m._buffers, k, b, b.clone()) for m in modes for k, b in m._buffers.items() if b is not None]
-    try: yield
-    finally:
-        with uninterrupted(), torch.no_grad():
-            average.restore()
-            for m, mode in modes.items(): m.training = mode
-            for holder, k, b, old in buffers: holder[k] = b.copy_(old)
-            set_rng_state(state, generators)
-
 def probabilities(module, batches, forward, activation):
     "The activations of the outputs for each batch, in eval mode; fp32 or wider, on the CPU"
     with keep_modes(module):
@@ -42,7 +27,7 @@ def probabilities(module, batches, forward, activation):
         return [activation(o.to(torch.promote_types(o.dtype, torch.float32))).cpu() for o in outs]
 
 # %% ../../nbs/averaging/08_swag.ipynb #00000007
-class SWAG(Keeping):
+class SWAG(KeepsSnapshots):
     "A Gaussian around the SWA solution, arXiv 1902.02476; keeps `rank + 2` copies of the weights; `update` waits for a GPU"
     _key = 'moments'
     def __init__(self,
@@ -67,9 +52,9 @@ class SWAG(Keeping):
 
     @torch.no_grad()
     def _move(self, values):
-        d = copies(self, values, self._kept.pop(1) if self.rank and len(self._kept) > self.rank else None)
+        d = self._copies(values, self._kept.pop(1) if self.rank and len(self._kept) > self.rank else None)
         torch._foreach_sub_(d, self._avg)
-        if not self._kept: self._kept = [copies(self, d)]                # zeros: the first snapshot is the mean
+        if not self._kept: self._kept = [self._copies(d)]                # zeros: the first snapshot is the mean
         else: torch._foreach_addcmul_(self._kept[0], d, [t.conj() for t in d], value=self.n/(self.n - 1))
         if self.rank: self._kept.append(d)
 
@@ -90,7 +75,7 @@ class SWAG(Keeping):
     def variance(self) -> dict: # name → tensor
         "The variance of the snapshots, with their number as divisor; RuntimeError if there are fewer than two"
         self._need_two()
-        return self._chosen.by_name([t/self.n for t in self._kept[0]])
+        return self._selection.by_name([t/self.n for t in self._kept[0]])
 
     @torch.no_grad()
     def sample(self,
@@ -102,16 +87,16 @@ class SWAG(Keeping):
         BatchNorm's statistics are those of the mean, which fit no sample: recompute them with `update_bn`."""
         if not (isinstance(scale, Real) and 0 <= scale < math.inf): raise ValueError(f'scale must be 0 or more; got {scale!r}')
         self._need_two()
-        res,(m2,*columns) = copies(self, self._chosen.in_order(self.weights)),self._kept
+        res,(m2,*columns) = self._copies(self._selection.in_order(self.weights)),self._kept
         device = generator.device if generator else m2[0].device
         def normal(*shape, **kw): return torch.randn(*shape, device=device, generator=generator, **kw)
         z2 = (normal(len(columns))/math.sqrt(max(len(columns) - 1, 1))).tolist()
         for i, (r, t) in enumerate(zip(res, m2)):
-            if not self._chosen.params[i]: continue
+            if not self._selection.params[i]: continue
             noise = (t/self.n).sqrt()*normal(t.shape, dtype=t.dtype).to(t.device)
             for d, z in zip(columns, z2): noise.add_(d[i], alpha=z)
             r.add_(noise, alpha=math.sqrt(scale))
-        return self._chosen.by_name(res)
+        return self._selection.by_name(res)
 
     @torch.no_grad()
     def predict(self,
@@ -130,12 +115,12 @@ class SWAG(Keeping):
         if isinstance(bn_data, Iterator):
             raise ValueError(f'bn_data is gone through for each sample: give a list or loader; got a {type(bn_data).__name__}')
         from tqdm import tqdm
-        loaders,other = [*loader_generators(batches), *loader_generators(bn_data)],holding(self, self.weights)
-        with untouched(other, loaders), untouched(other, loaders):      # one Ctrl-C can cut one of them short
+        loaders,other = [*loader_generators(batches), *loader_generators(bn_data)],average_of(self, self.weights)
+        with keep_rng(*loaders):
             batches,means = list(batches),None
             if not batches: raise ValueError('there are no batches to predict')
             for i in tqdm(range(n), 'samples', leave=False, disable=None):
-                copies(other, other._chosen.in_order(self.sample(scale, generator)), other._avg)
+                other._copies(other._selection.in_order(self.sample(scale, generator)), other._avg)
                 with other.applied() as module:
                     if bn_data is not None: update_bn(module, bn_data, forward=forward)
                     new = probabilities(module, batches, forward, activation)

@@ -14,6 +14,7 @@ import numpy as np
 from ..core import check_number, check_whole
 from ..training.events import Callback, CancelFitException, Stage
 from ..training.optim import OptionChanges, set_option
+from ..training.sandbox import sandbox
 
 # %% ../../nbs/callbacks/05_finder.ipynb #00000009
 @dataclass(repr=False)
@@ -149,7 +150,8 @@ def lr_find(
     check_whole('max_epochs', max_epochs, none=True)
     finder = LRFinderCB(gamma, max_mult, max_steps, show=False)
     n_epochs = max_steps if max_epochs is None else max_epochs
-    with learn.scratch([_SameOptionsCB(learn.opt, start_lr), finder]): learn.fit(n_epochs, valid=False, lr=start_lr)
+    with sandbox(learn, [_SameOptionsCB(learn.opt, start_lr), finder], train=True):
+        learn.fit(n_epochs, valid=False, lr=start_lr)
     res = finder.result()
     if show: res.plot()
     return res

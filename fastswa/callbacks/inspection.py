@@ -16,6 +16,7 @@ from .metrics import MetricsCB
 from ..core import keep_modes, map_tensors, to_cpu, to_device
 from ..plot import show_images
 from ..training.events import Callback, Stage, as_list
+from ..training.sandbox import prepared_batches, sandbox
 
 # %% ../../nbs/callbacks/18_inspection.ipynb #00000006
 def _cat(parts):
@@ -55,10 +56,10 @@ def capture_preds(
 ) -> tuple: # predictions and targets (and inputs)
     "Predictions for the validation set by the weights that the model holds, on the CPU"
     cp = CapturePreds(inps)
-    with learn.aside([cp, *as_list(cbs)]): learn.fit(1, train=False, valid=learn.weights)
+    with sandbox(learn, [cp, *as_list(cbs)]): learn.fit(1, train=False, valid=learn.weights)
     return (cp.all_preds, cp.all_targs, cp.all_inps) if inps else (cp.all_preds, cp.all_targs)
 
-# %% ../../nbs/callbacks/18_inspection.ipynb #00000008
+# %% ../../nbs/callbacks/18_inspection.ipynb #00000009
 class _Markdown(str):
     "Markdown that a notebook renders"
     __repr__ = str.__str__
@@ -71,7 +72,7 @@ def _n_params(module): return sum(p.numel() for p in module.parameters())
 def _one_sample(learn):
     "A training batch of one sample as the model gets it, on the device of the model"
     device = next((t.device for t in learn.model.parameters()), 'cpu')
-    batch = next(learn.prepared(learn.dls.train))
+    batch = next(prepared_batches(learn, learn.dls.train))
     return to_device(map_tensors(lambda t: t[:1] if t.ndim else t, batch), device)
 
 def summary(
@@ -89,7 +90,7 @@ def summary(
         shapes = f'{_shape(inp[0] if inp else None)}|{_shape(out)}'
         lines.append(f'|{name}|{type(module).__name__}|{shapes}|{_n_params(module):,}|{total - before:.2f}|')
         before = total
-    with learn.aside(), torch.no_grad():
+    with sandbox(learn), torch.no_grad():
         learn.batch = _one_sample(learn)
         try:
             for name, module in list(learn.model.named_children()) or [('', learn.model)]:
@@ -110,5 +111,5 @@ def show_image_batch(
     **kwargs, # for `fastswa.plot.show_images`
 ):
     "Show the images of one training batch as the model gets them"
-    with learn.aside(as_list(cbs)): batch = next(learn.prepared(learn.dls.train))
+    with sandbox(learn, as_list(cbs)): batch = next(prepared_batches(learn, learn.dls.train))
     show_images(to_cpu(batch[0][:max_n]), **kwargs)

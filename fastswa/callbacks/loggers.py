@@ -16,7 +16,7 @@ import torch
 from ..core import Every, batch_size
 from ..files import check_folder, written
 from ..training.events import Callback, Stage
-from ..training.meter import LossMeter
+from ..training.essentials import LossMeter
 
 # %% ../../nbs/callbacks/13_loggers.ipynb #00000006
 class RowsCB(Callback):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MetricsCB', 'Watched', 'EarlyStoppingCB']
 
-# %% ../../nbs/callbacks/01_metrics.ipynb #81b7458d
+# %% ../../nbs/callbacks/01_metrics.ipynb #00000002
 import warnings
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ import torch
 from ..core import check_choice, check_number, check_whole, is_quiet, map_tensors, plain
 from ..training.events import Callback, CancelFitException, Stage
 
-# %% ../../nbs/callbacks/01_metrics.ipynb #7f250c4e
+# %% ../../nbs/callbacks/01_metrics.ipynb #00000006
 _RESERVED = 'loss', 'epoch', 'train', 'weights', 'time'
 
 def _check_metric(name, metric):
@@ -95,7 +95,7 @@ class MetricsCB(Callback):
                 warnings.warn(f'the metric {name!r} has no saved state: in the row of this epoch it is that of the '
                               'batches to come')
 
-# %% ../../nbs/callbacks/01_metrics.ipynb #3fa70f23
+# %% ../../nbs/callbacks/01_metrics.ipynb #00000013
 class Watched:
     "A column of the table, by which a callback goes"
     def __init__(self,
@@ -110,7 +110,7 @@ class Watched:
         rows=False, # also whether there was a row of it in the epoch before?
     ):
         "ValueError if the learner has no such set of weights; called before a training epoch"
-        names = ['raw', *learn._rows]
+        names = learn.averages.rows(empty=True)
         if self.weights not in names:
             raise ValueError(f'{self.name!r}: no weights are called {self.weights!r}; there are {", ".join(names)}')
         if not rows or learn.epoch == learn.epochs[0]: return
@@ -139,7 +139,7 @@ class Watched:
         if old is None: return new == new
         return new < old - by if self.mode == 'min' else new > old + by
 
-# %% ../../nbs/callbacks/01_metrics.ipynb #e21a1aab
+# %% ../../nbs/callbacks/01_metrics.ipynb #00000016
 class EarlyStoppingCB(Callback):
     "End the fit when a column has not become better for some epochs; `best` and `best_epoch` say when it was best"
     order,role = Stage.schedule + 5,'watches'

@@ -18,7 +18,7 @@ import torch
 from ..core import Table, format_time, format_value, is_quiet
 from ..training.events import Callback, Stage
 
-# %% ../../nbs/callbacks/12_progress.ipynb #c2909173
+# %% ../../nbs/callbacks/12_progress.ipynb #00000007
 class View:
     "Where nothing is shown. The others do something at these moments; `p` is the `ProgressCB`"
     every = 30. # seconds from one `update` to the next
@@ -52,7 +52,7 @@ class LogView(View):
         self._flush(p)
         if p.note: print(p.note, flush=True)
 
-# %% ../../nbs/callbacks/12_progress.ipynb #68d2c23e
+# %% ../../nbs/callbacks/12_progress.ipynb #0000000a
 class TerminalView(View):
     "A bar for each pass over a loader, and rows above it"
     every,bar = 0.2,None
@@ -74,7 +74,7 @@ class TerminalView(View):
     def end(self, p):
         if p.note: print(p.note, flush=True)
 
-# %% ../../nbs/callbacks/12_progress.ipynb #4b9c0dfd
+# %% ../../nbs/callbacks/12_progress.ipynb #0000000c
 class NotebookView(View):
     "A single output with bar, table and plot"
     every = 0.5
@@ -122,7 +122,7 @@ def _png(p):
         fig.savefig(png, format='png', dpi=120)
     return png.getvalue()
 
-# %% ../../nbs/callbacks/12_progress.ipynb #532de1bf
+# %% ../../nbs/callbacks/12_progress.ipynb #0000000f
 def find_view() -> View:
     "The view for where this runs: a Jupyter kernel, another IPython shell, a terminal, or a log"
     ip = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
@@ -131,7 +131,7 @@ def find_view() -> View:
     if ip is not None and not in_terminal: return NotebookView(live=False)
     return TerminalView() if getattr(sys.stdout, 'isatty', bool)() else LogView()
 
-# %% ../../nbs/callbacks/12_progress.ipynb #00000005
+# %% ../../nbs/callbacks/12_progress.ipynb #00000012
 class ProgressCB(Callback):
     "Show training, in the way that suits where it runs"
     order,role = Stage.show,'watches'

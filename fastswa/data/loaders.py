@@ -8,22 +8,20 @@ __all__ = ['collate_dict', 'collate_device', 'inplace', 'BatchLoader', 'DataLoad
 # %% ../../nbs/data/01_loaders.ipynb #00000002
 import math, re
 from functools import partial, wraps
-from numbers import Integral
 
 import datasets, PIL.Image, torch
 import numpy as np, pyarrow as pa, pyarrow.compute as pc
 from datasets import ClassLabel
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from ..core import to_device
-from .sources import fashion_mnist, load_data, mnist, toy_images
+from ..core import check_whole, to_device
 
 # %% ../../nbs/data/01_loaders.ipynb #00000007
 def _pixels(image):
     "A PIL image as a uint8 array (C, H, W): one channel for grey modes, three for colours"
     mode = getattr(image, 'mode', None)
     if mode is None or mode[0] in 'IF':
-        raise ValueError(f'8-bit images are expected, got {"one of mode " + mode if mode else repr(image)}')
+        raise ValueError(f'images must be 8-bit; got {"one of mode " + mode if mode else repr(image)}')
     if mode not in ('L', 'RGB'): image = image.convert('L' if mode in ('1', 'LA', 'La') else 'RGB')
     a = np.asarray(image)
     return a[None] if a.ndim == 2 else a.transpose(2, 0, 1)
@@ -42,8 +40,8 @@ def _collate(samples, columns, images, as_tuple):
 def collate_dict(
     ds, # the dataset that the samples come from
     as_tuple:bool=True, # a tuple of columns? else a dict
-): # a `collate_fn`, which worker processes can be given too
-    "A function that makes a batch of samples: its columns in the order of `ds.features`"
+): # a `collate_fn`, also for worker processes
+    "A function that makes a batch from samples: its columns in the order of `ds.features`"
     untouched = ds.format['type'] != 'custom'                # with_transform: the values are the user's
     images = [k for k, f in ds.features.items() if untouched and isinstance(f, datasets.Image)]
     return partial(_collate, columns=list(ds.features), images=images, as_tuple=as_tuple)
@@ -53,7 +51,7 @@ def collate_device(b):
     return to_device(default_collate(b))
 
 def inplace(f):
-    "`f`, which changes its argument, made to return it: for `with_transform`"
+    "`f`, which changes its argument in place, as a function that returns it: for `with_transform`"
     @wraps(f)
     def _f(b):
         f(b)
@@ -72,7 +70,8 @@ class BatchLoader:
         generator=None, # a `torch.Generator` for the order; None: a draw from torch's global one seeds each order
         drop_last:bool=False, # leave out a last batch that is not full?
     ):
-        self.dataset, self.batch_size, self.tfm = TensorDataset(x, y), _check_bs(bs), tfm
+        self.batch_size = int(check_whole('bs', bs))
+        self.dataset, self.tfm = TensorDataset(x, y), tfm
         self.shuffle, self.generator, self.drop_last = shuffle, generator, drop_last
         if not len(self): raise ValueError(f'{len(x)} samples with bs={bs} and drop_last={drop_last} give no batch')
 
@@ -81,26 +80,23 @@ class BatchLoader:
         return n // self.batch_size if self.drop_last else math.ceil(n/self.batch_size)
 
     def __iter__(self):
-        order = self._order()                                # drawn here, not when the first batch is asked for
-        return (self._batch(slice(i*self.batch_size, (i + 1)*self.batch_size), order) for i in range(len(self)))
+        order, bs = self._order(), self.batch_size           # drawn here, not when the first batch is asked for
+        return (self._batch(slice(i*bs, (i + 1)*bs), order) for i in range(len(self)))
 
     def _order(self):
         if not self.shuffle: return None
-        g = self.generator or torch.Generator().manual_seed(torch.empty((), dtype=torch.int64).random_().item())
+        g = self.generator
+        if g is None: g = torch.Generator().manual_seed(torch.empty((), dtype=torch.int64).random_().item())
         x, _ = self.dataset.tensors
         return torch.randperm(len(x), generator=g, device=g.device).to(x.device)
 
     def _batch(self, part, order):
         x, y = self.dataset.tensors
-        # index_select is several times faster than x[idx]; a slice is copied, lest someone write into the dataset
-        xb, yb = (x[part], y[part].clone()) if order is None else (o.index_select(0, order[part]) for o in (x, y))
+        if order is None: xb, yb = x[part], y[part].clone()      # a copy, so that nobody writes into the dataset
+        else: xb, yb = (o.index_select(0, order[part]) for o in (x, y))     # several times faster than x[order[part]]
         xb = xb.to(torch.float32).div_(255)
-        return (xb if self.tfm is None else self.tfm(xb)), yb
-
-def _check_bs(bs):
-    if isinstance(bs, bool) or not isinstance(bs, Integral) or bs < 1:
-        raise ValueError(f'bs must be a whole number from 1 on; got {bs!r}')
-    return int(bs)
+        if self.tfm is not None: xb = self.tfm(xb)
+        return xb, yb
 
 # %% ../../nbs/data/01_loaders.ipynb #00000011
 def _column(ds, kind):
@@ -125,7 +121,8 @@ def _pgm_pixels(files):
 
 def _images(ds, column):
     "All images of `column` in one uint8 array (N, C, H, W)"
-    feature, res, i = datasets.Image(mode=ds.features[column].mode), None, 0
+    feature = datasets.Image(mode=ds.features[column].mode)
+    res, i = None, 0
     for table in ds.select_columns(column).with_format('arrow').iter(1000):
         files = table[column].combine_chunks()
         block = _pgm_pixels(pc.struct_field(files, 'bytes')) if feature.mode in (None, 'L') else None
@@ -152,7 +149,7 @@ def _labels(ds, column):
 def _tensors(ds, device):
     "Images and labels of `ds` on `device`"
     if ds.format['type'] == 'custom':
-        raise ValueError('in_memory reads the images as stored, past the transform of the dataset: take it off with '
+        raise ValueError('in_memory reads the images as stored, without the transform of the dataset: remove it by '
                          'with_format(None) and give a tfm= for batches, or use from_dd')
     image, label = _column(ds, datasets.Image), _column(ds, ClassLabel)
     return to_device((_images(ds, image), _labels(ds, label)), device)
@@ -188,7 +185,8 @@ class DataLoaders:
         **kwargs, # for both `torch.utils.data.DataLoader`s
     ):
         "torch `DataLoader`s for any dataset; each sample is decoded anew each time"
-        bs, (train, valid) = _check_bs(bs), _splits(dd)
+        bs = int(check_whole('bs', bs))
+        train, valid = _splits(dd)
         def dl(ds, n, **kw):
             collate = collate_fn or collate_dict(ds, as_tuple)
             return DataLoader(ds, n, num_workers=num_workers, collate_fn=collate, **kw, **kwargs)
@@ -200,15 +198,15 @@ class DataLoaders:
     def in_memory(cls,
         dd, # a `DatasetDict` as for `from_dd`, of one image column and one of labels
         bs:int, # samples in a training batch; validation takes twice as many
-        device=None, # where the images lie; `default_device()` if None
+        device=None, # where the images are kept; `default_device()` if None
         tfm=None, # called with each `xb`, of training and validation: normalisation, say
         shuffle:bool=True, # shuffle the training data?
         generator=None, # a `torch.Generator` for the order of the training data; None: torch's global one seeds it
         seed:int|None=None, # instead of `generator`: a new one with this seed
         drop_last:bool=False, # leave out a last training batch that is not full?
     ):
-        "Loaders of images decoded once and kept on `device`; ValueError for several shapes or labels out of range"
-        _check_bs(bs)
+        "Loaders of images decoded once and kept on `device`; raises ValueError for mixed shapes and bad labels"
+        bs = int(check_whole('bs', bs))
         if seed is not None and generator is not None: raise ValueError('give a seed or a generator, not both')
         if seed is not None: generator = torch.Generator().manual_seed(seed)
         train, valid = (_tensors(ds, device) for ds in _splits(dd))

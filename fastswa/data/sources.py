@@ -43,11 +43,11 @@ def _read_idx(folder, name, n_axes):
     if path is None: raise FileNotFoundError(f'{folder/name}.gz is missing, and so is the same file unpacked')
     try: data = gzip.open(path).read() if path.suffix == '.gz' else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise ValueError(f'{path} is truncated or damaged ({e}): a complete gzip file is expected') from None
+        raise ValueError(f'{path} is truncated or damaged ({e}): download it again') from None
     magic, start = bytes([0, 0, 8, n_axes]), 4 + 4*n_axes
     if data[:4] != magic or len(data) < start:
-        raise ValueError(f'{path} is no IDX file of bytes with {n_axes} axes: it should begin with {magic.hex(" ")}, '
-                         f'but begins with {data[:4].hex(" ")}')
+        raise ValueError(f'{path} is not an IDX file of bytes with {n_axes} axes: it should begin with '
+                         f'{magic.hex(" ")}, but begins with {data[:4].hex(" ")}')
     shape = np.frombuffer(data, '>u4', n_axes, 4).tolist()
     if len(data) - start != math.prod(shape):
         raise ValueError(f'{path} is damaged: after its header {"×".join(map(str, shape))} bytes are expected, '
@@ -66,15 +66,17 @@ _sha256 = {                              # of the labels of train and test, with
     'ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5': 'mnist'}
 
 def _read_folder(folder, name=None):
-    "The `DatasetDict` in `folder`, which has to be the set `name` if it is one of the two that are known"
+    "The `DatasetDict` in `folder`; raises ValueError if that is MNIST or Fashion-MNIST and not `name`"
     arrays = {}
     for split, prefix in (('train', 'train'), ('test', 't10k')):
-        x, y = _read_idx(folder, f'{prefix}-images-idx3-ubyte', 3), _read_idx(folder, f'{prefix}-labels-idx1-ubyte', 1)
+        x = _read_idx(folder, f'{prefix}-images-idx3-ubyte', 3)
+        y = _read_idx(folder, f'{prefix}-labels-idx1-ubyte', 1)
         if len(x) != len(y): raise ValueError(f'{folder} has {len(x)} images but {len(y)} labels for {split}')
         found = _sha256.get(hashlib.sha256(y).hexdigest())
         if found and name and found != name:
             raise ValueError(f'{folder} holds the {split} labels of {found}, not of {name}')
-        name, arrays[split] = name or found, (x, y)
+        name = name or found
+        arrays[split] = x, y
     n_classes = 1 + max(int(y.max(initial=0)) for _, y in arrays.values())
     classes = _classes.get(name) or [str(i) for i in range(n_classes)]
     about = f'{name or "images"} from {folder}'
@@ -87,15 +89,15 @@ def _find_folder(base, *names):
 
 # %% ../../nbs/data/00_sources.ipynb #0000000e
 def _answers(url, seconds=3):
-    "Does `url` answer? The thread bounds the time that looking up its name may take"
-    seen = []
+    "Does `url` answer? The thread limits the time for looking up its name, which no timeout does"
+    statuses = []
     def ask():
-        try: seen.append(huggingface_hub.get_session().head(url, timeout=seconds).status_code)
+        try: statuses.append(huggingface_hub.get_session().head(url, timeout=seconds).status_code)
         except Exception: pass           # no name, no route, refused, too late: no answer
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds + 1)
-    return bool(seen) and seen[0] < 500
+    return bool(statuses) and statuses[0] < 500
 
 def _from_hub(repo):
     "The dataset `repo` from the hub, or from its cache if the hub does not answer"
@@ -107,7 +109,9 @@ def _from_hub(repo):
 
 _system = '/usr/share/datasets'          # where Debian's and Ubuntu's packages put theirs
 
-def _cache(): return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'fastswa'     # where `make data` puts it
+def _cache():
+    "The folder in which `make data` puts the sets"
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'fastswa'
 
 _no_idx = 'holds no IDX files (train-images-idx3-ubyte.gz and three more)'
 
@@ -115,19 +119,19 @@ def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0
 
 def _load(name, path, repo):
     "The set `name` from `path`, `$FASTSWA_DATA`, the system's folder, the user's cache, or the hub's `repo`"
-    subfolder, env = name.replace('_', '-'), os.environ.get('FASTSWA_DATA')
+    subfolder = name.replace('_', '-')
     if path is not None:
         folder = _find_folder(Path(path).expanduser(), subfolder)
         if folder is None: raise FileNotFoundError(f'{path} {_no_idx}, and neither does {Path(path)/subfolder}')
         return _read_folder(folder, name)
-    places = [Path(o).expanduser() for o in (env, _system, _cache()) if o]
+    places = [Path(o).expanduser() for o in (os.environ.get('FASTSWA_DATA'), _system, _cache()) if o]
     folder = next((f for f in (_find_folder(p, subfolder) for p in places) if f), None)
     if folder: return _read_folder(folder, name)
     try: dd = _from_hub(repo)
     except Exception as e:
         package = ' On Debian and Ubuntu, install dataset-fashion-mnist.' if name == 'fashion_mnist' else ''
         raise FileNotFoundError(
-            f'{name} is not in {" or ".join(map(str, places))}, and the Hugging Face hub did not give it '
+            f'{name} is not in {" or ".join(map(str, places))}, and the Hugging Face hub did not provide it '
             f'({_first_line(e)}).{package} Give the folder of its IDX files as path= or in $FASTSWA_DATA, '
             f'or use toy_images(), which needs no files') from e
     if dd['train'].features['label'].names == _classes[name]: return dd
@@ -136,18 +140,19 @@ def _load(name, path, repo):
 def fashion_mnist(
     path=None, # folder of the four IDX files, or the parent of `fashion-mnist/`; None: look for it
 ) -> DatasetDict: # `train` (60,000) and `test` (10,000) with columns `image` (28×28, grey) and `label`
-    "Fashion-MNIST (arXiv 1708.07747) from `path`, `$FASTSWA_DATA`, /usr/share/datasets, ~/.cache/fastswa or the Hugging Face hub"
+    """Fashion-MNIST (arXiv 1708.07747) from `path`, `$FASTSWA_DATA`, /usr/share/datasets, ~/.cache/fastswa or the
+    Hugging Face hub, in this order. Raises FileNotFoundError, with what to do, if it is in none of them"""
     return _load('fashion_mnist', path, 'zalando-datasets/fashion_mnist')
 
 def mnist(
     path=None, # folder of the four IDX files, or the parent of `mnist/`; None: look for it
 ) -> DatasetDict: # `train` (60,000) and `test` (10,000) with columns `image` (28×28, grey) and `label`
-    "MNIST from `path`, `$FASTSWA_DATA`, /usr/share/datasets, ~/.cache/fastswa or the Hugging Face hub"
+    "MNIST, from the places where `fashion_mnist` looks too"
     return _load('mnist', path, 'ylecun/mnist')
 
 # %% ../../nbs/data/00_sources.ipynb #00000012
 def _warp(x, amount):
-    "Images `x` (n, 1, h, w) turned by up to 0.45 rad, scaled by 25 %, shifted by 4.5 pixels; `amount`: (n, 4), -1 to 1"
+    "Images (n, 1, h, w) rotated by up to 0.45 rad, scaled by 25 %, shifted by 4.5 pixels; `amount`: (n, 4), -1 to 1"
     angle, scale, shift = amount[:, 0]*0.45, 1 + amount[:, 1]*0.25, amount[:, 2:]*0.32
     cos, sin = torch.cos(angle)*scale, torch.sin(angle)*scale
     theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).view(-1, 2, 3)
@@ -160,8 +165,8 @@ def _toy_split(patterns, n, generator):
     u = torch.rand(n, 8, generator=generator)
     x = torch.lerp(patterns[y], patterns[other], u[:, 0].view(-1, 1, 1, 1)/2)
     x = _warp(x, 2*u[:, 1:5] - 1)
-    near = (torch.arange(28) - u[:, 5:7, None]*28).abs() < 5.6
-    x = x*~(near[:, 0, :, None] & near[:, 1, None, :])[:, None]
+    covered = (torch.arange(28) - u[:, 5:7, None]*28).abs() < 5.6      # rows and columns, (n, 2, 28)
+    x = x*~(covered[:, 0, :, None] & covered[:, 1, None, :])[:, None]
     contrast = 0.12 + 0.18*u[:, 7].view(-1, 1, 1, 1)
     x = 0.35 + contrast*x + 0.12*torch.randn(x.shape, generator=generator)
     return (x[:, 0].clamp(0, 1)*255).to(torch.uint8).numpy(), y.numpy()
@@ -171,14 +176,15 @@ def toy_images(
     n_test:int=2_000, # test images, the same ones whatever `n_train` is
     seed:int=0, # another seed draws other classes
 ) -> DatasetDict: # `train` and `test`, with columns `image` (28×28, grey) and `label` (ten classes)
-    "Ten classes of images made up here, on which averaging weights shows; for tests and demos without data"
+    "Ten classes of images made by this package, on which averaging weights helps; for tests and demos without data"
     print(f'toy data: {n_train} + {n_test} images made up by fastswa; results on them say nothing about real data')
-    drawn, *rest = (torch.Generator().manual_seed(3*seed + i) for i in range(3))
-    patterns = F.interpolate(torch.randn(10, 1, 5, 5, generator=drawn), (28, 28), mode='bicubic', align_corners=True)
+    g_patterns, *g_splits = (torch.Generator().manual_seed(3*seed + i) for i in range(3))
+    coarse = torch.randn(10, 1, 5, 5, generator=g_patterns)
+    patterns = F.interpolate(coarse, (28, 28), mode='bicubic', align_corners=True)
     patterns = patterns/patterns.std((2, 3), keepdim=True)
     names = [f'pattern {i}' for i in range(10)]
     train, test = (_image_dataset(*_toy_split(patterns, n, g), names, 'fastswa toy images')
-                   for n, g in zip((n_train, n_test), rest))
+                   for n, g in zip((n_train, n_test), g_splits))
     return DatasetDict(train=train, test=test)
 
 # %% ../../nbs/data/00_sources.ipynb #00000016

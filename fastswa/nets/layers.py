@@ -11,29 +11,30 @@ from functools import partial
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import default_device
-from .norms import BatchNorm, LayerNorm, check_counts
+from ..core import check_whole, default_device
 
 # %% ../../nbs/nets/01_layers.ipynb #00000005
 weight_layers = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear
 
 # %% ../../nbs/nets/01_layers.ipynb #00000007
 class GeneralRelu(nn.Module):
-    "ReLU with a slope `leak` below zero, lowered by `sub` and cut off at `maxv`; x of any shape, and never changed in place"
+    "ReLU with a slope `leak` below zero, then `sub` subtracted and clamped to `maxv`; for any shape, never in place"
     def __init__(self,
         leak:float|None=None, # slope below zero; None: 0
         sub:float|None=None, # subtracted from the result
         maxv:float|None=None, # the result is at most this
     ):
         super().__init__()
-        self.leak,self.sub,self.maxv = leak,sub,maxv
+        self.leak, self.sub, self.maxv = leak, sub, maxv
 
     def forward(self, x):
         x = F.leaky_relu(x, self.leak or 0.)
         if self.sub is not None: x.sub_(self.sub)      # a new tensor, and one that leaky_relu's backward does not read
         return x if self.maxv is None else x.clamp(max=self.maxv)
 
-    def extra_repr(self): return ', '.join(f'{k}={v}' for k in ('leak', 'sub', 'maxv') if (v := getattr(self, k)) is not None)
+    def extra_repr(self):
+        options = dict(leak=self.leak, sub=self.sub, maxv=self.maxv)
+        return ', '.join(f'{k}={v}' for k, v in options.items() if v is not None)
 
 act_gr = partial(GeneralRelu, leak=0.1, sub=0.4)
 
@@ -48,12 +49,12 @@ def conv(
     nf:int, # channels out
     ks:int=3, # kernel size
     stride:int=2, # 2 halves height and width
-    act=nn.ReLU, # makes the activation; None: without
-    norm=None, # makes the norm, called with `nf`; None: without
+    act=nn.ReLU, # makes the activation; None: no activation
+    norm=None, # makes the norm, called with `nf`; None: no norm
     bias:bool|None=None, # bias in the convolution? None: unless the norm has a shift of its own
 ) -> nn.Sequential: # (N, ni, H, W) to (N, nf, H/stride, W/stride), rounded up for an odd `ks`
     "A convolution, padded by `ks//2`, with its norm and activation"
-    check_counts(ni=ni, nf=nf, ks=ks, stride=stride)
+    for name, value in dict(ni=ni, nf=nf, ks=ks, stride=stride).items(): check_whole(name, value)
     _check_makers(act=act, norm=norm)
     norm = norm(nf) if norm else None
     if bias is None: bias = norm is None or all(getattr(m, 'bias', None) is None for m in norm.modules())
@@ -74,7 +75,8 @@ def get_model(
 
 # %% ../../nbs/nets/01_layers.ipynb #00000014
 class ResBlock(nn.Module):
-    "Two convolutions, the second with the stride, added to their input: (N, ni, H, W) to (N, nf, H/stride, W/stride), rounded up"
+    """Two convolutions, the second with the stride, added to their input: (N, ni, H, W) to (N, nf, H/stride, W/stride),
+    rounded up"""
     def __init__(self,
         ni:int, # channels in
         nf:int, # channels out
@@ -84,8 +86,7 @@ class ResBlock(nn.Module):
         norm=None, # makes the norms
     ):
         super().__init__()
-        check_counts(ks=ks)
-        if ks % 2 == 0: raise ValueError(f'ks must be odd, or the shapes do not fit; got {ks}')
+        if check_whole('ks', ks) % 2 == 0: raise ValueError(f'ks must be odd, or the shapes do not fit; got {ks}')
         self.convs = nn.Sequential(conv(ni, nf, ks, 1, act, norm), conv(nf, nf, ks, stride, None, norm))
         self.pool = nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()
         self.idconv = conv(ni, nf, 1, 1, None, norm) if ni != nf else nn.Identity()

@@ -11,28 +11,27 @@ from numbers import Integral
 import torch
 from torch import nn
 
-# %% ../../nbs/nets/00_norms.ipynb #00000006
-def check_counts(**counts):
-    for name, v in counts.items():
-        if not isinstance(v, Integral) or v < 1: raise ValueError(f'{name} must be a whole number, 1 or more; got {v!r}')
+from ..core import check_number, check_whole
 
-def wide(x):
-    "`x` in fp32 at least: the squares of half-precision numbers overflow, and their sums stand still"
+# %% ../../nbs/nets/00_norms.ipynb #00000006
+def at_least_float32(x):
+    "`x` in fp32 at least: the squares of half-precision numbers overflow, and their sums stop growing"
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-def over_channels(x, *values):
-    "Values for each channel, in the shape that goes with `x`: (N, C) or (N, C, …)"
+def _per_channel(x, *values):
+    "Values for each channel, in a shape that broadcasts to `x`: (N, C) or (N, C, …)"
     return [v if v is None else v.view(-1, *[1]*(x.ndim - 2)) for v in values]
 
-def normalised(x, mean, var, weight, bias, eps):
+def _normalise(x, mean, var, weight, bias, eps):
     x = (x - mean)/(var + eps).sqrt()
     if weight is not None: x = x*weight
     return x if bias is None else x + bias
 
 # %% ../../nbs/nets/00_norms.ipynb #00000008
 class LayerNorm(nn.Module):
-    """Each sample normalised by itself, arXiv 1607.06450. Of an int, (N, C) or (N, C, …): over all axes but the first, affine per channel.
-    Of a tuple: over the last axes, which have this shape, affine per element; that is torch's. Raises ValueError for other shapes"""
+    """Normalises each sample by itself, arXiv 1607.06450. Of an int, for (N, C) or (N, C, …): over all axes but the
+    first, affine per channel. Of a tuple, as torch's: over the last axes, which have this shape, affine per element.
+    Raises ValueError for inputs of other shapes"""
     def __init__(self,
         normalized_shape:int|tuple, # number of channels, or shape of the last axes
         eps:float=1e-5, # added to the variance
@@ -42,21 +41,24 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.per_channel = isinstance(normalized_shape, Integral)
         self.normalized_shape = (normalized_shape,) if self.per_channel else tuple(normalized_shape)
-        check_counts(**{f'normalized_shape[{i}]': n for i, n in enumerate(self.normalized_shape or [0])})
+        for i, n in enumerate(self.normalized_shape or [0]): check_whole(f'normalized_shape[{i}]', n)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(self.normalized_shape)) if elementwise_affine else None
         self.bias = nn.Parameter(torch.zeros(self.normalized_shape)) if elementwise_affine and bias else None
 
     def forward(self, x):
-        shape,axes = self.normalized_shape,range(1, x.ndim) if self.per_channel else range(-len(self.normalized_shape), 0)
-        if tuple(x.shape[1:2] if self.per_channel else x.shape[-len(shape):]) != shape:
-            raise ValueError(f'the input must be {self._wanted()}; got {tuple(x.shape)}')
-        h,affine = wide(x),(self.weight, self.bias)
-        if self.per_channel: affine = over_channels(x, *affine)
-        var,mean = torch.var_mean(h, tuple(axes), correction=0, keepdim=True)
-        return normalised(h, mean, var, *affine, self.eps).to(x.dtype)
+        n_axes = len(self.normalized_shape)
+        shape, axes = x.shape[-n_axes:], range(-n_axes, 0)
+        if self.per_channel: shape, axes = x.shape[1:2], range(1, x.ndim)
+        if tuple(shape) != self.normalized_shape:
+            raise ValueError(f'the input must be {self._expected_shape()}; got {tuple(x.shape)}')
+        affine = self.weight, self.bias
+        if self.per_channel: affine = _per_channel(x, *affine)
+        h = at_least_float32(x)
+        var, mean = torch.var_mean(h, tuple(axes), correction=0, keepdim=True)
+        return _normalise(h, mean, var, *affine, self.eps).to(x.dtype)
 
-    def _wanted(self):
+    def _expected_shape(self):
         shape = ', '.join(map(str, self.normalized_shape))
         return f'(N, {shape}) or (N, {shape}, …)' if self.per_channel else f'(…, {shape})'
 
@@ -66,20 +68,20 @@ class LayerNorm(nn.Module):
 
 # %% ../../nbs/nets/00_norms.ipynb #0000000e
 class BatchNorm(nn.Module):
-    """Each channel of (N, C) or (N, C, …) normalised over the batch, in eval mode by running statistics: arXiv 1502.03167, alg. 1 and 2;
-    names and numbers as torch's BatchNorm1d, 2d and 3d. Raises ValueError for other shapes, and for fewer than 2 values per channel in training"""
+    """Normalises each channel of (N, C) or (N, C, …) over the batch, in eval mode by running statistics: arXiv
+    1502.03167, alg. 1 and 2. Names and numbers are those of torch's BatchNorm1d, 2d and 3d. Raises ValueError for
+    other shapes, and in training for fewer than 2 values per channel"""
     def __init__(self,
         nf:int, # channels
-        momentum:float|None=0.1, # how much a new batch counts in the running statistics; None: as much as every other since the reset
+        momentum:float|None=0.1, # weight of a batch in the running statistics; None: all since the reset count alike
         eps:float=1e-5, # added to the variance
         affine:bool=True, # with a weight and a shift for each channel?
-        mom=..., # `momentum` by another name
+        mom=..., # short for `momentum`
     ):
         super().__init__()
-        check_counts(nf=nf)
-        self.nf,self.eps,self.momentum = nf,eps,momentum if mom is ... else mom
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
-            raise ValueError(f'momentum must be between 0 and 1, or None; got {self.momentum}')
+        self.nf, self.eps = check_whole('nf', nf), eps
+        if mom is not ...: momentum = mom
+        self.momentum = check_number('momentum', momentum, 0, 1, include_low=True, none=True)
         self.weight = nn.Parameter(torch.ones(nf)) if affine else None
         self.bias = nn.Parameter(torch.zeros(nf)) if affine else None
         self.register_buffer('running_mean', torch.zeros(nf))
@@ -87,7 +89,7 @@ class BatchNorm(nn.Module):
         self.register_buffer('num_batches_tracked', torch.tensor(0))
 
     def reset_running_stats(self):
-        "Forget what was seen"
+        "Start the running statistics anew"
         self.running_mean.zero_()
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
@@ -95,14 +97,15 @@ class BatchNorm(nn.Module):
     def forward(self, x):
         if x.ndim < 2 or x.shape[1] != self.nf:
             raise ValueError(f'the input must be (N, {self.nf}) or (N, {self.nf}, …); got {tuple(x.shape)}')
-        h = wide(x)
-        stats = self._of_batch(h) if self.training else (self.running_mean, self.running_var)
-        return normalised(h, *over_channels(x, *stats, self.weight, self.bias), self.eps).to(x.dtype)
+        h = at_least_float32(x)
+        stats = self._batch_stats(h) if self.training else (self.running_mean, self.running_var)
+        return _normalise(h, *_per_channel(x, *stats, self.weight, self.bias), self.eps).to(x.dtype)
 
-    def _of_batch(self, x):
+    def _batch_stats(self, x):
         n = x.numel()//self.nf
-        if n < 2: raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(x.shape)}')
-        var,mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0)
+        if n < 2:
+            raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(x.shape)}')
+        var, mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0)
         with torch.no_grad(): self._track(mean, var*n/(n - 1))
         return mean, var
 
@@ -112,4 +115,5 @@ class BatchNorm(nn.Module):
             step = new - old
             old += step/self.num_batches_tracked if self.momentum is None else step*self.momentum
 
-    def extra_repr(self): return f'{self.nf}, momentum={self.momentum}, eps={self.eps}, affine={self.weight is not None}'
+    def extra_repr(self):
+        return f'{self.nf}, momentum={self.momentum}, eps={self.eps}, affine={self.weight is not None}'

@@ -52,20 +52,20 @@ CANCELS = *_CANCEL.values(), CancelStepException
 class CallbackRunner:
     "Something with callbacks: it calls them, and cleans up after them"
     cbs,error = (),None
+    own_cbs = () # what takes part in everything that runs, beside `cbs`
 
     def callback(self,
         method_nm:str, # an event
     ):
         "Call `method_nm` of every callback that has it"
-        run_cbs(self.cbs, method_nm, self)
+        run_cbs([*self.own_cbs, *self.cbs], method_nm, self)
 
     def begin(self,
-        nm:str, # a level: `'fit'`, `'epoch'`, `'batch'` or `'weights'`
+        nm:str, # a level: `'fit'`, `'epoch'` or `'batch'`
         stack:ExitStack, # calls the cleanups when it is left
-        cbs=None, # the callbacks; None: `self.cbs`
     ):
         "Call `before_{nm}` of every callback, and see to it that `cleanup_{nm}` follows, last begun first"
-        for cb in by_order(self.cbs if cbs is None else cbs):
+        for cb in by_order([*self.own_cbs, *self.cbs]):
             if hasattr(cb, f'cleanup_{nm}'): stack.push(partial(self._cleanup, cb, nm))
             if hasattr(cb, f'before_{nm}'): getattr(cb, f'before_{nm}')(self)
 
@@ -92,7 +92,7 @@ class with_cbs:
 
 # %% ../../nbs/training/00_events.ipynb #0000000e
 STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
-_EVENTS = {f'{when}_{what}' for when in ('before', 'after', 'cleanup') for what in ('fit', 'epoch', 'batch', 'weights')} | {
+_EVENTS = {f'{when}_{what}' for when in ('before', 'after', 'cleanup') for what in ('fit', 'epoch', 'batch')} | {
     f'after_{what}' for what in ('predict', 'loss', 'backward', 'step')}
 
 def check_cbs(

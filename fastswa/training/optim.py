@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN_OPTIONS', 'param_groups', 'group_options', 'set_option', 'restore_options', 'OptionChanges', 'make_opt',
-           'opt_fits', 'set_rates', 'hook_steps', 'opt_state', 'load_opt_state']
+           'opt_fits', 'set_rates', 'hook_steps', 'HasOptimizer', 'opt_state', 'load_opt_state']
 
 # %% ../../nbs/training/03_optim.ipynb #00000002
 import difflib, warnings
@@ -185,7 +185,48 @@ def hook_steps(
         opt = inside[0]
     return opt.register_step_post_hook(lambda *_: f())
 
-# %% ../../nbs/training/03_optim.ipynb #0000001b
+# %% ../../nbs/training/03_optim.ipynb #0000001a
+class HasOptimizer:
+    "An optimizer for `model`, made by `opt_func` when it is first needed; `opt_steps` counts the steps that it really made"
+    def __init__(self):
+        self.opt_steps = 0
+        self.forget_opt()
+
+    @property
+    def has_opt(self) -> bool:
+        "Is there one already?"
+        return self._opt is not None
+
+    def forget_opt(self):
+        "The next optimizer is a new one"
+        self._opt = self._step_hook = self._fit_lr = None
+        self.options,self._is_ready = [],False
+
+    def _start_opt(self, lr, reset):
+        "A fit begins: at rate `lr`, with a new optimizer if it is to be one"
+        if reset: self.forget_opt()
+        self._fit_lr,self._is_ready = self.lr if lr is None else lr,False
+
+    @property
+    def opt(self):
+        "The optimizer"
+        if self._is_ready: return self._opt
+        if self._opt is None or not opt_fits(self._opt, self.model): self.opt = make_opt(self.opt_func, self.model, self._rate())
+        set_rates(self._opt, self._rate())
+        self.options,self._is_ready = group_options(self._opt),True
+        return self._opt
+
+    @opt.setter
+    def opt(self, opt):
+        if self._step_hook is not None: self._step_hook.remove()
+        self._opt,self._is_ready = opt,True
+        self._step_hook = None if opt is None else hook_steps(opt, self._step_was_made)
+
+    def _rate(self): return self.lr if self._fit_lr is None else self._fit_lr
+
+    def _step_was_made(self): self._stepped = True
+
+# %% ../../nbs/training/03_optim.ipynb #0000001d
 def _check_opt(opt):
     if not all(hasattr(opt, k) for k in ('state_dict', 'load_state_dict', 'param_groups')):
         raise TypeError('an optimizer with state_dict, load_state_dict and param_groups is needed; '
@@ -216,7 +257,7 @@ def opt_state(
     kinds = {n: dict(shape=list(params[n].shape), dtype=str(params[n].dtype)) for ns in names for n in ns}
     return _plain(dict(state, param_groups=groups, optimizer=type(opt).__name__, params=kinds))
 
-# %% ../../nbs/training/03_optim.ipynb #0000001e
+# %% ../../nbs/training/03_optim.ipynb #00000020
 def _saved_names(names, rename):
     "For each name the one it was saved under, or None"
     if callable(rename): return {n: rename(n) for n in names}
@@ -269,7 +310,7 @@ def load_opt_state(
     if kept: differ.append(f'groups that keep their own options: {_some(kept)}')
     if differ: warnings.warn(f'{len(fits)} of {len(old)} parameters go on as saved; ' + '; '.join(differ), stacklevel=2)
 
-# %% ../../nbs/training/03_optim.ipynb #0000001f
+# %% ../../nbs/training/03_optim.ipynb #00000021
 def _load(opt, groups, params, state, fits):
     "Load what fits; returns the groups that keep their own options, because no saved group, or several, have theirs"
     where = {n: i for g in state['param_groups'] for n, i in zip(g['param_names'], g['params'])}

@@ -1,10 +1,16 @@
 import os
+import warnings
 
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')      # side by side, and for the processes they start
 
+import hypothesis
 import pytest
 import torch
 
+# The same examples each time, however slow the machine is
+hypothesis.settings.register_profile('fastswa', deadline=None, derandomize=True,
+                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile('fastswa')
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the models here are too small to use more
 
 
@@ -14,3 +20,13 @@ def fmnist():
     from fastswa.data.sources import fashion_mnist
     try: return fashion_mnist()
     except FileNotFoundError as e: pytest.skip(str(e))
+
+
+@pytest.fixture
+def strict():
+    "Warnings are errors: a cleanup that fails says so in one"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        warnings.filterwarnings('ignore', 'the model has BatchNorm')
+        warnings.filterwarnings('ignore', '.*(torch.jit|lr_scheduler.step)')
+        yield

@@ -18,17 +18,9 @@ from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
+from helpers import Hits
 
 N_EPOCHS,STEPS = 4,8
-
-
-class Hits:
-    "A metric: the share of right answers"
-    def reset(self): self.n = self.right = 0
-    def update(self, preds, targets): self.n,self.right = self.n + len(targets), self.right + (preds.argmax(1) == targets).sum().item()
-    def compute(self): return self.right/self.n
-    def state_dict(self): return dict(n=self.n, right=self.right)
-    def load_state_dict(self, state): self.n,self.right = state['n'],state['right']
 
 
 class Data:
@@ -79,14 +71,16 @@ def die_in(name, call):
 
 
 class TellCB(Callback):
-    "Tell when the first batch is done"
-    def __init__(self, pipe): self.pipe,self.told = pipe,False
+    "Tell when the first batch is done, and wait for an answer if asked to"
+    def __init__(self, pipe, wait): self.pipe,self.wait,self.told = pipe,wait,False
     def after_batch(self, learn):
-        if not self.told: self.pipe.send('a batch')
+        if self.told: return
         self.told = True
+        self.pipe.send('a batch')
+        if self.wait: self.pipe.recv()
 
 
-def main(folder, pipe, every='1ba', die=None):
+def main(folder, pipe, every='1ba', die=None, wait=False):
     "In a new process: go on with the run in `folder`, and send its result"
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, 'w')
@@ -94,5 +88,5 @@ def main(folder, pipe, every='1ba', die=None):
     learn = the_run()
     pipe.send('begun')
     set_seed(1)
-    learn.fit(N_EPOCHS, cbs=[CheckpointCB(folder, every, keep=2), TellCB(pipe)], resume=folder)
+    learn.fit(N_EPOCHS, cbs=[CheckpointCB(folder, every, keep=2), TellCB(pipe, wait)], resume=folder)
     pipe.send(result(learn))

@@ -1,7 +1,6 @@
 """Checkpoints: what is in them, a resume that is exact wherever the run was stopped, and files that are refused"""
-import multiprocessing, os, random, resource, signal, subprocess, sys, textwrap, time, warnings
+import multiprocessing, os, random, signal, time, warnings
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ import killed_run
 from fastswa.callbacks.augment import AugmentCB
 from fastswa.callbacks.augment import MixUpCB
 from fastswa.data.transforms import RandErase, RandFlip
-from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, RecorderCB
 from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
 from fastswa.checkpoint.archive import read_checkpoint
 from fastswa.checkpoint.checkpoint import CheckpointCB
@@ -27,6 +25,7 @@ from fastswa.callbacks.progress import LogView, ProgressCB
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
+from helpers import Hits, end_workers, in_new_process
 from killed_run import Data, learner, net, result, the_run
 
 pytestmark = pytest.mark.filterwarnings('ignore:the model has BatchNorm', 'ignore:.*lr_scheduler.step')
@@ -101,9 +100,10 @@ def test_killed_in_the_middle_of_a_checkpoint_write(tmp_path, whole, die):
 @pytest.mark.parametrize('sig, status', [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_signals_leave_a_checkpoint(tmp_path, whole, sig, status):
     "With checkpoints far apart, the one that a signal asks for is the only one"
-    p,pipe = start(tmp_path, '100ep')
+    p,pipe = start(tmp_path, '100ep', None, True)
     assert pipe.recv() == 'a batch'
     os.kill(p.pid, sig)
+    pipe.send('go on')
     p.join()
     assert p.exitcode == status
     assert len([*tmp_path.glob('step-*.pt')]) == 1
@@ -177,7 +177,7 @@ RUNS = {
     'a generator of its own': lambda: learner(OneCycleCB(), dls=loaders('generator')),
     'in memory': lambda: learner(OneCycleCB(), dls=loaders('in memory')),
     'in memory, seeded': lambda: learner(OneCycleCB(), dls=loaders('in memory, seeded')),
-    'stopped early': lambda: learner(EarlyStoppingCB(patience=1, min_delta=0.1), EMACB(0.8), ProgressCB(view=LogView), MetricsCB(hits=killed_run.Hits())),
+    'stopped early': lambda: learner(EarlyStoppingCB(patience=1, min_delta=0.1), EMACB(0.8), ProgressCB(view=LogView), MetricsCB(hits=Hits())),
 }
 
 
@@ -316,8 +316,7 @@ def test_a_damaged_newest_falls_back(tmp_path, capsys):
 def test_a_full_disk(tmp_path):
     "A write that fails half-way: an OSError that says so, no half file, and the one before is whole"
     script = f'''
-        import resource, signal, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import resource, signal
         from killed_run import *
         from fastswa.checkpoint.archive import read_checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -331,9 +330,9 @@ def test_a_full_disk(tmp_path):
         print(sorted(p.name for p in __import__('pathlib').Path({str(tmp_path)!r}).iterdir()))
         print(read_checkpoint({str(tmp_path/'step-00000004.pt')!r})['opt_steps'])
     '''
-    res = subprocess.run([sys.executable, '-c', textwrap.dedent(script)], capture_output=True, text=True)
-    assert 'could not be written to' in res.stdout and 'step-00000006.pt (what was there before still is): ' in res.stdout, res.stdout + res.stderr
-    assert "['other', 'step-00000002.pt', 'step-00000004.pt']\n4\n" in res.stdout
+    out = in_new_process(script)
+    assert 'could not be written to' in out and 'step-00000006.pt (what was there before still is): ' in out, out
+    assert "['other', 'step-00000002.pt', 'step-00000004.pt']\n4\n" in out
 
 
 def test_folders_that_cannot_be_written_to(tmp_path):
@@ -498,6 +497,7 @@ def test_workers_that_persist(tmp_path):
         if 'resume' not in kwargs: set_seed(1)
         try: learn.fit(3, **kwargs)
         except RuntimeError as e: assert str(e) == 'power cut'
+        end_workers(data)
         return result(learn)
     whole = go()
     for at in ((0, 3), (1, 3)):
@@ -507,7 +507,7 @@ def test_workers_that_persist(tmp_path):
 
 def test_metric_with_an_empty_state(tmp_path):
     "As torchmetrics' by default. Wrong: it counts as saved"
-    class Empty(killed_run.Hits):
+    class Empty(Hits):
         def state_dict(self): return {}
         def reset(self): self.n = self.right = 0
     learner(MetricsCB(n=Empty())).fit(1, cbs=PowerCutQuiet(0, 3, tmp_path/'a.pt'))

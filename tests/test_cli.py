@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_written_leaves_the_others_as_they_were(demo, tmp_
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {name: 'from an earlier run' for name in FILES}
 
 
-def run(*args, **kw): return subprocess.run([FASTSWA, *args], capture_output=True, text=True, timeout=60, **kw)
+def run(*args, **kw): return subprocess.run([FASTSWA, *args], capture_output=True, text=True, **kw)
 
 
 def test_the_installed_command(tmp_path):

@@ -1,9 +1,14 @@
-"What the notebook of `core` cannot show: signals reach the main thread only"
+"What the notebook of `core` cannot show: signals, which reach the main thread only, shells, and devices that come and go"
 import signal
+import weakref
 
 import pytest
+import torch
 
-from fastswa.core import uninterrupted
+from fastswa.callbacks.basics import DeviceCB
+from fastswa.core import clean_mem, to_device, uninterrupted
+from fastswa.data.loaders import collate_device
+from fastswa.nets.layers import get_model
 
 
 def test_ctrl_c_waits_for_the_end_of_the_block():
@@ -26,9 +31,7 @@ def test_an_error_inside_is_not_hidden_by_ctrl_c():
 
 def test_clean_ipython_hist_lets_go_of_what_cells_returned():
     "Exported, the course's version looked for `get_ipython` among the module's globals and never ran"
-    import weakref
     from IPython.core.interactiveshell import InteractiveShell
-    from fastswa.core import clean_mem
     InteractiveShell.clear_instance()
     shell = InteractiveShell.instance()
     try:
@@ -41,3 +44,14 @@ def test_clean_ipython_hist_lets_go_of_what_cells_returned():
         assert ref() is None
         assert '_i1' not in shell.user_ns and not any(shell.history_manager.input_hist_raw)
     finally: InteractiveShell.clear_instance()
+
+
+def test_the_device_is_asked_for_when_it_is_needed(monkeypatch):
+    "An accelerator that comes, or goes, after the import: the course's version keeps the device of the import"
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda *args: True)
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda *args: torch.device('meta'))
+    x = torch.ones(2)
+    got = [to_device(x), to_device([x])[0], collate_device([x]), next(get_model().parameters()), torch.empty(0, device=DeviceCB().device)]
+    assert {t.device.type for t in got} == {'meta'}
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda *args: False)
+    assert to_device(x).device.type == DeviceCB().device == 'cpu'

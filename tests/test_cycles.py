@@ -5,23 +5,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest, torch
-from torch import nn, optim
+from torch import optim
 from torch.optim import lr_scheduler as S
 
 from fastswa.training.events import Callback, CancelFitException
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.schedule import (
     BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB, plot_sched, sched_rates)
+from helpers import AtEpoch, NoOptimizer, linear, regression
 
 N, EPOCHS = 5, 4
 
-def data(n=N):
-    g = torch.Generator().manual_seed(0)
-    return SimpleNamespace(train=[(torch.randn(8, 3, generator=g), torch.randn(8, 1, generator=g)) for _ in range(n)], valid=None)
-
-def linear():
-    torch.manual_seed(0)
-    return nn.Linear(3, 1)
+def data(n=N): return SimpleNamespace(train=regression(n).train, valid=None)
 
 class Used(Callback):
     order = 90
@@ -127,11 +122,6 @@ def test_wsd_errors():
 def test_one_cycle_arguments(kw, match):
     with pytest.raises(ValueError, match=match): OneCycleCB(**kw)
 
-class NoOptimizer:
-    def __init__(self, params, lr): pass
-    def step(self): pass
-    def zero_grad(self): pass
-
 @pytest.mark.parametrize('cb', [OneCycleCB, WarmupStableDecayCB])
 def test_errors_of_the_fit(cb):
     endless = SimpleNamespace(train=(b for b in data().train), valid=None)
@@ -139,12 +129,6 @@ def test_errors_of_the_fit(cb):
     with pytest.raises(TypeError, match='not an Optimizer'): TrainLearner(linear(), data(), opt_func=NoOptimizer, cbs=cb()).fit(1)
 
 # saved and resumed
-
-class At(Callback):
-    order = 95
-    def __init__(self, epoch, f): self.epoch, self.f = epoch, f
-    def before_epoch(self, learn):
-        if learn.epoch == self.epoch: self.f(learn)
 
 def stop(learn): raise CancelFitException
 
@@ -162,14 +146,14 @@ def test_resume(make, other, match):
         learn.opt.load_state_dict(opt)
         new.load_state_dict(state)
     file, cb, new = io.BytesIO(), make(), make()
-    whole, _ = fit(cb, 'groups', cbs=[At(2, take)])
-    rest, learn = fit(new, 'groups', cbs=[At(0, give), At(2, stop)])
+    whole, _ = fit(cb, 'groups', cbs=[AtEpoch(2, take)])
+    rest, learn = fit(new, 'groups', cbs=[AtEpoch(0, give), AtEpoch(2, stop)])
     assert rest.lrs == whole.lrs[2*N:] and rest.moms == whole.moms[2*N:]
     assert [g['lr'] for g in learn.opt.param_groups] == [0.1, 1.]
     new = other()
-    with pytest.warns(UserWarning, match=match): fit(new, 'groups', cbs=[At(0, give), At(2, stop)])
+    with pytest.warns(UserWarning, match=match): fit(new, 'groups', cbs=[AtEpoch(0, give), AtEpoch(2, stop)])
     new = make()
-    with pytest.warns(UserWarning, match='was .* and is'): fit(new, 'groups', n_epochs=6, cbs=[At(0, give), At(4, stop)])
+    with pytest.warns(UserWarning, match='was .* and is'): fit(new, 'groups', n_epochs=6, cbs=[AtEpoch(0, give), AtEpoch(4, stop)])
 
 # looking before the fit
 
@@ -196,7 +180,7 @@ def test_shown_is_used(cb, opt, fits):
 
 def test_looking_in_the_middle_of_a_fit():
     cb, looks = OneCycleCB(), []
-    look = At(2, lambda learn: looks.append(sched_rates(cb, learn, EPOCHS, lr=0.1)[0]['lr']))
+    look = AtEpoch(2, lambda learn: looks.append(sched_rates(cb, learn, EPOCHS, lr=0.1)[0]['lr']))
     used, _ = fit(cb, cbs=[look])
     assert used.lrs == fit(OneCycleCB())[0].lrs and [o[0] for o in used.lrs] == pytest.approx(looks[0])
 

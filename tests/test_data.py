@@ -1,5 +1,5 @@
 "Faults of data: broken files, mix-ups, closed networks, odd datasets; and order and determinism across processes"
-import gzip, hashlib, json, os, pickle, random, socket, subprocess, sys, time
+import gzip, hashlib, json, os, pickle, random, socket, subprocess, sys
 from io import BytesIO
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from fastswa.data import loaders as data, sources
 from fastswa.core import set_seed
 from fastswa.data.loaders import DataLoaders, collate_dict, inplace
 from fastswa.data.sources import fashion_mnist, load_data, mnist, toy_images
+from helpers import in_new_process
 
 def write_idx(path, a):
     a = np.asarray(a, np.uint8)
@@ -91,7 +92,7 @@ def test_load_data(alone):
 def run_hub(home, **env):
     env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'FASTSWA', 'TRANSFORMERS'))} | env
     out = subprocess.run([sys.executable, Path(__file__).with_name('hub_stub.py')], env=env | dict(HF_HOME=str(home)),
-                         capture_output=True, text=True, timeout=100)
+                         capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     return json.loads(out.stdout.splitlines()[-1])
 
@@ -101,16 +102,15 @@ def test_hub_served_closed_and_cached(tmp_path):
     assert r['served'][0] == loaded
     assert r['closed'][0] == loaded                          # from the cache, not an error
     assert 'toy_images()' in r['not_cached'][0]
-    assert max(r['closed'][1], r['not_cached'][1]) < 10      # the client's own retries take 24 s
+    assert r['closed'][1] == r['not_cached'][1] == 0         # the client's own retries wait for 23 s
     assert r['offline_as_before'] is False                   # looking into the cache leaves no setting behind
     r = run_hub(tmp_path, HF_HUB_OFFLINE='1')
     assert r['closed'][0] == loaded and r['offline_as_before'] is True
 
 def test_a_hub_that_never_answers():
+    "Without a limit it would be waited for for ever"
     with socket.create_server(('127.0.0.1', 0)) as silent:
-        start = time.perf_counter()
         assert not sources._answers(f'http://127.0.0.1:{silent.getsockname()[1]}', seconds=0.5)
-        assert time.perf_counter() - start < 3
 
 # --- broken files
 
@@ -186,10 +186,10 @@ def test_toy_images_are_the_same_in_another_process():
             'from fastswa.data.sources import toy_images; '
             "x, y = DataLoaders.in_memory(toy_images(300, 10), 8, device='cpu').train.dataset.tensors; "
             'print(x.long().sum().item(), (x.flatten(1).long()*torch.arange(784)).sum().item(), y.tolist())')
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100)
+    printed = in_new_process(code)
     x, y = data._tensors(toy_images(300, 10)['train'], 'cpu')
     sums = x.long().sum().item(), (x.flatten(1).long()*torch.arange(784)).sum().item()
-    assert run.stdout.splitlines()[-1] == f'{sums[0]} {sums[1]} {y.tolist()}', run.stderr
+    assert printed.splitlines()[-1] == f'{sums[0]} {sums[1]} {y.tolist()}'
 
 def test_toy_images_say_so_and_draw_from_no_global_generator(capsys):
     set_seed(0)

@@ -1,7 +1,7 @@
 """What can only be tested on a GPU: run with `pytest -m gpu tests/test_gpu.py`
 
 `set_sync_debug_mode('error')` makes every operation that waits for the GPU an error, except waiting for an event, which the check of the
-snapshot before needs with rules that depend on n. `test_late.py` has the same paths on the CPU."""
+snapshot before needs with rules that depend on n. `test_kernels.py` has the same paths on the CPU."""
 import copy
 import warnings
 
@@ -12,18 +12,16 @@ from torch import nn
 
 from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.rules import ema, equal, power
+from helpers import floats
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
 RULES = dict(equal=equal(), ema=ema(decay=0.7), half=ema(half_life=3), ratio=ema(decay=0.9, warmup='ratio'), power=power(gamma=2.5))
 nan, inf = float('nan'), float('inf')
 
 
-def net(dtype=None, seed=0):
+def gpu_net(dtype=None, seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 512), nn.Linear(512, 4)).to('cuda', dtype)
-
-
-def floats(model): return {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
 
 
 def walk(model, n=8, bad=(), value=nan):
@@ -83,7 +81,7 @@ def test_the_alarm_rings(no_waiting):
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16, torch.half], ids=str)
 @pytest.mark.parametrize('rule', RULES)
 def test_updates_do_not_wait(rule, dtype, options, no_waiting):
-    model = net(dtype)
+    model = gpu_net(dtype)
     avg = Average(model, RULES[rule], **options)
     avg.update(), avg.update()                                 # memory is found, streams and events are made
     with no_waiting():
@@ -93,7 +91,7 @@ def test_updates_do_not_wait(rule, dtype, options, no_waiting):
 
 @pytest.mark.parametrize('device', [None, 'cpu'])
 def test_several_do_not_wait(device, no_waiting):
-    model = net()
+    model = gpu_net()
     avs = [Average(model, r, device=device) for r in RULES.values()] + [Average(model, check_finite=False)]
     update_all(avs), update_all(avs)
     with no_waiting():
@@ -102,7 +100,7 @@ def test_several_do_not_wait(device, no_waiting):
 
 
 def test_another_module_does_not_wait(no_waiting):
-    model, other = net(), net(seed=1)
+    model, other = gpu_net(), gpu_net(seed=1)
     avg = Average(model, ema(decay=0.5))
     avg.update(), avg.update(other)
     with no_waiting():
@@ -112,7 +110,7 @@ def test_another_module_does_not_wait(no_waiting):
 
 def test_training_does_not_wait(no_waiting):
     "A whole step with an average beside it"
-    model, avs = net(), []
+    model, avs = gpu_net(), []
     opt, x = torch.optim.SGD(model.parameters(), 1e-3, fused=True), torch.randn(16, 3, 10, 10, device='cuda')
     avs = [Average(model, ema(decay=0.9)), Average(model), Average(model, ema(decay=0.9), device='cpu')]
     def step():
@@ -166,7 +164,7 @@ def test_a_fit_does_not_wait(no_waiting):
 @pytest.mark.parametrize('bad', [(), (0,), (0, 1), (3,), (2, 3), (0, 4, 7), (7,)], ids=str)
 @pytest.mark.parametrize('rule', RULES)
 def test_parity_with_float64(rule, bad, device):
-    model = net()
+    model = gpu_net()
     start, avg = copy.deepcopy(model), Average(model, RULES[rule], device=device)
     torch.manual_seed(1)
     with warnings.catch_warnings(record=True) as w:
@@ -181,7 +179,7 @@ def test_parity_with_float64(rule, bad, device):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.half])
 def test_masked_skip(dtype, value):
     "Not one element moves"
-    model = net(dtype)
+    model = gpu_net(dtype)
     avg = Average(model, ema(decay=0.5))
     for _ in walk(model, 3): avg.update()
     before = {k: v.clone() for k, v in avg.weights.items()}
@@ -192,7 +190,7 @@ def test_masked_skip(dtype, value):
 
 
 def test_several_agree_with_one_by_one():
-    model = net()
+    model = gpu_net()
     together, alone = [Average(model, r) for r in RULES.values()], [Average(model, r) for r in RULES.values()]
     for _ in walk(model, 8, (0, 3)):
         with warnings.catch_warnings(record=True):
@@ -232,7 +230,7 @@ def test_layouts():
 
 
 def test_a_snapshot_from_another_device():
-    model = net()
+    model = gpu_net()
     other, avg = copy.deepcopy(model).cpu(), Average(model)
     avg.update(), avg.update(other), avg.update(other)
     host = Average(other)                                      # and the other way round
@@ -244,7 +242,7 @@ def test_a_snapshot_from_another_device():
 
 @pytest.mark.parametrize('device', [None, 'cpu'])
 def test_moved_and_converted(device):
-    model = net()
+    model = gpu_net()
     avg, seen = Average(model, device=device), []
     for i in walk(model, 8, (2, 5)):
         if i == 3: model.double()
@@ -263,7 +261,7 @@ def test_moved_and_converted(device):
 @pytest.mark.parametrize('device', [None, 'cpu'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_swap(dtype, device):
-    model = net(dtype)
+    model = gpu_net(dtype)
     avg = Average(model, device=device)
     for _ in walk(model, 4): avg.update()
     raw, weights = copy.deepcopy(model.state_dict()), {k: v.clone() for k, v in avg.weights.items()}
@@ -275,7 +273,7 @@ def test_swap(dtype, device):
 
 
 def test_begun_under_inference_mode():
-    model = net()
+    model = gpu_net()
     avs = [Average(model, ema(decay=0.5)), Average(model, ema(decay=0.5), device='cpu')]
     with torch.inference_mode(): update_all(avs)
     update_all(avs), update_all(avs)
@@ -285,7 +283,7 @@ def test_begun_under_inference_mode():
 @pytest.mark.parametrize('device', [None, 'cpu'])
 def test_copied_with_checks_under_way(device):
     "Events and streams cannot be copied; an average can"
-    model = net()
+    model = gpu_net()
     avg = Average(model, ema(decay=0.5), device=device)
     avg.update(), avg.update()
     other = copy.deepcopy(avg)
@@ -295,7 +293,7 @@ def test_copied_with_checks_under_way(device):
 
 def test_weights_may_change_right_after_the_update():
     "What travels to the host is what the weights were, however busy the GPU is"
-    model, seen = net(), []
+    model, seen = gpu_net(), []
     avg = Average(model, device='cpu')
     for i in range(20):
         with torch.no_grad():

@@ -1,5 +1,6 @@
 "Parameter groups by name, their options, and optimizer state that is saved and loaded by name"
-import copy, io, warnings
+import copy
+import warnings
 from collections import OrderedDict
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch.optim import lr_scheduler
 from fastswa.training.learner import TrainLearner
 from fastswa.training.optim import (KNOWN_OPTIONS, OptionChanges, group_options, hook_steps, load_opt_state, make_opt,
                                     opt_fits, opt_state, param_groups, set_rates)
+from helpers import reopened
 
 class Net(nn.Module):
     def __init__(self, bypass=False, n_in=3):
@@ -129,12 +131,6 @@ def trained(model, opt, n=3, seed=0):
             return loss
         opt.step(closure)
     return opt
-
-def reopened(x):
-    f = io.BytesIO()
-    torch.save(x, f)
-    f.seek(0)
-    return torch.load(f, weights_only=True)
 
 ps = lambda m: list(m.parameters())
 OPTS = dict(

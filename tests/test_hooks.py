@@ -1,7 +1,6 @@
 "Hooks that go whatever happens, statistics that are right, and a training run that does not notice"
 import copy
 import gc
-import signal
 import sys
 import warnings
 import weakref
@@ -14,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,6 +26,7 @@ from fastswa.nets.statistics import StatsHistory, _allow_nondeterministic, appen
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
+from helpers import ctrl_c, memory
 
 matplotlib.use('agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -169,32 +168,15 @@ def test_hooks_go_whatever_ends_the_fit(event, exc):
 FILES = 'fastswa/callbacks/', 'fastswa/nets/hooks', 'fastswa/training/'      # the code in whose lines Ctrl-C is pressed
 
 
-def fit_with_ctrl_c(learn, at=None):
-    "Fit, with Ctrl-C at the line number `at` of those that run in FILES; returns how many ran"
-    count = 0
-
-    def trace(frame, event, arg):
-        nonlocal count
-        if not any(o in frame.f_code.co_filename for o in FILES): return None
-        if event == 'line':
-            count += 1
-            if count == at: signal.raise_signal(signal.SIGINT)
-        return trace
-    sys.settrace(trace)
-    try: learn.fit(1, valid=False)
-    except KeyboardInterrupt: pass
-    finally: sys.settrace(None)
-    return count
-
-
 def test_ctrl_c_at_any_line(monkeypatch):
     monkeypatch.setattr(sys, 'unraisablehook', lambda *args: None)      # Ctrl-C in a __del__, which Python swallows
     def watched(): return learner(ActivationStats(is_act, every=2, grads=True))
-    total = fit_with_ctrl_c(watched())
+    def fit(learn): learn.fit(1, valid=False)
+    total, _ = ctrl_c(partial(fit, watched()), FILES)
     assert total > 300
     for at in range(1, total + 1, 5):
         learn = watched()
-        fit_with_ctrl_c(learn, at)
+        ctrl_c(partial(fit, learn), FILES, at)
         assert n_hooks(learn.model) == 0, f'line {at} of {total}'
         stats = learn.cbs[0]
         learn.fit(1)
@@ -347,12 +329,7 @@ def test_a_sample_of_large_outputs(layout):
 def test_statistics_take_little_memory(layout):
     "The largest activation of a network, three times more, may be too much"
     x = torch.randn(64, 32, 64, 64).to(memory_format=layout)        # 32 MB
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: tensor_stats(x)
-    now = top = 0
-    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'),
-                    key=lambda e: e.start_ns()):
-        now += e.nbytes()
-        top = max(top, now)
+    top, _ = memory(lambda: tensor_stats(x))
     assert 0 < top < 6*2**20
 
 

@@ -370,7 +370,7 @@ def test_ema_pytorch_goes_on_here(every, after):
 
 # dicts averaged by hand
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(max_examples=30)
 @given(dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), n=st.integers(1, 40), empty=st.booleans())
 def test_the_running_mean_is_the_mean(dtype, n, empty):
     net, seen = Net().to(dtype), []

@@ -1,6 +1,5 @@
 "Ctrl-C at any line of a fit that watches averages: the raw weights are never lost, and the learner stays usable"
 import signal
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
+from fastswa.callbacks.metrics import MetricsCB
+from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
+from helpers import Hits, ctrl_c, image_learner
 
 FILES = 'fastswa/averaging/', 'fastswa/training/', 'fastswa/callbacks/', 'fastswa/core.py', '/contextlib.py'      # the code in whose lines Ctrl-C is pressed
 
@@ -42,24 +44,6 @@ def is_of_the_run(now, run):
     return any(same(now[0], p) and (same(now[1], b) or same(now[1], after[1])) for (p, b), after in zip(run, [*run[1:], run[-1]]))
 
 
-def fit_with_ctrl_c(learn, at=None):
-    "Fit, with Ctrl-C at the line number `at` of those that run in FILES; returns how many ran"
-    count = 0
-
-    def trace(frame, event, arg):
-        nonlocal count
-        if not any(o in frame.f_code.co_filename for o in FILES): return None
-        if event == 'line':
-            count += 1
-            if count == at: signal.raise_signal(signal.SIGINT)
-        return trace
-    sys.settrace(trace)
-    try: learn.fit(1)
-    except KeyboardInterrupt: pass
-    finally: sys.settrace(None)
-    return count
-
-
 @pytest.fixture(scope='module')
 def raw_run():
     "The weights of a run without averages, before the first step and after each"
@@ -73,11 +57,42 @@ def raw_run():
 
 def test_ctrl_c_at_any_line_keeps_the_raw_weights(raw_run):
     "An exchange that can be cut in two, or a restore that can be missed, leaves the model with weights of no step of the run"
-    total = fit_with_ctrl_c(watched())
+    total, _ = ctrl_c(partial(watched().fit, 1), FILES)
     assert total > 500
     for at in range(1, total + 1, 7):
         learn = watched()
-        fit_with_ctrl_c(learn, at)
+        ctrl_c(partial(learn.fit, 1), FILES, at)
         assert learn.weights == 'raw', f'line {at} of {total}'
         assert is_of_the_run(state(learn.model), raw_run), f'line {at} of {total}'
         learn.fit(1)
+
+
+LOOKS = dict(fit=(lambda learn: learn.fit(1), (True, False)), validate=(lambda learn: learn.validate(), (False,)),
+             get_preds=(lambda learn: learn.get_preds(), (False,)), lr_find=(lambda learn: learn.lr_find(max_steps=9, show=False), (True,)))
+EVENTS = 'before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_batch', 'after_epoch', 'cleanup_epoch', 'after_fit'
+
+
+@pytest.mark.usefixtures('strict')
+@pytest.mark.parametrize('name, event, training', [
+    (name, event, training) for name, (_, passes) in LOOKS.items() for event in EVENTS for training in passes
+    if name != 'lr_find' or event not in ('after_epoch', 'after_fit')])              # which ends before
+def test_ctrl_c_comes_out_when_all_is_tidy(name, event, training):
+    "Neither swallowed, so that a script goes on to its next line, nor fatal: the learner trains on (Lightning#11924)"
+    class Tidies(Callback):
+        order = -50
+        def before_fit(self, learn): seen.append('begun')
+        def cleanup_fit(self, learn): seen.append(type(learn.error))
+    class Press(Callback):
+        order, armed, prepares, measures = 90, True, True, True
+        def go(self, learn):
+            if Press.armed and (event.endswith('fit') or learn.training == training): signal.raise_signal(signal.SIGINT)
+    setattr(Press, event, Press.go)
+    learn, seen = image_learner(Tidies(), EMACB(apply=False), Press(), MetricsCB(hits=Hits())), []
+    modes = [m.training for m in learn.model.modules()]
+    with pytest.raises(KeyboardInterrupt): LOOKS[name][0](learn)
+    assert seen == (['begun', KeyboardInterrupt] if name == 'fit' else [])               # what only looks leaves out what only watches
+    assert learn.weights == 'raw' and not learn.in_fit and learn.error is None and torch.is_grad_enabled()
+    assert modes == [m.training for m in learn.model.modules()]
+    Press.armed, steps = False, learn.opt_steps
+    learn.fit(1)
+    assert learn.opt_steps == steps + 7 and [r['train'] for r in learn.history[-3:]] == ['train', 'eval', 'eval']

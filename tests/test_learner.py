@@ -1,4 +1,5 @@
 "Promises of the learner that need more than a line to break: frozen layers, other optimizers, leftovers, workers, looking"
+import copy
 import gc
 import sys
 import weakref
@@ -9,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
-from torch.utils.data import DataLoader, TensorDataset
 
 from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, RecorderCB, SingleBatchCB
 from fastswa.callbacks.metrics import MetricsCB
@@ -17,28 +17,18 @@ from fastswa.core import set_seed
 from fastswa.training.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.training.learner import MomentumLearner, TrainLearner
 from fastswa.callbacks.swa import BNUpdateCB
+import helpers
+from fastswa.core import clean_mem
+from fastswa.callbacks.activations import ActivationStats
 from fastswa.callbacks.swa import EMACB, SWACB
+from helpers import At, Hits, end_workers, image_data, image_learner, image_net, same, state
 
 
-def data(n=96, bs=16, **kw):
-    g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(n, 3, generator=g), torch.randint(3, (n,), generator=g)
-    ds = TensorDataset(x, y)
-    return SimpleNamespace(train=DataLoader(ds, bs, shuffle=True, **kw), valid=DataLoader(ds, 2*bs, **kw))
+data = partial(helpers.data, 96, 16, shuffle=True)
+net = partial(helpers.net, dropout=0.3)
 
 
-def net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
-
-
-def learner(*cbs, dls=None, cls=TrainLearner, **kw): return cls(net(), dls or data(), F.cross_entropy, 0.1, cbs, **kw)
-
-
-def state(learn): return [t.clone() for t in learn.model.state_dict().values()]
-
-
-def same(a, b): return all(map(torch.equal, a, b))
+def learner(*cbs, dls=None, **kw): return helpers.learner(*cbs, model=net(), dls=dls or data(), lr=0.1, **kw)
 
 
 class Two:
@@ -95,14 +85,14 @@ def test_another_learner_does_not_meet_the_momentum():
     learn.fit(1)
     assert all(p.grad is None for p in learn.model.parameters())
     model, dls = learn.model, learn.dls
-    kept = [t.clone() for t in model.state_dict().values()]
+    kept = state(learn)
     set_seed(2)
     TrainLearner(model, dls, F.cross_entropy, 0.1).fit(1)
     other = net()
-    other.load_state_dict(dict(zip(model.state_dict(), kept)))
+    other.load_state_dict(kept)
     set_seed(2)
     TrainLearner(other, dls, F.cross_entropy, 0.1).fit(1)
-    assert same(model.state_dict().values(), other.state_dict().values())
+    assert same(model.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize('look', [
@@ -127,10 +117,12 @@ def test_looking_between_two_fits_changes_nothing(look, cls):
 def test_watching_with_persistent_workers_changes_nothing():
     "Workers draw random numbers of their own; a look that restarts them would change what they draw next"
     def run(*cbs):
-        learn = learner(*cbs, dls=data(num_workers=1, persistent_workers=True))
+        dls = data(num_workers=1, persistent_workers=True)
+        learn = learner(*cbs, dls=dls)
         set_seed(4)
         learn.fit(2)
         learn.restore()
+        end_workers(dls)
         return state(learn)
     assert same(run(), run(EMACB(), BNUpdateCB()))
 
@@ -206,7 +198,6 @@ def test_showing_a_batch_trains_nothing(monkeypatch):
 
 def test_an_error_before_backward_keeps_no_activations():
     "Wrong: `learn.preds` and `learn.loss` hold the graph of the batch, and with it the memory, until the next fit (Lightning#3275)"
-    import gc, weakref
     kept = []
     class Fails(Callback):
         def after_loss(self, learn): raise ValueError('no more')
@@ -217,3 +208,101 @@ def test_an_error_before_backward_keeps_no_activations():
     except ValueError: pass
     gc.collect()
     assert learn.loss is not None and kept[0]() is None
+
+
+@pytest.mark.usefixtures('strict')
+def test_the_list_of_callbacks_stays_the_callers():
+    "Neither what a fit adds nor what the learner is given later gets into it, also while the fit lasts"
+    given, extra, seen = [MetricsCB()], [DeviceCB('cpu')], []
+    class Sees(Callback):
+        def before_batch(self, learn): seen.append((len(given), len(extra), len(learn.cbs)))
+    extra.append(Sees())
+    learn = TrainLearner(image_net(), image_data(), F.cross_entropy, 0.05, given)
+    learn.fit(1, cbs=extra)
+    assert set(seen) == {(1, 2, 3)} and learn.cbs == given and learn.cbs is not given
+    learn.cbs.append(extra[0])
+    with learn.aside([Sees()]): pass
+    assert len(given) == 1 and len(learn.cbs) == 2
+
+
+class Alike(Callback):
+    "Equal to every other; fails at an event"
+    def __init__(self, event=None, exc=None):
+        if event: setattr(self, event, self.go)
+        self.exc = exc
+    def __eq__(self, other): return True
+    __hash__ = None
+    def go(self, learn): raise self.exc
+
+
+@pytest.mark.usefixtures('strict')
+@pytest.mark.parametrize('exc', [ZeroDivisionError(), KeyboardInterrupt(), CancelFitException()], ids=repr)
+@pytest.mark.parametrize('event', [None, 'before_fit', 'before_epoch', 'after_backward', 'after_epoch', 'after_fit', 'cleanup_fit'])
+def test_callbacks_of_one_fit_go_with_it(event, exc):
+    "By identity, not by == (fastai2#255), and whatever ends the fit"
+    kept = [Alike(), Alike()]
+    learn = image_learner(*kept)
+    try: learn.fit(1, cbs=[Alike(event, exc), Alike()])
+    except (ZeroDivisionError, KeyboardInterrupt): assert event
+    except CancelFitException: assert event == 'cleanup_fit'
+    assert len(learn.cbs) == 2 and all(a is b for a, b in zip(learn.cbs, kept))
+
+
+@pytest.mark.usefixtures('strict')
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('look', [lambda learn: learn.fit(1), lambda learn: learn.validate(), lambda learn: learn.get_preds(),
+                                  lambda learn: learn.lr_find(max_steps=9, show=False)], ids=['fit', 'validate', 'get_preds', 'lr_find'])
+def test_modes_return_after_a_failure(look, training):
+    "Also where it is the validation that fails, or the model was wholly in eval mode"
+    class Fails(Callback):
+        prepares = True
+        def before_batch(self, learn):
+            if learn.iter == 1: raise ZeroDivisionError
+    for failing in ([], [Fails()]):
+        learn = image_learner(*failing)
+        learn.model.train(training)
+        learn.model[3].eval()
+        modes = [m.training for m in learn.model.modules()]
+        try: look(learn)
+        except ZeroDivisionError: assert failing
+        else: assert not failing
+        assert modes == [m.training for m in learn.model.modules()]
+
+
+@pytest.mark.usefixtures('strict')
+def test_a_traceback_gives_way():
+    """clean_mem lets go of what the last exception holds: its frames, these the model, the batch and all activations
+
+    In a notebook such a traceback keeps the GPU's memory (Lightning#3275)"""
+    outs = []
+    learn = image_learner(EMACB(), ActivationStats(every=1, grads=True), At('after_backward', ZeroDivisionError(), 90))
+    learn.model[0].register_forward_hook(lambda m, i, o: outs.append(weakref.ref(o)))
+    refs = [weakref.ref(o) for o in (learn, learn.model)]
+    try: learn.fit(1)
+    except ZeroDivisionError as e: sys.last_exc, sys.last_value, sys.last_traceback, sys.last_type = e, e, e.__traceback__, type(e)
+    del learn
+    gc.collect()
+    assert all(r() is not None for r in refs)                    # or there would be nothing to let go of
+    clean_mem()
+    assert outs and not [r for r in refs + outs if r() is not None]
+
+
+@pytest.mark.usefixtures('strict')
+def test_rows_of_uneven_batches():
+    """Batches of 8, 8, … and 4, of 20, 20 and 16: each sample counts the same, for every set of weights
+
+    Wrong: the mean of the batches' means"""
+    def exact(model):
+        with torch.no_grad(): preds = model.double()(x.double())
+        model.float()
+        return F.cross_entropy(preds, y).item(), (preds.argmax(1) == y).double().mean().item()
+    dls = image_data(60, 8, 22)
+    x, y = dls.valid.dataset.tensors
+    learn = image_learner(MetricsCB(hits=Hits()), EMACB(decay=0.5, apply=False), dls=dls)
+    learn.fit(1)
+    for row in learn.history[1:]:
+        with learn.using(row['weights']) as m: loss, hits = exact(copy.deepcopy(m).eval())
+        assert (row['loss'], row['hits']) == (pytest.approx(loss, rel=1e-5), pytest.approx(hits))
+    still = image_learner(dls=image_data(60, 8), model=nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), lr=0.)
+    still.fit(1, valid=False)
+    assert still.history[0]['loss'] == pytest.approx(exact(still.model)[0], rel=1e-5)

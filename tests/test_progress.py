@@ -1,5 +1,14 @@
 "What training looks like in a terminal, in a log, and in Jupyter; and that showing it costs next to nothing"
-import fcntl, os, pty, re, select, signal, subprocess, sys, termios, time
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
 from types import SimpleNamespace
 
 import IPython, pytest, torch
@@ -12,12 +21,16 @@ from fastswa.averaging.rules import ema
 from fastswa.training.events import Callback, CancelFitException
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.progress import LogView, NotebookView, ProgressCB, TerminalView, View, find_view
+from fastswa.callbacks.swa import EMACB
+from helpers import image_learner
 
 class AverageCB(Callback):
     def before_fit(self, learn):
         self.average = Average(learn.model, ema(decay=0.9))
         learn.add_average('ema', self.average)
     def after_step(self, learn): self.average.update()
+
+LIMIT = 120                                                  # seconds: only so that a process that hangs comes to an end
 
 class Clock:
     "Seconds as `ProgressCB` sees them: 0.05 for each batch, and what drawing is said to take"
@@ -56,12 +69,12 @@ def popen(epochs, line=False, **kwargs):
     return subprocess.Popen([sys.executable, '-c', code], cwd=os.path.dirname(__file__), **kwargs)
 
 def in_terminal(epochs, interrupt_at=None):
-    "What the run writes into a terminal; Ctrl-C is pressed once `interrupt_at` has appeared"
+    "What the run writes into a terminal; Ctrl-C is pressed once `interrupt_at` has appeared, and the run waits for it"
     master, slave = pty.openpty()
-    p = popen(epochs, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, start_new_session=True,
+    p = popen(epochs, interrupt_at is not None, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, start_new_session=True,
               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))   # its own terminal: Ctrl-C reaches it, and nobody else
     os.close(slave)
-    seen, until = b'', time.monotonic() + 60
+    seen, until = b'', time.monotonic() + LIMIT
     while time.monotonic() < until:
         if not select.select([master], [], [], 1)[0]: continue
         try: new = os.read(master, 65536)
@@ -69,7 +82,7 @@ def in_terminal(epochs, interrupt_at=None):
         if not new: break
         seen += new
         if interrupt_at and interrupt_at in seen: interrupt_at = os.write(master, b'\x03') and None
-    p.wait(10)
+    p.wait(LIMIT)
     os.close(master)
     return seen.decode(), p.returncode
 
@@ -101,6 +114,11 @@ def test_ctrl_c_in_a_terminal():
     assert code not in (0, None) and len(lines) == 5         # the header, three rows of the first epoch, and where it stopped
     assert re.search(r'stopped by KeyboardInterrupt at 1/5 epochs, train, \d+/30 batches', lines[-1])
 
+def first_line(p):
+    "What is written while the run waits, and not when a buffer is full"
+    assert select.select([p.stdout], [], [], LIMIT)[0]
+    return p.stdout.readline().decode()
+
 def test_log():
     p = popen(5, line=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     first = p.stdout.readline().decode()
@@ -111,10 +129,10 @@ def test_log():
         f'{i}/5 epochs | train loss # | raw loss # | ema loss # | #' for i in range(1, 6)]
 
 def test_interrupted_log():
-    p = popen(5, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    first = p.stdout.readline().decode()
+    p = popen(5, wait=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    first = first_line(p)
     p.send_signal(signal.SIGINT)
-    lines = [first, *p.communicate(timeout=60)[0].decode().splitlines()]
+    lines = [first, *p.communicate(timeout=LIMIT)[0].decode().splitlines()]
     assert p.returncode != 0
     assert lines[0].startswith('1/5 epochs | train')
     assert re.match(r'stopped by KeyboardInterrupt at 1/5 epochs, train, \d+/30 batches', lines[-1])
@@ -149,8 +167,8 @@ class Display:
         self.costs()
 
 @pytest.fixture
-def display(monkeypatch):
-    d = Display()
+def display(monkeypatch, clock):
+    d = Display(clock)
     monkeypatch.setattr('IPython.display.display', d)
     return d
 
@@ -199,13 +217,32 @@ def test_stopped_in_jupyter(display):
     assert last['text/plain'].startswith('stopped by ZeroDivisionError at 1/3 epochs, train, 0/30 batches\n')
     assert 'value="0" max="30"' in last['text/html'] and last['text/html'].count('<tr>') == 3
 
+@pytest.mark.usefixtures('strict')
+def test_the_plot_of_any_fit(monkeypatch):
+    "Validation stands where it took place: without training, without validation, in a second fit, from a late average on"
+    from matplotlib.figure import Figure
+    monkeypatch.setattr('IPython.display.display', lambda *args, **kwargs: SimpleNamespace(update=lambda *args, **kwargs: None))
+    cb, axes = ProgressCB(plot=True, view=NotebookView), Figure().subplots()
+    def drawn(*cbs, n=2, fits=1, **kwargs):
+        axes.clear()
+        learn = image_learner(cb, *cbs)
+        for _ in range(fits): learn.fit(n, **kwargs)
+        return {line.get_label(): list(map(int, line.get_xdata())) for line in cb.plot_losses(axes).lines}
+    train = list(range(1, 15))
+    assert drawn() == drawn(fits=2) == dict(training=train, validation=[7, 14])
+    cb.plot = False                                              # from here on only what is drawn in the end
+    assert drawn(train=False, n=3) == dict(training=[], validation=[0]*3)
+    assert drawn(valid=False) == dict(training=train)
+    assert drawn(EMACB(start='8ba', apply=False)) == dict(training=train, raw=[7, 14], ema=[14])
+    assert drawn(EMACB(apply=False), valid='raw') == dict(training=train, validation=[7, 14])
+
 def test_in_a_kernel():
     pytest.importorskip('ipykernel')
     from jupyter_client.manager import start_new_kernel
-    km, kc = start_new_kernel(kernel_name='python3', cwd=os.path.dirname(__file__))
+    km, kc = start_new_kernel(startup_timeout=LIMIT, kernel_name='python3', cwd=os.path.dirname(__file__))
     seen = []
     def hook(m): seen.append((m['msg_type'], m['content']))
-    try: kc.execute_interactive('import test_progress as t; t.script(2)', output_hook=hook, timeout=60, allow_stdin=False)
+    try: kc.execute_interactive('import test_progress as t; t.script(2)', output_hook=hook, timeout=LIMIT, allow_stdin=False)
     finally:
         kc.stop_channels()
         km.shutdown_kernel(now=True)

@@ -1,34 +1,23 @@
-"Schedules step as torch's own loop does, and leave nothing behind; the finder of learning rates leaves no trace"
-import io, math, warnings
+"Schedules step as torch's own loop does, and leave nothing behind"
+import math, warnings
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest, torch
 import torch.nn.functional as F
-from torch import nn, optim
+from torch import optim
 from torch.optim import lr_scheduler as S
 from torch.optim.swa_utils import SWALR
-from torch.utils.data import DataLoader, TensorDataset
 
 from fastswa.averaging.average import Average
-from fastswa.core import set_seed
-from fastswa.training.events import Callback, CancelFitException, CancelStepException
-from fastswa.callbacks.finder import LRFinderCB, lr_find
-from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
+from fastswa.training.events import Callback, CancelStepException
+from fastswa.training.learner import TrainLearner
+from fastswa.callbacks.basics import RecorderCB
+from fastswa.callbacks.swa import EMACB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
+from helpers import Accumulate, AtEpoch, NoOptimizer, image_learner, linear, regression, reopened
 
 N, EPOCHS = 7, 4     # steps in an epoch, epochs in a fit
-
-def data():
-    g = torch.Generator().manual_seed(0)
-    xs = torch.randn(N, 8, 3, generator=g)
-    train = [(x, x.sum(1, keepdim=True)) for x in xs]
-    return SimpleNamespace(train=train, valid=train[:2])
-
-def linear():
-    torch.manual_seed(0)
-    return nn.Linear(3, 1)
 
 OPTS = dict(sgd=lambda p, lr: optim.SGD(p, lr, momentum=0.9), adam=optim.AdamW,
             tensor=lambda p, lr: optim.AdamW(p, torch.tensor(lr)),
@@ -68,7 +57,7 @@ def test_every_scheduler_of_torch_is_tried():
 
 def by_hand(sched, opt_func, per, lr=0.1, n_epochs=EPOCHS):
     "The loop of torch's documentation, of one schedule or several"
-    model, dls, used = linear(), data(), []
+    model, dls, used = linear(), regression(N), []
     opt = opt_func(list(model.parameters()), lr)
     scheds = [o(opt) for o in (sched if isinstance(sched, list) else [sched])]
     for _ in range(n_epochs):
@@ -96,7 +85,7 @@ def test_as_torch(name, opt, per):
     "Rates and momenta at every step, and the weights after them, of two fits in a row; no warning, nothing left behind"
     used, tol = Used(), 0 if opt in ('sgd', 'adam') else 1e-6       # those round: a share of the rate, a rate in float32
     same = lambda rates: pytest.approx(flat(rates), rel=tol, abs=tol)
-    learn = TrainLearner(linear(), data(), lr=0.1, cbs=[CBS[per](SCHEDS[name]), used], opt_func=OPTS[opt])
+    learn = TrainLearner(linear(), regression(N), lr=0.1, cbs=[CBS[per](SCHEDS[name]), used], opt_func=OPTS[opt])
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         learn.fit(EPOCHS)
@@ -114,30 +103,25 @@ def test_as_torch(name, opt, per):
 @pytest.mark.parametrize('per', CBS)
 def test_several_callbacks(per):
     used, scheds = Used(), [SCHEDS['constant'], SCHEDS['exponential']]
-    TrainLearner(linear(), data(), lr=0.1, cbs=[*map(CBS[per], scheds), used]).fit(EPOCHS)
+    TrainLearner(linear(), regression(N), lr=0.1, cbs=[*map(CBS[per], scheds), used]).fit(EPOCHS)
     assert [o[0] for o, in used.seen] == [o[0] for o, in by_hand(scheds, OPTS['sgd'], per)[0]]
 
 def test_per_batch_and_per_epoch_together():
     used, warm, drop = Used(), partial(S.LinearLR, start_factor=0.1, total_iters=3), partial(S.StepLR, step_size=2, gamma=0.1)
-    TrainLearner(linear(), data(), lr=0.1, cbs=[BatchSchedCB(warm), EpochSchedCB(drop), used]).fit(EPOCHS)
+    TrainLearner(linear(), regression(N), lr=0.1, cbs=[BatchSchedCB(warm), EpochSchedCB(drop), used]).fit(EPOCHS)
     want = [(0.1*min(1, 0.1 + 0.3*i))*(1 if i < 2*N else 0.1) for i in range(N*EPOCHS)]
     assert [o[0] for o, in used.seen] == pytest.approx(want)
 
 def test_one_list_of_callbacks_for_two_learners():
     used = Used()
     cbs = [BatchSchedCB(partial(S.OneCycleLR, max_lr=0.2)), used]
-    for epochs in (1, 3): TrainLearner(linear(), data(), lr=0.1, cbs=cbs).fit(epochs)
+    for epochs in (1, 3): TrainLearner(linear(), regression(N), lr=0.1, cbs=cbs).fit(epochs)
     one = lambda n: by_hand(partial(S.OneCycleLR, max_lr=0.2, total_steps=n*N), OPTS['sgd'], 'batch', n_epochs=n)[0]
     assert [o[0][0] for o in used.seen] == [o[0][0] for o in one(1) + one(3)]
 
-class EverySecond(Callback):
-    "Gradients of two batches add up"
-    def after_backward(self, learn):
-        if learn.iter % 2 == 0: raise CancelStepException
-
 def test_steps_only_with_the_optimizer():
     cb = BatchSchedCB(partial(S.ExponentialLR, gamma=0.5))
-    TrainLearner(linear(), data(), cbs=[cb, EverySecond()]).fit(1)
+    TrainLearner(linear(), regression(N), cbs=[cb, Accumulate(2)]).fit(1)
     assert cb.schedo.last_epoch == N//2
 
 class NoSteps(Callback):
@@ -147,7 +131,7 @@ def test_no_warning_where_no_step_was_made():
     cb = EpochSchedCB(partial(S.ExponentialLR, gamma=0.5))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        TrainLearner(linear(), data(), cbs=[cb, NoSteps()]).fit(2)
+        TrainLearner(linear(), regression(N), cbs=[cb, NoSteps()]).fit(2)
     assert cb.schedo.last_epoch == 2
 
 class Accuracy(Callback):
@@ -159,15 +143,14 @@ class Accuracy(Callback):
 class EmaCB(Callback):
     def __init__(self, n=1): self.n = n
     def before_fit(self, learn):
-        average = Average(learn.model)
+        average = learn.averages.add('ema', Average(learn.model))
         for _ in range(self.n): average.update()
-        learn.add_average('ema', average)
 
 plateau = partial(S.ReduceLROnPlateau, mode='max', factor=0.5, patience=0)
 
 def epoch_rates(metric, *cbs, **kwargs):
     used = Used()
-    TrainLearner(linear(), data(), lr=0.1, cbs=[EpochSchedCB(plateau, metric), Accuracy(), used, *cbs]).fit(4, **kwargs)
+    TrainLearner(linear(), regression(N), lr=0.1, cbs=[EpochSchedCB(plateau, metric), Accuracy(), used, *cbs]).fit(4, **kwargs)
     return [o[0] for o, in used.seen[::N]]
 
 def test_plateau_watches_the_row_it_is_told():
@@ -182,26 +165,11 @@ def test_plateau_watches_the_row_it_is_told():
         epoch_rates('emma/accuracy', EmaCB())
     with pytest.raises(ValueError, match='there are loss, accuracy, ema/loss, ema/accuracy'): epoch_rates('ema/acc', EmaCB())
 
-class At(Callback):
-    "Do something when a training epoch begins, after all others; or stop"
-    order = 95
-    def __init__(self, epoch, f=None): self.epoch, self.f = epoch, f
-    def before_epoch(self, learn):
-        if not learn.training or learn.epoch != self.epoch: return
-        if self.f is None: raise CancelFitException
-        self.f(learn)
-
-def reopened(x):
-    f = io.BytesIO()
-    torch.save(x, f)
-    f.seek(0)
-    return torch.load(f, weights_only=True)
-
 def saved(cls, sched, opt='sgd', n_epochs=EPOCHS, at=2, **kwargs):
     "The state of a schedule and its optimizer after so many epochs, and the rates of the whole fit"
     cb, used, res = cls(sched, **kwargs), Used(), []
-    take = At(at, lambda learn: res.extend(reopened([cb.state_dict(), learn.opt.state_dict()])))
-    TrainLearner(linear(), data(), lr=0.1, cbs=[cb, take, used], opt_func=OPTS[opt]).fit(n_epochs, valid=False)
+    take = AtEpoch(at, lambda learn: res.extend(reopened([cb.state_dict(), learn.opt.state_dict()])))
+    TrainLearner(linear(), regression(N), lr=0.1, cbs=[cb, take, used], opt_func=OPTS[opt]).fit(n_epochs, valid=False)
     return res, used.seen
 
 def resumed(cls, sched, state, opt='sgd', n_epochs=EPOCHS, lr=0.1, **kwargs):
@@ -210,7 +178,7 @@ def resumed(cls, sched, state, opt='sgd', n_epochs=EPOCHS, lr=0.1, **kwargs):
     def give(learn):
         learn.opt.load_state_dict(state[1])
         cb.load_state_dict(state[0])
-    learn = TrainLearner(linear(), data(), lr=lr, cbs=[cb, At(0, give), At(2), used], opt_func=OPTS[opt])
+    learn = TrainLearner(linear(), regression(N), lr=lr, cbs=[cb, AtEpoch(0, give), AtEpoch(2), used], opt_func=OPTS[opt])
     learn.fit(n_epochs, valid=False)
     return used.seen
 
@@ -241,19 +209,19 @@ def test_plateau_resumes_between_training_and_its_metric(valid):
     class Later(Callback):
         def before_fit(self, learn): learn.epochs = range(2, EPOCHS)
     cb, take, used, rest, new = EpochSchedCB(sched), Take(), Used(), Used(), EpochSchedCB(sched)
-    TrainLearner(linear(), data(), lr=0.1, cbs=[cb, take, used], opt_func=OPTS['sgd']).fit(EPOCHS, valid=valid)
+    TrainLearner(linear(), regression(N), lr=0.1, cbs=[cb, take, used], opt_func=OPTS['sgd']).fit(EPOCHS, valid=valid)
     assert take.state[0]['row']['epoch'] == 1
     def give(learn):
         learn.opt.load_state_dict(take.state[1])
         new.load_state_dict(take.state[0])
-    learn = TrainLearner(linear(), data(), lr=0.1, cbs=[new, Later(), At(2, give), rest], opt_func=OPTS['sgd'])
+    learn = TrainLearner(linear(), regression(N), lr=0.1, cbs=[new, Later(), AtEpoch(2, give), rest], opt_func=OPTS['sgd'])
     learn.fit(EPOCHS, valid=False)
     assert rest.seen[:N] == used.seen[2*N:3*N] and rest.seen[0] != used.seen[N]
 
 def test_numbers_of_numpy_in_a_state():
     "A rate from np.logspace is common; torch.load(weights_only=True) refuses it"
     cb = BatchSchedCB(partial(S.StepLR, step_size=np.int64(2), gamma=np.float64(0.5)))
-    TrainLearner(linear(), data(), lr=np.float64(0.1), cbs=cb).fit(1)
+    TrainLearner(linear(), regression(N), lr=np.float64(0.1), cbs=cb).fit(1)
     state = reopened(cb.state_dict())
     assert type(state['now']['gamma']) is float and type(state['new']['step_size']) is int
 
@@ -278,7 +246,7 @@ OTHERS = [
 def new_from(cls, sched, n_epochs=EPOCHS, lr=0.1):
     "The rates of the third and fourth epoch of a fit with a schedule"
     used = Used()
-    learn = TrainLearner(linear(), data(), lr=lr, cbs=[cls(sched), used], opt_func=OPTS['sgd'])
+    learn = TrainLearner(linear(), regression(N), lr=lr, cbs=[cls(sched), used], opt_func=OPTS['sgd'])
     learn.fit(n_epochs, valid=False)
     return used.seen[2*N:4*N]
 
@@ -319,13 +287,13 @@ def test_a_new_fit_starts_anew():
         cb, again = cls(sched), Used()
         assert cb.state_dict() == {}
         cb.load_state_dict(state[0])
-        learn = TrainLearner(linear(), data(), lr=0.1, cbs=[cb, again], opt_func=OPTS['sgd'])
+        learn = TrainLearner(linear(), regression(N), lr=0.1, cbs=[cb, again], opt_func=OPTS['sgd'])
         learn.fit(EPOCHS, valid=False)
         cb.load_state_dict(state[0])
         learn.fit(EPOCHS, valid=False)
         assert again.seen == used*2
 
-class Accumulate(Callback):
+class SaysItsSteps(Callback):
     "As accumulation does: says how many steps an epoch has, before the schedules ask"
     order = 25
     def before_fit(self, learn): learn.clock.epoch_steps = math.ceil(N/2)
@@ -338,7 +306,7 @@ def test_length_under_accumulation():
         order = 20
         def after_step(self, learn): used.append(options(learn.opt))
     cb = BatchSchedCB(partial(S.OneCycleLR, max_lr=0.2))
-    TrainLearner(linear(), data(), lr=0.1, cbs=[cb, Accumulate(), AtStep()], opt_func=OPTS['sgd']).fit(2)
+    TrainLearner(linear(), regression(N), lr=0.1, cbs=[cb, SaysItsSteps(), AtStep()], opt_func=OPTS['sgd']).fit(2)
     opt, want = OPTS['sgd'](linear().parameters(), 0.1), []
     sched = S.OneCycleLR(opt, 0.2, total_steps=steps)
     for _ in range(steps):
@@ -348,19 +316,15 @@ def test_length_under_accumulation():
     assert used == want
 
 def test_errors_before_training():
-    learn = TrainLearner(linear(), data())
+    learn = TrainLearner(linear(), regression(N))
     for sched, exc, match in (
         (partial(S.OneCycleLR, max_lr=1., epochs=1), ValueError, 'total_steps'),           # torch's own word
         (lambda o: S.ChainedScheduler([S.OneCycleLR(o, 1., total_steps=5)], o), ValueError, '=5, but the fit has 14 steps'),
     ):
         with pytest.raises(exc, match=match): learn.fit(2, cbs=BatchSchedCB(sched))
     assert learn.opt_steps == 0 and learn.opt.param_groups[0]['lr'] == 0.1 and 'max_lr' not in learn.opt.param_groups[0]
-    class NoOptimizer:
-        def __init__(self, params, lr): pass
-        def step(self): pass
-        def zero_grad(self): pass
     with pytest.raises(TypeError, match='not an Optimizer'):
-        TrainLearner(linear(), data(), opt_func=NoOptimizer).fit(1, cbs=BatchSchedCB(SCHEDS['step']))
+        TrainLearner(linear(), regression(N), opt_func=NoOptimizer).fit(1, cbs=BatchSchedCB(SCHEDS['step']))
 
 class Counting(optim.Optimizer):
     "Keeps state in its groups, as Prodigy's d, Schedule-Free's weight_sum and fused Adam's step"
@@ -375,87 +339,24 @@ class Counting(optim.Optimizer):
 @pytest.mark.parametrize('per', CBS)
 def test_only_what_a_schedule_changed_is_put_back(per):
     "Wrong: the optimizer's own counts are those of before the fit (f07)"
-    learn = TrainLearner(linear(), data(), lr=0.1, opt_func=Counting, cbs=CBS[per](SCHEDS['exponential']))
+    learn = TrainLearner(linear(), regression(N), lr=0.1, opt_func=Counting, cbs=CBS[per](SCHEDS['exponential']))
     for n in 1, 2:
         learn.fit(2)
         group, = learn.opt.param_groups
         assert group['k'] == int(group['total']) == 2*n*N and group['lr'] == 0.1 and 'initial_lr' not in group
 
-# the finder
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
-
-class Noise(Callback):
-    role = 'prepares'
-    def before_batch(self, learn): learn.batch = learn.batch[0] + torch.randn(3)/100, learn.batch[1]
-
-class Breaks(Callback):
-    "Raises at one of the batches of a search"
-    role = 'prepares'
-    def __init__(self, exc): self.exc, self.armed = exc, False
-    def before_batch(self, learn):
-        if self.armed and learn.iter == 2: raise self.exc
-
-LEARNERS = dict(sgd=partial(TrainLearner, opt_func=OPTS['sgd']), adam=partial(TrainLearner, opt_func=OPTS['adam']),
-                momentum=MomentumLearner, bare=partial(Learner, cbs=TrainCB()))
-
-@pytest.mark.parametrize('kind', LEARNERS)
-@pytest.mark.parametrize('exc', [None, KeyboardInterrupt(), ZeroDivisionError()])
-@pytest.mark.parametrize('first', [0, 1])
-def test_finder_leaves_no_trace(kind, exc, first):
-    def run(look):
-        set_seed(0)
-        x = torch.randn(60, 3)
-        gen = torch.Generator().manual_seed(1)
-        ds = TensorDataset(x, x.sum(1, keepdim=True))
-        dls = SimpleNamespace(train=DataLoader(ds, 10, shuffle=True, generator=gen), valid=DataLoader(ds, 20, shuffle=True))
-        learn, breaks = LEARNERS[kind](net(), dls, lr=0.01), Breaks(exc)
-        learn.cbs += [Noise(), breaks, BatchSchedCB(partial(S.OneCycleLR, max_lr=0.05))]
-        learn.fit(first)
-        if look:
-            breaks.armed = exc is not None
-            before = dict(vars(learn))
-            if exc is None:
-                res = lr_find(learn, show=False)
-                assert len(res.lrs) > 10 and res.lrs[1]/res.lrs[0] == pytest.approx(1.3)
-            else:
-                with pytest.raises(type(exc)): lr_find(learn, show=False)
-            breaks.armed = False
-            after = vars(learn)
-            assert all(after[k] is before[k] for k in ('opt', 'history', 'cbs', 'dls', 'batch', 'averages'))
-            assert all(p.grad is None for p in learn.model.parameters())
-        learn.fit(2)
-        return [*learn.model.state_dict().values(), torch.rand(1), gen.get_state()], learn.history, learn.opt_steps
-    (a, *rest_a), (b, *rest_b) = run(True), run(False)
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and rest_a == rest_b
-
-def test_finder_stops_where_it_should():
-    big = LRFinderCB(max_mult=2, show=False)
-    TrainLearner(linear(), data(), lr=1e-3).fit(100, cbs=big, valid=False)
-    assert 10 < len(big.lrs) < 100 and big.losses[-1] > min(big.losses)     # the explosion, not the last step
-    negative = TrainLearner(linear(), data(), loss_func=lambda p, y: F.mse_loss(p, y) - 100.)
-    assert len(negative.lr_find(show=False).lrs) > 20                       # a loss below zero is no explosion
-    assert len(TrainLearner(linear(), data()).lr_find(max_steps=9, show=False).lrs) == 9
-    assert len(TrainLearner(linear(), data()).lr_find(max_epochs=2, show=False).lrs) == 2*N
-
-def test_finder_with_gradients_that_add_up():
-    cb = EverySecond()
-    cb.role = 'prepares'                                           # so that it takes part
-    res = TrainLearner(linear(), data(), cbs=cb).lr_find(max_steps=60, show=False)
-    assert len(set(res.lrs)) < len(res.lrs) and all(map(math.isfinite, res.smooth[1]))
-
-BAD = [('gamma', 1), ('gamma', math.nan), ('max_mult', 0.5), ('max_steps', 0), ('start_lr', -1)]
-
-@pytest.mark.parametrize('name, value', BAD)
-def test_finder_arguments(name, value):
-    with pytest.raises(ValueError, match=f'{name} must be a (whole )?number.*; got {value}'):
-        TrainLearner(linear(), data()).lr_find(**{name: value})
-
-def test_plot_shows_suggestion():
-    import matplotlib
-    matplotlib.use('Agg')
-    ax = TrainLearner(linear(), data()).lr_find(show=False).plot()
-    assert ax.get_xscale() == 'log' and ax.get_xlabel() == 'learning rate' and ax.get_ylabel() == 'training loss'
-    assert any('steepest descent' in t.get_text() for t in ax.get_legend().get_texts())
+@pytest.mark.usefixtures('strict')
+@pytest.mark.parametrize('order', [-50, 20, 35, 99])
+def test_the_recorded_rate_is_the_one_that_the_step_used(order):
+    "Wherever the recorder stands, in the list and by its order"
+    class Steps(TrainLearner):
+        def step(self):
+            used.append([self.opt.param_groups[0][k] for k in ('lr', 'momentum')])
+            super().step()
+    for i in range(3):
+        rec, used = RecorderCB(lr=lambda cb: cb.pg['lr'], mom=lambda cb: cb.learn.opt.param_groups[0]['momentum']), []
+        rec.order = order
+        cbs = [BatchSchedCB(partial(S.OneCycleLR, max_lr=0.1)), EMACB()]
+        cbs.insert(i, rec)
+        image_learner(*cbs, cls=Steps).fit(2)
+        assert list(zip(rec.recs['lr'], rec.recs['mom'])) == [tuple(o) for o in used] and len({lr for lr, _ in used}) == 14

@@ -1,5 +1,7 @@
 "Averaging callbacks in company: defaults, several learners and fits, loaded weights, statistics, saved states"
 import copy
+import math
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -16,39 +18,14 @@ from fastswa.averaging.batchnorm import update_bn
 from fastswa.callbacks.basics import BatchTransformCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.training.events import Callback, CancelEpochException
+from fastswa.callbacks.schedule import EpochSchedCB
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import AverageCB
-from fastswa.callbacks.swa import EMACB, SWACB
+from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from helpers import Accumulate, Trail, copied, data, learner, net, one, same
 
-N, BS = 160, 16
-
-
-def data(shuffle=False, **kw):
-    g = torch.Generator().manual_seed(0)
-    y = torch.randint(3, (N,), generator=g)
-    ds = TensorDataset(F.one_hot(y, 3).float() + torch.randn(N, 3, generator=g)/2, y)
-    return SimpleNamespace(train=DataLoader(ds, BS, shuffle=shuffle, **kw), valid=DataLoader(ds, 2*BS))
-
-
-def net(seed=0, norm=True):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.ReLU(), nn.Linear(8, 3))
-
-
-def learner(*cbs, model=None, dls=None, cls=TrainLearner, **kw):
-    return cls(net() if model is None else model, dls or data(), F.cross_entropy, 0.3, cbs, **kw)
-
-
-def copied(tensors): return {k: v.detach().clone() for k, v in tensors.items()}
-
-
-def same(a, b): return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
-
-
-class Trail(Callback):
-    def before_fit(self, learn): self.seen = []
-    def after_step(self, learn): self.seen.append(learn.model[0].weight.detach().double().numpy().copy())
+N, BS = 160, 16      # samples and batch size of `data()`
 
 
 def weights_of(cb): return cb.average.weights['0.weight']
@@ -58,11 +35,11 @@ def test_defaults_to_the_letter():
     "Half-life a twentieth of the fit; snapshots from three quarters on, every hundredth: in 200 steps from 150 on, every second"
     trail, e, s = Trail(), EMACB(), SWACB()
     learner(trail, e, s, BNUpdateCB()).fit(20)
-    d, avg = 2**(-1/10), trail.seen[0]
-    for w in trail.seen[1:]: avg = d*avg + (1 - d)*w
+    d, avg = 2**(-1/10), trail.weights[0]
+    for w in trail.weights[1:]: avg = d*avg + (1 - d)*w
     np.testing.assert_allclose(weights_of(e), avg, rtol=1e-4, atol=1e-6)
     assert s.average.n == 26
-    np.testing.assert_allclose(weights_of(s), np.mean(trail.seen[149::2], axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(weights_of(s), np.mean(trail.weights[149::2], axis=0), rtol=1e-4, atol=1e-6)
     assert BNUpdateCB().valid_batches == 20 and BNUpdateCB().n_batches is None
 
 
@@ -71,8 +48,8 @@ def test_defaults_to_the_letter():
 def test_rules(kw, rule):
     trail, cb = Trail(), EMACB(**kw)
     learner(trail, cb).fit(1)
-    avg = trail.seen[0]
-    for n, w in enumerate(trail.seen[1:], 1): avg = avg + rule(n)*(w - avg)
+    avg = trail.weights[0]
+    for n, w in enumerate(trail.weights[1:], 1): avg = avg + rule(n)*(w - avg)
     np.testing.assert_allclose(weights_of(cb), avg, rtol=1e-5, atol=1e-6)
 
 
@@ -288,3 +265,159 @@ def test_average_device_dtype_and_check():
     with torch.inference_mode(): other.update()
     other.update()                                # made under inference_mode, its tensors could not be written to
     assert other.n == 2
+
+
+def test_nothing_is_swapped_before_the_first_update():
+    "Not: a row, a prediction, or a model at the end, of weights that were never trained (Lightning#21724)"
+    trail, cb = Trail(), EMACB(start='100ep')
+    learn = learner(cb, BNUpdateCB(), trail)
+    with pytest.warns(UserWarning, match='starts after this fit'): learn.fit(2)
+    assert cb.average.n == 0 and [r['weights'] for r in learn.history] == ['raw']*4
+    assert learn.weights == 'raw' and torch.equal(learn.model[0].weight, trail.seen[-1]['0.weight'])
+    for look in (learn.apply, learn.validate, learn.get_preds):
+        with pytest.raises(RuntimeError, match=r'call update\(\) first'): look('ema')
+        assert learn.weights == 'raw' and torch.equal(learn.model[0].weight, trail.seen[-1]['0.weight'])
+    assert cb.state_dict()['weights'] == {}
+
+
+def test_raw_and_average_at_any_moment():
+    "At every moment of a row of the average both are to be had, each under its own name (nequip#590: only one is saved)"
+    class Save(Callback):
+        order = 99
+        def after_batch(self, learn):
+            if learn.weights != 'ema': return
+            kept = copied(learn.model.state_dict())
+            with learn.using('raw'): raw = copied(learn.model.state_dict())
+            assert same(copied(learn.model.state_dict()), kept)           # the row goes on with the average
+            saved.append((raw, copy.deepcopy(learn.averages['ema'].state_dict())))
+    saved, trail = [], Trail()
+    learn = learner(EMACB(decay=0.8), trail, Save())
+    learn.fit(2)
+    assert len(saved) == 10
+    for i, (raw, state) in enumerate(saved):
+        n = 10*(i//5 + 1)
+        avg = trail.seen[0]['0.weight'].double()
+        for w in trail.seen[1:n]: avg = 0.8*avg + 0.2*w['0.weight'].double()
+        assert same(raw, trail.seen[n - 1]) and state['n'] == n
+        torch.testing.assert_close(state['weights']['0.weight'].double(), avg, rtol=1e-5, atol=1e-6)
+
+
+def test_micro_batches_do_not_count():
+    "Five steps in ten batches: five updates, and the decay is per step (F5-TTS#631)"
+    trail, e, s = Trail(), EMACB(decay=0.8, apply=False), SWACB(start='0ba', every='2ba', apply=False)
+    learner(trail, e, s, Accumulate(2), BNUpdateCB()).fit(2)
+    assert len(trail.seen) == 10 and (e.average.n, s.average.n) == (10, 5)
+    avg = trail.seen[0]['0.weight'].double()
+    for w in trail.seen[1:]: avg = 0.8*avg + 0.2*w['0.weight'].double()
+    torch.testing.assert_close(e.average.weights['0.weight'].double(), avg, rtol=1e-5, atol=1e-6)
+    mean = torch.stack([w['0.weight'].double() for w in trail.seen[1::2]]).mean(0)
+    torch.testing.assert_close(s.average.weights['0.weight'].double(), mean, rtol=1e-5, atol=1e-6)
+
+
+class Scaled(TrainLearner):
+    "Mixed precision's scaler, with an overflow in some batches"
+    overflow = ()
+    def backward(self):
+        self.scaler.scale(self.loss).backward()
+        if self.iter in self.overflow: self.model[0].weight.grad[0, 0] = math.inf
+    def step(self):
+        self.scaler.step(self.opt)
+        self.scaler.update()
+
+
+def test_a_step_that_the_scaler_skipped():
+    "No snapshot then, and no step of the half-life either (pytorch#67590, accelerate#4243)"
+    trail, cb = Trail(), EMACB(decay=0.8, every='3ba', apply=False)
+    learn = Scaled(net(), data(), F.cross_entropy, 0.3, [trail, cb])
+    learn.scaler, learn.overflow = torch.amp.GradScaler('cpu', init_scale=8.), (0, 3, 4)
+    learn.fit(1)
+    assert learn.scaler.get_scale() == 1. and learn.opt_steps == len(trail.seen) == 7      # halved three times
+    avg = 0.8**3*trail.seen[2]['0.weight'].double() + (1 - 0.8**3)*trail.seen[5]['0.weight'].double()
+    assert cb.average.n == 2
+    torch.testing.assert_close(cb.average.weights['0.weight'].double(), avg, rtol=1e-5, atol=1e-6)
+
+
+def test_the_default_fits_a_short_run():
+    "From 10 to about 0 in 100 steps: a decay of 0.999 is still far away, the default is where the raw weight is (measured)"
+    x = torch.linspace(-1, 1, 400).view(-1, 1)
+    dls = SimpleNamespace(train=DataLoader(TensorDataset(x, torch.zeros_like(x)), 8, shuffle=True), valid=None)
+    model = one(10.)
+    default, usual = EMACB(apply=False), EMACB(decay=0.999, name='usual', apply=False)
+    TrainLearner(model, dls, lr=0.1, cbs=[default, usual]).fit(2)
+    far = [abs(w) for w in (model.weight.item(), default.average.weights['weight'].item(), usual.average.weights['weight'].item())]
+    assert far[0] < far[1] < 0.3 and far[2] > 5
+
+
+@pytest.mark.parametrize('what', ['predict', 'using'])
+def test_what_is_put_back_was_not_changed(what):
+    "After a fit the model holds its only average; something else held for a moment must not make that average the raw weights"
+    cb = SWAGCB(start='0ba', every='1ba') if what == 'predict' else PostHocEMACB(every='3ba')
+    learn = learner(cb, BNUpdateCB())
+    learn.fit(1)
+    assert learn.weights == cb.name
+    with learn.using('raw'): raw = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    if what == 'predict': cb.average.predict(learn.dls.valid, n=2, bn_data=learn.dls.train)
+    else:
+        with cb.average.using(0.15): pass
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.validate()
+        learn.restore()
+    assert cb.average.n == 10
+    for k, v in learn.model.state_dict().items(): assert torch.equal(v, raw[k]), k
+
+
+def test_real_changes_are_still_noticed():
+    learn = learner(EMACB(), BNUpdateCB())
+    learn.fit(1)
+    with torch.no_grad(): learn.model[3].weight[0, 0] += 1
+    with pytest.warns(UserWarning, match='were changed'): learn.validate()
+
+
+@pytest.mark.parametrize('make', [EMACB, SWACB, LAWACB, SWAGCB, PostHocEMACB, SwitchEMACB, BNUpdateCB])
+def test_making_a_callback_draws_no_random_number(make):
+    before = torch.get_rng_state()
+    make()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_half_life_is_a_share_of_the_fit_under_accumulation():
+    "In steps of the loader's length it would be four times as long: 8 steps of 16 instead of 2"
+    trail, cb, post = Trail(), EMACB(half_life='0.125dur', apply=False), PostHocEMACB(every='0.25dur')
+    learner(trail, Accumulate(4), cb, post, BNUpdateCB()).fit(8)          # 80 batches, 8*2 steps
+    assert len(trail.weights) == 16
+    at = [10*e + i for e in range(8) for i in (4, 8)]                      # batches after which a step was taken
+    avg, d = trail.weights[0], 2**(-1/10)                                     # 0.125 of 80 batches are 10
+    for i in range(1, 16):
+        w = d**(at[i] - at[i-1])
+        avg = w*avg + (1 - w)*trail.weights[i]
+    np.testing.assert_allclose(cb.average.weights['0.weight'], avg, rtol=1e-4, atol=1e-6)
+    assert len(post.average.steps) == 4
+
+
+def test_swa_lr_holds_beside_a_schedule_by_epochs():
+    "The schedule sets its rate at the end of an epoch; the first step of the next one must not use it"
+    used = []
+    class Rates(Callback):
+        order = 50
+        def after_backward(self, learn): used.append(learn.opt.param_groups[0]['lr'])
+    sched = EpochSchedCB(lambda opt: optim.lr_scheduler.ExponentialLR(opt, 0.5))
+    learner(SWACB(start='1ep', swa_lr=0.05, anneal='0ep'), sched, BNUpdateCB(), Rates()).fit(3)
+    assert used[10:] == pytest.approx([0.05]*20)
+
+
+@pytest.mark.parametrize('make, value', [
+    (lambda v: EMACB(decay=v), 1.5), (lambda v: EMACB(half_life=v), '0ba'), (lambda v: EMACB(every=v), '-1ba'),
+    (lambda v: EMACB(start=v), '2dur'),
+    (lambda v: SWACB(every=v), '0ep'), (lambda v: SWACB(swa_lr=v), 0), (lambda v: BNUpdateCB(n_batches=v), 0)])
+def test_values_out_of_range(make, value):
+    "Refused where they are given, and the message holds the value"
+    with pytest.raises(ValueError, match=re.escape(str(value))): make(value)
+
+
+@pytest.mark.parametrize('f, says', [
+    (lambda: BNUpdateCB(valid_batches=2.5), 'valid_batches must be a whole number.*2.5'),
+    (lambda: BNUpdateCB('5'), "n_batches .*'5'"),
+    (lambda: SWACB(swa_lr='0.1'), "swa_lr must be a number above 0; got '0.1'")])
+def test_bad_input_is_named_at_once(f, says):
+    with pytest.raises((ValueError, TypeError), match=says): f()

@@ -16,6 +16,7 @@ import fastswa.averaging.average as averaging
 import fastswa.averaging.kernels as blend
 from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.rules import ema, equal, power
+from helpers import floats
 
 nan, inf = float('nan'), float('inf')
 RULES = dict(equal=equal(), ema=ema(decay=0.7), half=ema(half_life=3), still=ema(decay=1), ratio=ema(decay=0.9, warmup='ratio'),
@@ -58,9 +59,6 @@ def net():
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.Linear(200, 200, bias=False))    # the last is loose
 
 
-def floats(model): return {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
-
-
 def walk(model, n=8, bad=(), value=nan):
     "Steps of a random walk; at those in `bad` one element is `value`"
     g = torch.Generator().manual_seed(1)
@@ -91,7 +89,7 @@ def run(make, bad=(), value=nan, n=8, at=lambda i, avg: None):
         return outcome(avg, warned)
 
 
-def same(a, b):
+def assert_alike(a, b):
     assert {k: v for k, v in a.items() if k != 'weights'} == {k: v for k, v in b.items() if k != 'weights'}
     assert list(a['weights']) == list(b['weights'])
     for k, v in a['weights'].items(): torch.testing.assert_close(v, b['weights'][k], rtol=1e-5, atol=1e-6)
@@ -103,7 +101,7 @@ def test_masked_as_at_once(rule, bad, request):
     "Not: a bad snapshot counted, a good one after it weighed as if the bad one had counted, a bad first one kept"
     expected = run(lambda m: Average(m, RULES[rule]), bad)
     request.getfixturevalue('masked')
-    same(run(lambda m: Average(m, RULES[rule]), bad), expected)
+    assert_alike(run(lambda m: Average(m, RULES[rule]), bad), expected)
 
 
 @pytest.mark.parametrize('value', [nan, inf, -inf])
@@ -161,7 +159,7 @@ def test_saved_in_the_middle(rule, masked):
             state = copy.deepcopy(avg.state_dict())
             avg.update()                                  # one more that is forgotten, its check not read
             avg.load_state_dict(state)
-    same(run(lambda m: Average(m, RULES[rule]), (3, 4), at=reload), run(lambda m: Average(m, RULES[rule]), (3, 4)) | dict(warned=1))
+    assert_alike(run(lambda m: Average(m, RULES[rule]), (3, 4), at=reload), run(lambda m: Average(m, RULES[rule]), (3, 4)) | dict(warned=1))
 
 
 def test_reset_forgets_what_is_late(masked):
@@ -186,7 +184,7 @@ def test_several_at_once(masked):
                 if together: update_all(use)
                 else: [a.update() for a in use]
             return [outcome(a, warned) for a in avs]
-    for a, b in zip(each(True), each(False)): same(a, b)
+    for a, b in zip(each(True), each(False)): assert_alike(a, b)
 
 
 def test_a_rule_that_fails_late(masked):
@@ -301,6 +299,18 @@ def test_masking_leaves_versions_alone(masked):
     loss.backward()
 
 
+@pytest.mark.parametrize('default', [torch.float64, torch.bfloat16])
+def test_the_flags_do_not_follow_the_default_dtype(default):
+    "A gradient scaler's operator takes fp32 alone, and a bf16 counter stops at 256"
+    kept = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        flag, late = blend.bad_flag([torch.tensor([1., float('nan')], dtype=torch.float32)]), blend.Late('cpu')
+        for _ in range(300): late.add(flag)
+    finally: torch.set_default_dtype(kept)
+    assert late.news() == 300
+
+
 # --- weights on their way to the host
 
 
@@ -337,7 +347,7 @@ def ferry(monkeypatch):
 @pytest.mark.parametrize('rule', RULES)
 def test_by_ferry_as_at_once(rule, bad, ferry):
     "Not: the snapshot under way forgotten, taken twice, or overtaken by the next weights"
-    same(run(lambda m: Far(m, RULES[rule]), bad), run(lambda m: Average(m, RULES[rule]), bad))
+    assert_alike(run(lambda m: Far(m, RULES[rule]), bad), run(lambda m: Average(m, RULES[rule]), bad))
     assert FakeFerry.sent == 8
 
 
@@ -348,7 +358,7 @@ def test_looks_wait_for_the_ferry(look, ferry):
     def at(i, avg):
         look(avg)
         assert avg.n == i + 1
-    same(run(lambda m: Far(m, equal()), at=at), run(lambda m: Average(m, equal())))
+    assert_alike(run(lambda m: Far(m, equal()), at=at), run(lambda m: Average(m, equal())))
 
 
 def test_reset_and_load_forget_what_is_under_way(ferry):

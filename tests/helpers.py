@@ -1,0 +1,235 @@
+"What test files share: toy data, small nets, learners on them, copies of tensors, memory, Ctrl-C at any line, new processes"
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from functools import cache, partial
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastswa.training.events import Callback, CancelFitException, CancelStepException
+from fastswa.training.learner import TrainLearner
+
+# --- data, nets, learners
+
+
+def data(n=160, bs=16, shuffle=False, **kw):
+    "Loaders of `n` vectors of length 3 in three classes that can be learned; validation in batches of `2*bs`"
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(3, (n,), generator=g)
+    ds = TensorDataset(F.one_hot(y, 3).float() + torch.randn(n, 3, generator=g)/2, y)
+    return SimpleNamespace(train=DataLoader(ds, bs, shuffle=shuffle, **kw), valid=DataLoader(ds, 2*bs, **kw))
+
+
+def net(seed=0, norm=True, dropout=None):
+    "A perceptron for `data()`: linear, BatchNorm (or Identity), ReLU, (dropout,) linear"
+    torch.manual_seed(seed)
+    drop = [] if dropout is None else [nn.Dropout(dropout)]
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.ReLU(), *drop, nn.Linear(8, 3))
+
+
+def learner(*cbs, model=None, dls=None, cls=TrainLearner, lr=0.3, **kw):
+    "A learner of `net()` on `data()`: 10 steps an epoch"
+    return cls(net() if model is None else model, dls or data(), F.cross_entropy, lr, cbs, **kw)
+
+
+def regression(n=7, bs=8):
+    "`n` batches of vectors of length 3 and their sums, as lists; two of them for validation"
+    xs = torch.randn(n, bs, 3, generator=torch.Generator().manual_seed(0))
+    train = [(x, x.sum(1, keepdim=True)) for x in xs]
+    return SimpleNamespace(train=train, valid=train[:2])
+
+
+def linear():
+    "A linear layer for `regression()`, always the same"
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
+
+
+def image_data(n=56, bs=8, valid=20):
+    "Loaders of `n` images (N, 1, 6, 6) in three classes, shuffled; validation in batches of `valid`"
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(n, 1, 6, 6, generator=g), torch.randint(3, (n,), generator=g)
+    ds = TensorDataset(x + y.view(-1, 1, 1, 1), y)
+    return SimpleNamespace(train=DataLoader(ds, bs, shuffle=True), valid=DataLoader(ds, valid))
+
+
+def image_net():
+    "A convolution, BatchNorm, ReLU, dropout and a linear layer, for `image_data()`"
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 3))
+
+
+def image_learner(*cbs, model=None, dls=None, cls=TrainLearner, lr=0.05, opt_func=partial(optim.SGD, momentum=0.9)):
+    "A learner of `image_net()` on `image_data()`: 7 steps an epoch, the last batches smaller"
+    return cls(model or image_net(), dls or image_data(), F.cross_entropy, lr, cbs, opt_func)
+
+
+class At(Callback):
+    "Raise an exception at an event, in training or in validation"
+    def __init__(self, event, exc, order=0, training=True):
+        self.exc, self.order, self.training = exc, order, training
+        setattr(self, event, self.go)
+    def go(self, learn):
+        if learn.training == self.training: raise self.exc
+
+
+class Accumulate(Callback):
+    "A step each `k` batches, for the sum of their gradients"
+    def __init__(self, k): self.k = k
+    def after_backward(self, learn):
+        if (learn.iter + 1) % self.k: raise CancelStepException
+
+
+class NoOptimizer:
+    "What a learner takes for an optimizer, and a schedule does not"
+    def __init__(self, params, lr): pass
+    def step(self): pass
+    def zero_grad(self): pass
+
+
+class AtEpoch(Callback):
+    "Do something when a training epoch begins, after all other callbacks; without `f`: end the fit"
+    order = 95
+    def __init__(self, epoch, f=None): self.epoch, self.f = epoch, f
+    def before_epoch(self, learn):
+        if not learn.training or learn.epoch != self.epoch: return
+        if self.f is None: raise CancelFitException
+        self.f(learn)
+
+
+class Hits:
+    "A metric: the share of right answers"
+    def reset(self): self.n = self.right = 0
+    def update(self, preds, targets):
+        self.n += len(targets)
+        self.right += (preds.argmax(1) == targets).sum().item()
+    def compute(self): return self.right/self.n
+    def state_dict(self): return dict(n=self.n, right=self.right)
+    def load_state_dict(self, state): self.n, self.right = state['n'], state['right']
+
+
+class TiedNet(nn.Module):
+    "Two linear layers, of which the second may have the first one's weight or its transpose, BatchNorm and a counter"
+    def __init__(self, norm=False, tied=None, dtype=torch.float32):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3, dtype=dtype), nn.Linear(3, 3, bias=False, dtype=dtype)
+        self.norm = nn.BatchNorm1d(3) if norm else nn.Identity()
+        self.register_buffer('steps', torch.tensor(0))
+        if tied == 'shared': self.b.weight = self.a.weight
+        if tied == 'transposed': self.b.weight = nn.Parameter(self.a.weight.data.t())
+
+    def forward(self, x): return self.b(self.norm(self.a(x)))
+
+    def step(self, generator):
+        "A step of a random walk"
+        with torch.no_grad():
+            for p in {p.data_ptr(): p for p in floats(self).values()}.values(): p += torch.randn(p.shape, generator=generator).to(p)
+            self.steps += 1
+
+
+def one(value=0., dtype=None):
+    "A layer of one weight, for averages that can be worked out by hand"
+    model = nn.Linear(1, 1, bias=False, dtype=dtype)
+    nn.init.constant_(model.weight, value)
+    return model
+
+
+# --- tensors
+
+
+def copied(tensors):
+    "A copy of a dict of tensors"
+    return {k: v.detach().clone() for k, v in tensors.items()}
+
+
+def same(a, b):
+    "Whether two dicts of tensors have the same names in the same order, and the same values bit for bit"
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def floats(model):
+    "The floating-point entries of a model's state, which are the model's own tensors"
+    return {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+
+
+def reopened(x):
+    "What is read back of `x` from a file that torch opens with weights_only=True"
+    f = io.BytesIO()
+    torch.save(x, f)
+    f.seek(0)
+    return torch.load(f, weights_only=True)
+
+
+def state(learn):
+    "A copy of the state of a learner's model"
+    return copied(learn.model.state_dict())
+
+
+class Trail(Callback):
+    "The weights after each step: `seen`, copies of the state; `weights`, those of the first layer in float64"
+    order = 99
+    def before_fit(self, learn): self.seen = []
+    def after_step(self, learn): self.seen.append(copied(learn.model.state_dict()))
+    @property
+    def weights(self): return [s['0.weight'].double().numpy() for s in self.seen]
+
+
+# --- memory, interruptions, processes
+
+
+def memory(f):
+    "Bytes that torch held at most during `f`, and after it, beyond those before"
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
+    events = sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns())
+    now = top = 0
+    for e in events:
+        now += e.nbytes()
+        top = max(top, now)
+    assert events
+    return top, now
+
+
+def end_workers(dls):
+    "End the persistent workers of loaders: where the garbage collection has to, torch waits 5 seconds for each of them"
+    for dl in (dls.train, dls.valid): dl._iterator = None
+
+
+def ctrl_c(f, files, at=None):
+    """Call `f` with Ctrl-C at the line number `at` of those that run in `files` (parts of paths); None: only count them
+
+    Returns how many lines ran, and whether KeyboardInterrupt came out."""
+    count = 0
+
+    @cache
+    def watched(file): return any(o in file for o in files)
+
+    def trace(frame, event, arg):
+        nonlocal count
+        if not watched(frame.f_code.co_filename): return None
+        if event == 'line':
+            count += 1
+            if count == at:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
+        return trace
+    sys.settrace(trace)
+    try: f()
+    except KeyboardInterrupt: return count, True
+    finally: sys.settrace(None)
+    return count, False
+
+
+def in_new_process(script, env=None):
+    "What a script prints in a new process, which may import from tests/; fails with its traceback where it fails"
+    res = subprocess.run([sys.executable, '-c', textwrap.dedent(script)], capture_output=True, text=True,
+                         cwd=os.path.dirname(__file__), env=env)
+    assert res.returncode == 0, res.stderr
+    return res.stdout

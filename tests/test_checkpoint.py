@@ -12,6 +12,7 @@ import killed_run
 from fastswa.callbacks.augment import AugmentCB
 from fastswa.callbacks.augment import MixUpCB
 from fastswa.data.transforms import RandErase, RandFlip
+from fastswa.callbacks.basics import RecorderCB
 from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
 from fastswa.checkpoint.archive import read_checkpoint
 from fastswa.checkpoint.checkpoint import CheckpointCB

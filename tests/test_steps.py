@@ -18,6 +18,7 @@ from fastswa.callbacks.speed import CompileCB, MixedPrecisionCB
 from fastswa.callbacks.metrics import EarlyStoppingCB
 from fastswa.training.events import CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
+from fastswa.training.sandbox import prepared_batches
 from fastswa.callbacks.schedule import BatchSchedCB
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
@@ -140,7 +141,7 @@ def test_autocast_where_batches_are_prepared():
     learn.get_preds('ema')
     learn.validate()
     assert {*seen} == {(True, True), (True, False)} and not torch.is_autocast_enabled('cpu')
-    for batch in learn.prepared(batches): break                           # left in the midst of it
+    for batch in prepared_batches(learn, batches): break                           # left in the midst of it
     del batch
     assert not torch.is_autocast_enabled('cpu')
 

@@ -195,37 +195,6 @@ def check_choice(
     *others, last = map(repr, choices)
     raise ValueError(f'{name} must be {", ".join(others)}{" or " if others else ""}{last}; got {value!r}')
 
-# %% ../nbs/00_core.ipynb #00000022
-def format_table(
-    rows, # dicts or named tuples: column → value
-    formats=None, # column → format specification of its floats; `'.4g'` where there is none
-) -> str:
-    "Rows as aligned text under the names of their columns; None and columns without any value are left out"
-    rows = [r._asdict() if hasattr(r, '_asdict') else r for r in rows]
-    formats = formats or {}
-    def text(column, value):
-        if not isinstance(value, float): return '' if value is None else str(value)
-        res = format(value, formats.get(column, '.4g'))
-        return res if res.strip('-0.%') else res.removeprefix('-')             # no -0.0000
-    blocks = []
-    for c in dict.fromkeys(k for r in rows for k in r):
-        cells = [text(c, r.get(c)) for r in rows]
-        if not any(cells): continue
-        width = max(map(len, (c, *cells)))
-        side = '<' if any(isinstance(r.get(c), str) for r in rows) else '>'
-        blocks.append([f'{cell:{side}{width}}' for cell in (c, *cells)])
-    return '\n'.join('  '.join(line).rstrip() for line in zip(*blocks))
-
-class Report(list):
-    "A list of named tuples that prints as a table"
-    def __init__(self,
-        rows=(), # named tuples
-        **formats, # for `format_table`
-    ):
-        super().__init__(rows)
-        self.formats = formats
-    def __repr__(self): return format_table(self, self.formats) or 'no rows'
-
 # %% ../nbs/00_core.ipynb #00000025
 class Time(NamedTuple):
     "A span of training: `value` in optimizer steps (`ba`), epochs (`ep`) or shares of the run (`dur`)"
@@ -460,12 +429,16 @@ def plain(
 
 # %% ../nbs/00_core.ipynb #0000003b
 def format_value(
-    value, # a number, a text, a tensor
+    value, # a number, a text, a tensor; None is nothing
+    spec:str|None=None, # format specification for a float; None: three decimals, or three digits if it is small or huge
 ) -> str:
-    "A number with three decimals, or with three digits where it is small or huge; anything else as it is"
-    value = plain(value, tensors=False, strict=False) if getattr(value, 'shape', None) == () else value
+    "A number in few characters; anything else as it is"
+    if value is None: return ''
+    if getattr(value, 'shape', None) == (): value = plain(value, tensors=False, strict=False)
     if not isinstance(value, float): return str(value)
-    return f'{value:.3g}' if 0 < abs(value) < 0.1 or abs(value) >= 1e6 else f'{value:.3f}'
+    if spec is None: spec = '.3g' if 0 < abs(value) < 0.1 or abs(value) >= 1e6 else '.3f'
+    text = format(value, spec)
+    return text if text.strip('-0.%') else text.removeprefix('-')      # no -0.000
 
 def format_time(
     seconds:float, # a span of time
@@ -480,9 +453,12 @@ class Table:
     def __init__(self,
         widths=(), # column → characters it will need, as far as that is known
         left=('train', 'weights'), # columns that are flush left; all others are flush right
+        least:int=6, # characters of every column, at least
+        formats=None, # column → format specification of its numbers; `format_value` says it where there is none
     ):
         self.columns,self.rows = [],[]
-        self._widths,self._left = dict(widths),left
+        self._widths,self._left,self._least = dict(widths),left,least
+        self._formats = formats or {}
 
     def add(self,
         row:dict, # column → value
@@ -490,9 +466,9 @@ class Table:
         "Add a row; the last column stays last"
         known = set(self.columns)
         self.columns = list(dict.fromkeys([*self.columns[:-1], *row]))
-        cells = {column: format_value(value) for column, value in row.items()}
+        cells = {column: format_value(value, self._formats.get(column)) for column, value in row.items()}
         self.rows.append(cells)
-        for c in self.columns: self._widths[c] = max(self._widths.get(c, 6), len(c), len(cells.get(c, '')))
+        for c in self.columns: self._widths[c] = max(self._widths.get(c, self._least), len(c), len(cells.get(c, '')))
         lines = [self._line(cells)]
         return lines if known == set(self.columns) else [self._header(), *lines]
 
@@ -517,6 +493,24 @@ class Table:
         def tr(tag, cells): return '<tr>' + ''.join(f'<{tag}>{escape(o)}</{tag}>' for o in cells) + '</tr>'
         rows = [tr('td', [r.get(c, '') for c in self.columns]) for r in self.rows[-last:]]
         return f'<table><thead>{tr("th", self.columns)}</thead><tbody>{"".join(rows)}</tbody></table>' if rows else ''
+
+# %% ../nbs/00_core.ipynb #02d92045
+class Report(list):
+    "A list of named tuples that prints as a table, without columns that say nothing"
+    def __init__(self,
+        rows=(), # named tuples
+        **formats, # column → format specification of its numbers; `'.4g'` where there is none
+    ):
+        super().__init__(rows)
+        self.formats = formats
+
+    def __repr__(self):
+        rows = [row._asdict() for row in self]
+        columns = [c for c in dict.fromkeys(k for r in rows for k in r) if any(r.get(c) not in (None, '') for r in rows)]
+        texts = [c for c in columns if any(isinstance(r.get(c), str) for r in rows)]
+        table = Table(left=texts, least=0, formats=dict.fromkeys(columns, '.4g') | self.formats)
+        for r in rows: table.add({c: r.get(c) for c in columns})
+        return table.text() or 'no rows'
 
 # %% ../nbs/00_core.ipynb #00000041
 _all_quiet = False

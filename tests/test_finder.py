@@ -57,15 +57,15 @@ def test_finder_leaves_no_trace(kind, exc, first):
         learn.fit(first)
         if look:
             breaks.armed = exc is not None
-            before = dict(vars(learn))
+            names = 'opt', 'history', 'cbs', 'dls', 'batch', 'averages'
+            before = [getattr(learn, k) for k in names]
             if exc is None:
                 res = lr_find(learn, show=False)
                 assert len(res.lrs) > 10 and res.lrs[1]/res.lrs[0] == pytest.approx(1.3)
             else:
                 with pytest.raises(type(exc)): lr_find(learn, show=False)
             breaks.armed = False
-            after = vars(learn)
-            assert all(after[k] is before[k] for k in ('_opt', 'history', 'cbs', 'dls', 'batch', '_averages'))
+            assert all(getattr(learn, k) is o for k, o in zip(names, before))
             assert all(p.grad is None for p in learn.model.parameters())
         learn.fit(2)
         return [*learn.model.state_dict().values(), torch.rand(1), gen.get_state()], learn.history, learn.opt_steps

@@ -506,7 +506,6 @@ def test_only_validation():
     learn = fit(learner(LogCB(kept)), 1, train=False)
     assert kept.dicts == [{'raw/loss': learn.history[0]['loss'], 'epoch': 0, 'step': 0}]
 
-@pytest.mark.xfail(reason='the clock of a resumed fit starts from 0', strict=False)
 @pytest.mark.parametrize('at', [(0, 1), (1, 3), (2, 4), (3, 0)])
 def test_with_a_checkpoint_every_log_is_that_of_a_run_that_was_not_stopped(tmp_path, at):
     "Stopped at any batch and resumed by another learner: no row twice, no interval cut short, no file kept aside"

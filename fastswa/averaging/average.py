@@ -139,6 +139,10 @@ class CountedSnapshots(ShadowWeights):
             warnings.warn('the weights hold NaN or infinity: such snapshots are left out of the average')
         self._skipped += times
 
+    def _follow(self, old, new):
+        super()._follow(old, new)
+        self._flags = self._host_copy = None      # of tensors of another kind, perhaps; what they had was taken in by `_settle`
+
     def _is_far(self): return self.device is not None and self.device != self._selection.live[0].device
 
     def _send(self, steps):

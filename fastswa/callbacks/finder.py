@@ -10,14 +10,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from ..core import check_number, check_whole
 from ..training.events import Callback, CancelFitException, Stage
 from ..training.optim import OptionChanges, set_option
 from ..training.sandbox import sandbox
 
-# %% ../../nbs/callbacks/05_finder.ipynb #00000006
+# %% ../../nbs/callbacks/05_finder.ipynb #00000009
 @dataclass(repr=False)
 class LRFound:
     "What a learning-rate finder saw: the rates it tried, their losses, the smoothed curve, and the rate it suggests"
@@ -50,7 +49,7 @@ class LRFound:
         ax.legend()
         return ax
 
-# %% ../../nbs/callbacks/05_finder.ipynb #00000007
+# %% ../../nbs/callbacks/05_finder.ipynb #0000000a
 def suggest_lr(
     lrs, # rates, rising by a constant factor
     losses, # the loss at each
@@ -77,7 +76,7 @@ def suggest_lr(
                                      (float(x[low])/4, 'a quarter of the lowest point'))
     return res
 
-# %% ../../nbs/callbacks/05_finder.ipynb #0000000a
+# %% ../../nbs/callbacks/05_finder.ipynb #0000000d
 class LRFinderCB(Callback):
     "Raises the learning rate after each step and ends the fit when the loss explodes; `lrs`, `losses`, `result()`"
     order,role = Stage.schedule,'schedules'
@@ -96,7 +95,8 @@ class LRFinderCB(Callback):
         self.lrs,self.losses = [],[]
         self._mean,self._lowest = 0.,math.inf      # of the losses, running; the lowest it was
         self._changes = OptionChanges(learn.opt)
-        rates = [float(g['lr'])/g['lr_mult'] for g in getattr(learn.opt, 'param_groups', ()) if g.get('lr_mult') and float(g['lr']) > 0]
+        groups = getattr(learn.opt, 'param_groups', ())
+        rates = [float(g['lr'])/g['lr_mult'] for g in groups if g.get('lr_mult') and float(g['lr']) > 0]
         if not rates: raise ValueError('the finder needs an optimizer whose param_groups have a learning rate above 0')
         self.lr = rates[0]
 
@@ -122,7 +122,7 @@ class LRFinderCB(Callback):
 
     def result(self): return suggest_lr(self.lrs, self.losses)
 
-# %% ../../nbs/callbacks/05_finder.ipynb #0000000c
+# %% ../../nbs/callbacks/05_finder.ipynb #0000000f
 def _members(groups): return [[id(p) for p in g['params']] for g in groups]
 
 class _SameOptionsCB(Callback):
@@ -150,7 +150,8 @@ def lr_find(
     check_whole('max_epochs', max_epochs, none=True)
     finder = LRFinderCB(gamma, max_mult, max_steps, show=False)
     n_epochs = max_steps if max_epochs is None else max_epochs
-    with sandbox(learn, [_SameOptionsCB(learn.opt, start_lr), finder], train=True): learn.fit(n_epochs, valid=False, lr=start_lr)
+    with sandbox(learn, [_SameOptionsCB(learn.opt, start_lr), finder], train=True):
+        learn.fit(n_epochs, valid=False, lr=start_lr)
     res = finder.result()
     if show: res.plot()
     return res

@@ -39,7 +39,7 @@ class MetricsCB(Callback):
         **metrics, # name of the column → metric
     ):
         for m in ms:
-            name = (m if isinstance(m, type) else type(m)).__name__
+            name = getattr(m, '__name__', type(m).__name__)
             if name in metrics:
                 raise ValueError(f'two metrics are called {name}: name them, MetricsCB(one={name}(…), other={name}(…))')
             metrics[name] = m

@@ -123,7 +123,8 @@ def keep_rng(*generators):
     "Every global generator, and `generators`, go on after the block as if it had not been"
     state = get_rng_state(generators)
     try: yield
-    finally: set_rng_state(state, generators)
+    finally:
+        with uninterrupted(): set_rng_state(state, generators)
 
 # %% ../nbs/00_core.ipynb #00000019
 def generators_in(
@@ -195,7 +196,7 @@ def check_choice(
     *others, last = map(repr, choices)
     raise ValueError(f'{name} must be {", ".join(others)}{" or " if others else ""}{last}; got {value!r}')
 
-# %% ../nbs/00_core.ipynb #00000025
+# %% ../nbs/00_core.ipynb #00000022
 class Time(NamedTuple):
     "A span of training: `value` in optimizer steps (`ba`), epochs (`ep`) or shares of the run (`dur`)"
     value: Fraction
@@ -235,7 +236,7 @@ class Time(NamedTuple):
             raise ValueError(f"'{self}' needs the number of epochs of the run: give n_epochs, or a time such as '200ba' or '3ep'")
         return self.value*epoch_steps*n_epochs
 
-# %% ../nbs/00_core.ipynb #00000029
+# %% ../nbs/00_core.ipynb #00000026
 class Clock:
     "How far a run has come: `batches` seen and optimizer `steps` taken"
     def __init__(self,
@@ -326,7 +327,7 @@ class Every:
         self.passed = state['passed']
         self.origin = None if state['origin'] is None else Fraction(state['origin'])
 
-# %% ../nbs/00_core.ipynb #0000002d
+# %% ../nbs/00_core.ipynb #0000002a
 @contextmanager
 def uninterrupted():
     "Ctrl-C pressed inside the block takes effect at its end (signals reach the main thread only: elsewhere nothing to do)"
@@ -340,7 +341,7 @@ def uninterrupted():
         signal.signal(signal.SIGINT, old)
         if pressed and callable(old): old(*pressed[0])
 
-# %% ../nbs/00_core.ipynb #0000002e
+# %% ../nbs/00_core.ipynb #0000002b
 def set_modes(
     modes:dict, # module → is it in train mode? A parent before its children, as `modules()` gives them
 ):
@@ -358,7 +359,7 @@ def keep_modes(
     finally:
         with uninterrupted(): set_modes(modes)
 
-# %% ../nbs/00_core.ipynb #00000031
+# %% ../nbs/00_core.ipynb #0000002e
 class later:
     "A method whose function lies in a module further down: it is imported at first use, and shows its own signature"
     def __init__(self,
@@ -370,7 +371,7 @@ class later:
         f = getattr(import_module(f'fastswa.{self.module}'), self.name)
         return f if obj is None else MethodType(f, obj)
 
-# %% ../nbs/00_core.ipynb #00000034
+# %% ../nbs/00_core.ipynb #00000031
 def clean_ipython_hist():
     "Make IPython forget the inputs and outputs of the cells that ran; nothing happens outside IPython"
     try: ip = sys.modules['IPython'].get_ipython()
@@ -402,7 +403,7 @@ def clean_mem():
     if torch.cuda.is_initialized(): torch.cuda.empty_cache()
     elif torch.backends.mps.is_available(): torch.mps.empty_cache()
 
-# %% ../nbs/00_core.ipynb #00000038
+# %% ../nbs/00_core.ipynb #00000035
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype, torch.device,
           str, bytes, int, float, bool, complex, type(None))
 
@@ -427,7 +428,7 @@ def plain(
     raise TypeError(f'{name or "this"} is a {type(value).__name__}: a checkpoint holds tensors, numbers, texts, '
                     'and lists and dicts of them')
 
-# %% ../nbs/00_core.ipynb #0000003b
+# %% ../nbs/00_core.ipynb #00000038
 def format_value(
     value, # a number, a text, a tensor; None is nothing
     spec:str|None=None, # format specification for a float; None: three decimals, or three digits if it is small or huge
@@ -447,7 +448,7 @@ def format_time(
     minutes,seconds = divmod(int(seconds), 60)
     return f'{minutes//60}:{minutes%60:02}:{seconds:02}' if minutes >= 60 else f'{minutes}:{seconds:02}'
 
-# %% ../nbs/00_core.ipynb #0000003d
+# %% ../nbs/00_core.ipynb #0000003a
 class Table:
     "Rows of values as lines of text, one by one, and as HTML"
     def __init__(self,
@@ -494,7 +495,7 @@ class Table:
         rows = [tr('td', [r.get(c, '') for c in self.columns]) for r in self.rows[-last:]]
         return f'<table><thead>{tr("th", self.columns)}</thead><tbody>{"".join(rows)}</tbody></table>' if rows else ''
 
-# %% ../nbs/00_core.ipynb #02d92045
+# %% ../nbs/00_core.ipynb #0000003e
 class Report(list):
     "A list of named tuples that prints as a table, without columns that say nothing"
     def __init__(self,

@@ -423,9 +423,6 @@ def test_a_swap_that_fails_mixes_nothing(where, monkeypatch):
     monkeypatch.setattr(holding, 'local', local)
     with pytest.raises(torch.OutOfMemoryError), avg.applied(): pass
     monkeypatch.undo()
-    if where > 8:                                                          # half swapped back: doing it again mends it
-        assert holding.held_weights(model) == 'average'
-        holding.restore_raw(model)
     assert holding.held_weights(model) == 'raw'
     assert same(copied(model.state_dict()), raw) and same(copied(avg.weights), weights)
     with avg.applied(): assert same(copied(model.state_dict()), weights)

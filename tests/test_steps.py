@@ -19,7 +19,6 @@ from fastswa.callbacks.speed import CompileCB, MixedPrecisionCB
 from fastswa.callbacks.metrics import EarlyStoppingCB
 from fastswa.training.events import CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
-from fastswa.training.sandbox import prepared_batches
 from fastswa.callbacks.schedule import BatchSchedCB
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB

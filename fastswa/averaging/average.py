@@ -117,7 +117,8 @@ class CountedSnapshots(ShadowWeights):
         "Raise an error if no update can be made now"
         if not 0 < steps < math.inf: raise ValueError(f'steps must be a number above 0; got {steps!r}')
         if self._is_held():
-            raise RuntimeError('an average is applied, the module holds it and not its own weights: update outside of applied()')
+            raise RuntimeError('the module holds an average and not its own weights: update outside of applied(), '
+                               'after `averages.restore()` or `restore_raw(model)`')
         if self._steps_on_the_way is not None: self._settle()
         if self.sharded or not self._selection.current(added=False): self.verify()
 

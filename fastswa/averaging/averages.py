@@ -57,7 +57,7 @@ class TrackedAverages(Mapping):
     ):
         if not isinstance(model, nn.Module): raise TypeError(f'averages are of a module; got {type(model).__name__}')
         self.model,self._tracked = unwrap(model),{}
-        self.begin(steps_per_epoch, n_epochs)
+        self._start(Clock(steps_per_epoch, n_epochs))
 
     def __getitem__(self, name): return self._tracked[name].average
     def __iter__(self): return iter(self._tracked)
@@ -73,9 +73,12 @@ class TrackedAverages(Mapping):
         clock:Clock|None=None, # of somebody who counts batches and steps himself, instead
     ):
         "A run begins, at position 0; averages go on, but for those added with `restart=True`"
-        self.clock = Clock(steps_per_epoch, n_epochs) if clock is None else clock
-        self._updated = None, []      # position of the last update, and the averages that took part
+        self._start(Clock(steps_per_epoch, n_epochs) if clock is None else clock)
         for t in self._tracked.values(): t.begin(self.clock, reset=True)
+
+    def _start(self, clock):
+        self.clock = clock
+        self._updated = None, []      # position of the last update, and the averages that took part
 
     def add(self,
         name:str, # what the average is called in tables, files and `using`

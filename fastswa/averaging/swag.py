@@ -16,6 +16,7 @@ from torch import nn
 from .batchnorm import bn_layers, outputs, update_bn
 from ..core import keep_modes, keep_rng, loader_generators, uninterrupted
 from .ensembles import KeepsSnapshots, average_of
+from .holding import holding_as_before
 from .rules import equal
 
 # %% ../../nbs/averaging/08_swag.ipynb #00000006
@@ -116,7 +117,8 @@ class SWAG(KeepsSnapshots):
             raise ValueError(f'bn_data is gone through for each sample: give a list or loader; got a {type(bn_data).__name__}')
         from tqdm import tqdm
         loaders,other = [*loader_generators(batches), *loader_generators(bn_data)],average_of(self, self.weights)
-        with keep_rng(*loaders), keep_modes(self.source):
+        # one Ctrl-C can cut one of them short
+        with holding_as_before(self.source), keep_rng(*loaders), keep_rng(*loaders), keep_modes(self.source):
             batches,means = list(batches),None
             if not batches: raise ValueError('there are no batches to predict')
             for i in tqdm(range(n), 'samples', leave=False, disable=None):

@@ -38,7 +38,7 @@ class AugmentCB(BatchTransformCB):
 
 # %% ../../nbs/callbacks/16_augment.ipynb #0000000b
 class _MixCB(Callback):
-    order, prepares = BatchTransformCB.order + 1, True
+    order,role = BatchTransformCB.order + 1,'prepares'
     def __init__(self, mix, classes, alpha, p, generator):
         check_mix(classes, alpha, p)
         self.mix = partial(mix, classes=classes, alpha=alpha, p=p, generator=generator)

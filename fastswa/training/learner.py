@@ -178,7 +178,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
     def _validate(self, valid):
         self.averages.adopt_changes()
         for name in [valid] if isinstance(valid, str) else self.averages.rows():
-            if name == 'raw' == self.weights: self.one_epoch(False)
+            if name == self.weights: self.one_epoch(False)
             else:
                 with keep_random_state(self), self.averages.using(name, quick=self.will_train): self.one_epoch(False)
 

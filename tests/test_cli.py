@@ -114,3 +114,22 @@ def test_the_installed_command(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.count('\n') == 1 and "'trian'" in wrong.stderr
     missing = run('train', '--data', str(tmp_path))
     assert missing.returncode == 2 and 'IDX files' in missing.stderr and 'Traceback' not in missing.stderr
+
+
+def test_python_m_is_the_command(tmp_path):
+    page = subprocess.run([sys.executable, '-m', 'fastswa', '--help'], capture_output=True, text=True)
+    assert page.returncode == 0 and page.stdout == run('--help').stdout
+    wrong = subprocess.run([sys.executable, '-m', 'fastswa', 'trian'], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr == run('trian').stderr
+
+
+@pytest.mark.parametrize('missing', ['', "sys.modules['nbdev'] = None"])
+def test_nbdev_test_says_what_to_install(missing, tmp_path):
+    """As pip writes the command: with nbdev it takes nbdev's options, which a wrapper around its function would lose;
+    without nbdev it prints one line, no traceback"""
+    script = tmp_path/'nbdev_test'
+    script.write_text(f'import sys\n{missing}\nfrom fastswa._testing import nbdev_test\n'
+                      'if __name__ == "__main__": sys.exit(nbdev_test())\n')
+    said = subprocess.run([sys.executable, script, '--help'], capture_output=True, text=True)
+    if missing: assert said.returncode == 1 and 'pip install' in said.stderr and said.stderr.count('\n') == 1
+    else: assert said.returncode == 0 and '--flags' in said.stdout

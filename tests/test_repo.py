@@ -60,7 +60,7 @@ def test_one_version():
 
 ROOMS = dict(                                                # design: each room imports from those above it and from itself
     core=['core', 'files'], plot=['plot', 'curves'], averaging=['averaging'], data=['data'], nets=['nets'], training=['training'],
-    callbacks=['callbacks'], checkpoint=['checkpoint'], integrations=['integrations'], compare=['compare'], cli=['cli'], all=['all'])
+    callbacks=['callbacks'], checkpoint=['checkpoint'], integrations=['integrations'], compare=['compare'], cli=['cli', '__main__'], all=['all'])
 ONLY = dict(integrations={'core', 'averaging', 'integrations'})      # a room that may import from fewer rooms
 def modules():
     "Name → tree of each module of the library that belongs to a room"

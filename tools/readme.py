@@ -10,6 +10,10 @@ def printed(output):
     "The text of a cell's `output`, '' for pictures: those belong in nbs/images"
     return ''.join(output.get('text') or output.get('data', {}).get('text/plain', ''))
 
+def in_order(outputs):
+    "Displays first: running a notebook without a browser saves prints before displays, but a table stands above the line below it"
+    return sorted(outputs, key=lambda o: ('display_data', 'stream', 'execute_result', 'error').index(o['output_type']))
+
 def cell_md(cell):
     "The Markdown of one notebook cell; '' if it is hidden or empty"
     src = ''.join(cell['source'])
@@ -17,7 +21,7 @@ def cell_md(cell):
     src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
     if hidden or not src: return ''
     if cell['cell_type'] == 'code':
-        out = ''.join(map(printed, cell['outputs']))
+        out = '\n'.join(printed(o).strip('\n') for o in in_order(cell['outputs']))
         return '\n\n'.join([fence(src, 'python')] + ([fence(out)] if out.strip() else []))
     return re.sub(r'(\]\(|src=")(?!\w+:|#|/)', r'\1nbs/', src).replace('nbs/../', '')  # links start at the root
 

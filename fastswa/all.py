@@ -1,44 +1,12 @@
 "Every public name, for notebooks: `from fastswa.all import *`. Written by hand"
-from fastswa.averaging.average import *
-from fastswa.averaging.averages import *
-from fastswa.averaging.batchnorm import *
-from fastswa.averaging.ensembles import *
-from fastswa.averaging.holding import *
-from fastswa.averaging.interchange import *
-from fastswa.averaging.kernels import *
-from fastswa.averaging.posthoc import *
-from fastswa.averaging.rules import *
-from fastswa.averaging.swag import *
-from fastswa.averaging.tensors import *
-from fastswa.callbacks.activations import *
-from fastswa.callbacks.augment import *
-from fastswa.callbacks.basics import *
-from fastswa.callbacks.finder import *
-from fastswa.callbacks.inspection import *
-from fastswa.callbacks.loggers import *
-from fastswa.callbacks.metrics import *
-from fastswa.callbacks.progress import *
-from fastswa.callbacks.schedule import *
-from fastswa.callbacks.speed import *
-from fastswa.callbacks.steps import *
-from fastswa.callbacks.swa import *
-from fastswa.checkpoint.archive import *
-from fastswa.checkpoint.checkpoint import *
-from fastswa.checkpoint.resume import *
-from fastswa.core import *
-from fastswa.data.loaders import *
-from fastswa.data.sources import *
-from fastswa.data.transforms import *
-from fastswa.files import *
-from fastswa.nets.hooks import *
-from fastswa.nets.init import *
-from fastswa.nets.layers import *
-from fastswa.nets.lsuv import *
-from fastswa.nets.norms import *
-from fastswa.nets.statistics import *
-from fastswa.plot import *
-from fastswa.training.essentials import *
-from fastswa.training.events import *
-from fastswa.training.learner import *
-from fastswa.training.optim import *
-from fastswa.training.sandbox import *
+from fastswa.averaging import *
+from fastswa.callbacks import *
+from fastswa.checkpoint import *
+from fastswa.core import (Clock, Every, Report, Table, Time, clean_ipython_hist, clean_mem, clean_tb, def_device,
+    default_device, get_rng_state, keep_modes, keep_rng, map_tensors, quiet, set_rng_state, set_seed, to_cpu, to_device,
+    unwrap)
+from fastswa.data import *
+from fastswa.nets import *
+from fastswa.plot import (get_grid, plot_func, plot_history, plot_losses, show_image, show_images, subplots, to_array,
+    weight_styles)
+from fastswa.training import *

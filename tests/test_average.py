@@ -560,6 +560,6 @@ def test_wrapped_models(wrap):
     (lambda: Average(nn.Linear(1, 1), exclude='hed.*'), "'hed.*' matches no weights"),
     (lambda: Average(nn.Linear(1, 1)).update(5), 'takes a module; got 5'),
     (lambda: Average(nn.Linear(1, 1)).load_state_dict(nn.Linear(1, 1).state_dict()), 'no state of an average.* n, skipped, rule, weights missing'),
-    (lambda: Average(nn.Linear(1, 1)).load_state_dict(dict(n=-3, skipped=0, rule='equal()', weights={})), 'n must be 0 or more; got -3')])
+    (lambda: Average(nn.Linear(1, 1)).load_state_dict(dict(n=-3, skipped=0, rule='equal()', weights={})), 'n must be a whole number, 0 or more; got -3')])
 def test_bad_input_is_named_at_once(f, says):
     with pytest.raises((ValueError, TypeError), match=says): f()

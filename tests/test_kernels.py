@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-import fastswa.averaging.average as averaging
+import fastswa.averaging.snapshots as averaging
 import fastswa.averaging.kernels as kernels
 from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.rules import ema, equal, power

@@ -323,7 +323,6 @@ def test_every(every, want):
     fit(learner(LogCB(kept, every=every)), 3)
     assert [s for s, _ in kept.of('train/loss')] == list(want)
 
-@pytest.mark.xfail(reason='the clock counts one step where the optimizer made two')
 def test_several_steps_in_a_batch():
     "Where the count goes up by two, no interval is passed over"
     class Twice(TrainLearner):

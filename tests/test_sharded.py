@@ -126,7 +126,7 @@ def interrupted():
 
 def bad_on_one():
     "Skipped where the NaN is, and where it is not"
-    import fastswa.averaging.average as averaging
+    import fastswa.averaging.snapshots as averaging
     real = averaging.can_mask
     for masks in (real, lambda tensors: True):                 # decided at once, and by a flag that is reduced
         averaging.can_mask = masks

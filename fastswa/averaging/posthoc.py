@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn
 
-from .average import Average, move
+from .average import Average
+from .snapshots import move
 from .ensembles import average_of
 from ..files import written
 from .rules import power

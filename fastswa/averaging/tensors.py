@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..core import local, unwrap
+from ..core import local, uninterrupted, unwrap
 
 # %% ../../nbs/averaging/01_tensors.ipynb #00000005
 def stat_buffers(
@@ -166,3 +166,61 @@ class Selection:
         return [like(t, dtype, device) for t in self.live]
 
 def _kept(patterns): return patterns if patterns is None or isinstance(patterns, str) else list(patterns)
+
+# %% ../../nbs/averaging/01_tensors.ipynb #00000014
+class ShadowWeights:
+    "Tensors like a module's selected weights, which follow when the module is converted, moved or given other tensors"
+    def __init__(self, module, dtype=None, device=None, include=None, exclude=None):
+        if not isinstance(module, nn.Module): raise TypeError(f'an average needs the module itself; got {type(module).__name__}')
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f'dtype must be a floating-point torch.dtype, or None; got {dtype!r}')
+        self.dtype,self.device = dtype,None if device is None else torch.empty(0, device=device).device
+        self._selection = Selection(module, include, exclude)
+        self._clear()
+
+    @property
+    def source(self) -> nn.Module:
+        "The plain model whose weights are averaged"
+        return self._selection.module
+
+    @property
+    def sharded(self) -> bool:
+        "Is the model spread over processes, so that each averages its own part?"
+        return self._selection.sharded
+
+    def _clear(self): self._avg,self._blocks = None,{}
+
+    @torch.no_grad()
+    def _copies(self, values, into=None, device=None, selection=None):
+        "A copy of values in the order of the selection, in the layout of the module's tensors"
+        res = (selection or self._selection).empty(self.dtype, device or self.device) if into is None else into
+        for r, v in zip(res, values): r.copy_(v)
+        return res
+
+    def _values(self, module=None):
+        "The present weights of the module, or of another one of the same names"
+        if module is None: return self._selection.live
+        if not isinstance(module, nn.Module): raise TypeError(f'the snapshot of an average takes a module; got {module!r}')
+        if unwrap(module) is self.source: return self._selection.live
+        return self._selection.in_order(Selection(module, self._selection.include, self._selection.exclude).tensors)
+
+    def _settle(self): "Called before the tensors are looked up anew"
+
+    def verify(self):
+        "Look the tensors up again if the module holds others than it did; ValueError if they do not fit the average"
+        old = self._selection
+        if old.sharded: reshard(self.source)
+        if old.current(): return
+        new = Selection(self.source, old.include, old.exclude)
+        if self._avg is not None: check_same(old.tensors, new.tensors)
+        self._settle()
+        self._follow(old, new)
+
+    def _follow(self, old, new):
+        avg = None if self._avg is None else self._copies(new.in_order(old.by_name(self._avg)), selection=new)
+        with uninterrupted(): self._selection,self._avg,self._blocks = new,avg,{}
+
+    def _kind(self):
+        "Equal for averages of the same weights that are kept and checked alike, so that they can move together"
+        s = self._selection
+        return id(self.source), str(s.include), str(s.exclude), self.dtype, self.device, self.check_finite

@@ -1,0 +1,23 @@
+"What a run can have beside the loop"
+from .activations import ActivationStats, HooksCallback, StatsRow, is_leaf
+from .augment import AugmentCB, CutMixCB, MixUpCB, TTA, log_mean_probs, tta, tta_views
+from .basics import BatchTransformCB, DeviceCB, HasLearnCB, RecorderCB, SingleBatchCB
+from .finder import LRFinderCB, LRFound, lr_find, suggest_lr
+from .inspection import CapturePreds, capture_preds, show_image_batch, summary
+from .loggers import CSVLoggerCB, LogCB, TensorBoardCB
+from .metrics import EarlyStoppingCB, MetricsCB, Watched
+from .progress import LogView, NotebookView, ProgressCB, TerminalView, View
+from .schedule import BaseSchedCB, BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB, plot_sched, sched_rates
+from .speed import ChannelsLastCB, CompileCB, MixedPrecisionCB
+from .steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB, gradients
+from .swa import AverageCB, BNUpdateCB, EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+
+__all__ = [
+    'ActivationStats', 'AugmentCB', 'AverageCB', 'BNUpdateCB', 'BaseSchedCB', 'BatchSchedCB', 'BatchTransformCB',
+    'CSVLoggerCB', 'CapturePreds', 'ChannelsLastCB', 'ClosureCB', 'CompileCB', 'CutMixCB', 'DeviceCB', 'EMACB',
+    'EarlyStoppingCB', 'EpochSchedCB', 'GradAccumCB', 'GradClipCB', 'HasLearnCB', 'HooksCallback', 'LAWACB',
+    'LRFinderCB', 'LRFound', 'LogCB', 'LogView', 'MetricsCB', 'MixUpCB', 'MixedPrecisionCB', 'NaNGuardCB',
+    'NotebookView', 'OneCycleCB', 'PostHocEMACB', 'ProgressCB', 'RecorderCB', 'SWACB', 'SWAGCB', 'SingleBatchCB',
+    'StatsRow', 'SwitchEMACB', 'TTA', 'TensorBoardCB', 'TerminalView', 'View', 'WarmupStableDecayCB', 'Watched',
+    'capture_preds', 'gradients', 'is_leaf', 'log_mean_probs', 'lr_find', 'plot_sched', 'sched_rates',
+    'show_image_batch', 'suggest_lr', 'summary', 'tta', 'tta_views']

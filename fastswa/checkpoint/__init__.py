@@ -1,0 +1,6 @@
+"Save, load, export, and go on with a run as if it had never stopped"
+from .archive import read_checkpoint
+from .checkpoint import CheckpointCB
+
+__all__ = [
+    'CheckpointCB', 'read_checkpoint']

@@ -89,18 +89,22 @@ class HasWeights:
 
     def validate(self,
         weights:str|None=None, # `'raw'` or the name of an average; None: a row for each
+        dl=None, # batches to validate on; None: `dls.valid`
     ) -> list: # the rows, as dicts
-        "Validate now; `learn.history` and the run stay as they are. Raises RuntimeError for an average without a snapshot"
+        "Validate now; history and run stay as they are. Raises RuntimeError for an average without a snapshot"
         with sandbox(self):
+            if dl is not None: self.dls.valid = dl
             self.fit(1, train=False, valid=weights or True)
             return self.history
 
     def get_preds(self,
         weights:str|None=None, # `'raw'` or the name of an average; None: those the model holds
+        dl=None, # batches to predict; None: `dls.valid`
     ) -> tuple: # predictions and targets
-        "Predictions for the validation set and its targets, on the CPU"
-        if weights is None: return self.capture_preds()
-        with keep_random_state(self), self.using(weights): return self.capture_preds()
+        "Predictions and targets, on the CPU"
+        with sandbox(self), self.using(weights or self.weights):
+            if dl is not None: self.dls.valid = dl
+            return self.capture_preds()
 
     if TYPE_CHECKING:
         from fastswa.callbacks.finder import lr_find
@@ -219,11 +223,12 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
     def take_step(self):
         "What follows the gradients, from `after_backward` to `zero_grad`"
         self.callback('after_backward')
-        self._stepped = self._step_hook is None      # where nothing tells, a call is a step
+        done = self.opt_steps
+        if self._step_hook is not None: self._step_hook.depth = 0      # the last step may have failed
         self.step()
-        if self._stepped:
-            self.opt_steps += 1
-            self.clock.steps += 1
+        if self._step_hook is None: self.opt_steps += 1      # where nothing tells, a call is a step
+        if self.opt_steps > done:
+            self.clock.steps += self.opt_steps - done
             self.callback('after_step')
         self.zero_grad()
 

@@ -174,16 +174,31 @@ def set_rates(
         set_option(g, 'lr', lr*mult)
 
 # %% ../../nbs/training/03_optim.ipynb #00000018
+class _StepHooks:
+    "Calls `f()` after each step of an optimizer, once where its `step` calls that of a parent class"
+    def __init__(self, opt, f):
+        self.f,self.depth = f,0
+        self.handles = opt.register_step_pre_hook(self._before), opt.register_step_post_hook(self._after)
+
+    def _before(self, *_): self.depth += 1
+
+    def _after(self, *_):
+        self.depth -= 1
+        if self.depth <= 0: self.f()
+
+    def remove(self):
+        for h in self.handles: h.remove()
+
 def hook_steps(
     opt, # an optimizer, or a wrapper with one inside
     f, # called without arguments
-): # a handle with `remove()`, or None: there are no hooks, and a call of `step` is a step
-    "Call `f()` after each step really made; twice where `step` calls its parent's, so it should set a flag, not count"
+): # an object with `remove()`, or None: there are no hooks, and a call of `step` is a step
+    "Call `f()` after each step that is really made"
     while not (hasattr(opt, '_optimizer_step_post_hooks') and getattr(type(opt).step, 'hooked', False)):
         inside = [o for o in getattr(opt, '__dict__', {}).values() if isinstance(o, Optimizer)]
         if len(inside) != 1: return None
         opt = inside[0]
-    return opt.register_step_post_hook(lambda *_: f())
+    return _StepHooks(opt, f)
 
 # %% ../../nbs/training/03_optim.ipynb #0000001a
 class HasOptimizer:
@@ -223,9 +238,17 @@ class HasOptimizer:
         self._opt,self._is_ready = opt,True
         self._step_hook = None if opt is None else hook_steps(opt, self._step_was_made)
 
+    def __getstate__(self): return vars(self) | dict(_step_hook=None)      # an optimizer does not take hooks along
+
+    def __setstate__(self, state):      # of a copy, or of a learner from a file
+        vars(self).update(state)
+        ready = self._is_ready
+        if self._opt is not None: self.opt = self._opt
+        self._is_ready = ready
+
     def _rate(self): return self.lr if self._fit_lr is None else self._fit_lr
 
-    def _step_was_made(self): self._stepped = True
+    def _step_was_made(self): self.opt_steps += 1
 
 # %% ../../nbs/training/03_optim.ipynb #0000001d
 def _check_opt(opt):

@@ -108,6 +108,7 @@ def sandbox(
 ):
     "What runs inside leaves no trace: attributes, callbacks and random state are afterwards as before"
     kept = dict(vars(learn))
+    states = [(cb, cb.state_dict()) for cb in learn.cbs if cb.role == 'steps' and hasattr(cb, 'state_dict')]
     try:
         with keep_random_state(learn):
             learn.quiet,learn.history,learn.own_cbs = True,[],essentials()
@@ -118,3 +119,4 @@ def sandbox(
     finally:
         vars(learn).clear()
         vars(learn).update(kept)
+        for cb, state in states: cb.load_state_dict(state)      # a loss scale, a window of accumulation

@@ -1,0 +1,230 @@
+"Averages in any loop: when snapshots are taken, which weights a model holds and who may change that, states that go on"
+import copy
+import gc
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+
+from fastswa.averaging.average import Average
+from fastswa.averaging.averages import Averages
+from fastswa.averaging.ensembles import LatestAverage
+from fastswa.averaging.holding import held_weights, restore_raw
+from fastswa.averaging.rules import ema, equal, power
+from fastswa.callbacks.swa import AverageCB, BNUpdateCB, EMACB, LAWACB, SWACB
+from fastswa.core import set_seed
+from fastswa.training.events import Callback, CancelStepException
+from fastswa.training.learner import TrainLearner
+from helpers import copied, data, learner, net, same
+
+N = 10      # batches in an epoch of `data`
+
+
+def loop(model, averages, n_epochs=3, every_second=False):
+    "A training loop as anybody writes it"
+    opt = optim.SGD(model.parameters(), 0.3, momentum=0.9)
+    for _ in range(n_epochs):
+        for i, (xb, yb) in enumerate(data().train):
+            F.cross_entropy(model(xb), yb).backward()
+            if every_second and i % 2 == 0:
+                averages.step(stepped=False)
+                continue
+            opt.step()
+            opt.zero_grad()
+            averages.step()
+
+
+def four(add):
+    add('ema', ema(half_life='0.1dur'))
+    add('steps', ema(0.9), every='3ba')
+    add('swa', equal(), start='0.5dur', every='0.25ep')
+    add('anytime', power(half_life=0.1), start='1ep')
+
+
+@pytest.mark.parametrize('every_second', [False, True])
+def test_a_raw_loop_and_a_learner_give_the_same_averages_bit_for_bit(every_second):
+    class Skip(Callback):
+        def after_backward(self, learn):
+            if every_second and learn.iter % 2 == 0: raise CancelStepException
+    model = net()
+    averages = Averages(model, steps_per_epoch=N, n_epochs=3)
+    four(averages.add)
+    loop(model, averages, every_second=every_second)
+    cbs = []
+    four(lambda name, rule, **kw: cbs.append(AverageCB(rule, name=name, valid=False, **kw)))
+    momentum = lambda params, lr: optim.SGD(params, lr, momentum=0.9)
+    learn = TrainLearner(net(), data(), F.cross_entropy, 0.3, [*cbs, Skip()], momentum)
+    learn.fit(3)
+    assert same(copied(model.state_dict()), copied(learn.model.state_dict()))
+    for name in averages:
+        assert averages[name].n == learn.averages[name].n > 0
+        assert same(averages[name].weights, learn.averages[name].weights), name
+
+
+def test_position_is_in_batches_and_decay_in_steps():
+    "Wrong: accumulation by two makes a half-life in `dur` twice as long, or lets SWA start too late (F5-TTS#631)"
+    model = nn.Linear(1, 1, bias=False)
+    averages = Averages(model, steps_per_epoch=20, n_epochs=1)
+    averages.add('swa', equal(), start='0.5dur', every='0.1dur')
+    averages.add('ema', ema(half_life='0.5dur'))
+    seen, exact = [], None
+    for i in range(20):
+        nn.init.constant_(model.weight, float(i))
+        stepped = i % 4 == 3
+        averages.step(stepped=stepped)
+        if not stepped: continue
+        exact = float(i) if exact is None else 2**-0.4*exact + (1 - 2**-0.4)*i      # 4 of 10 batches to the half-life
+        if i + 1 >= 10: seen.append(i)                                              # 0.1dur is below the 4 batches of a step
+    assert averages['swa'].weights['weight'].item() == pytest.approx(np.mean(seen))
+    assert averages['ema'].weights['weight'].item() == pytest.approx(exact, rel=1e-6)
+
+
+def fitted(*cbs, model=None):
+    learn = learner(*(cbs or [EMACB(0.8), BNUpdateCB()]), model=model)
+    learn.fit(1)
+    return learn
+
+
+def test_a_model_holds_what_it_holds_when_its_learner_is_gone():
+    "Wrong: the model flips back to its raw weights in the midst of whatever uses it by then, as the learner is collected"
+    def train():
+        learn = fitted()
+        return learn.model, copied(learn.model.state_dict()), copied(learn.averages.weights('raw'))
+    model, held, raw = train()
+    gc.collect()
+    assert held_weights(model) == 'ema' and same(copied(model.state_dict()), held)
+    restore_raw(model)
+    assert held_weights(model) == 'raw' and all(torch.equal(model.state_dict()[k], v) for k, v in raw.items())
+
+
+def test_a_cell_that_is_run_again_trains_from_the_raw_weights():
+    "Wrong: 'an average is applied' without a way out, or a second run that silently starts from the average"
+    model = net()
+    first = fitted(model=model)
+    raw = copied(first.averages.weights('raw'))
+    second = learner(EMACB(0.8), BNUpdateCB(), model=model)
+    class Start(Callback):
+        order = 99
+        def before_fit(self, learn): start.update(copied(learn.averages.weights('raw')), held=learn.weights)
+    start = {}
+    with pytest.warns(UserWarning, match="held its 'ema' weights: training starts from its raw ones"): second.fit(1, cbs=Start())
+    assert start.pop('held') == 'raw' and same(start, raw)
+
+
+def test_making_averages_of_a_model_changes_nothing():
+    learn = fitted()
+    held = copied(learn.model.state_dict())
+    other = Averages(learn.model)
+    assert other.held == 'ema' and same(copied(learn.model.state_dict()), held)
+    with pytest.raises(RuntimeError, match=r'restore_raw\(model\)'):
+        other.add('mine', equal())
+        other.step()
+    other.restore()
+    other.step()
+    assert other['mine'].n == 1 and learn.weights == 'raw'
+
+
+@pytest.mark.parametrize('copier', [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=['deepcopy', 'pickle'])
+@pytest.mark.filterwarnings('ignore:.*weights_only')
+def test_a_copy_of_a_learner_that_holds_its_average(copier):
+    "It holds the same, has raw weights of its own, and trains on as the first would"
+    def momentum(params, lr): return optim.SGD(params, lr, momentum=0.9)
+    learn = TrainLearner(net(), data(), F.cross_entropy, 0.3, [EMACB(0.8), BNUpdateCB()], optim.SGD)
+    learn.fit(1)
+    twin = copier(learn)
+    assert twin.weights == 'ema' and twin.averages['ema'] is twin.cbs[0].average
+    twin.restore()
+    assert learn.weights == 'ema' and twin.weights == 'raw'
+    assert same(copied(twin.averages.weights('raw')), copied(learn.averages.weights('raw')))
+    for o in (learn, twin):
+        set_seed(1)
+        o.fit(1)
+        o.restore()
+    assert learn.opt_steps == twin.opt_steps == 2*N and learn.averages['ema'].n == twin.averages['ema'].n == 2*N
+    assert same(copied(learn.model.state_dict()), copied(twin.model.state_dict()))
+
+
+def test_writing_inside_a_look_changes_neither_set_of_weights():
+    "Wrong: what is written to weights or buffers goes into the average, or stays in the model"
+    model = net()
+    averages = Averages(model)
+    averages.add('ema', ema(0.5))
+    loop(model, averages, 1)
+    raw, average = copied(model.state_dict()), copied(averages['ema'].weights)
+    with averages.using('ema'), torch.no_grad():
+        for t in (*model.parameters(), *model.buffers()): t.add_(1)
+        model(torch.randn(4, 3))
+    assert same(copied(model.state_dict()), raw) and same(copied(averages['ema'].weights), average)
+
+
+def test_keep_makes_the_average_the_weights_to_train_on():
+    learn = fitted()
+    held = copied(learn.model.state_dict())
+    learn.averages.keep()
+    assert learn.weights == 'raw' and same(copied(learn.model.state_dict()), held)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(1, valid=False)
+
+
+def test_apply_from_one_average_to_another_and_back():
+    learn = fitted(EMACB(0.8), SWACB(start='0.5dur'), LAWACB(every='2ba'), BNUpdateCB())
+    raw = copied(learn.model.state_dict())
+    for name in ('ema', 'swa', 'lawa'):
+        learn.apply(name)
+        assert learn.weights == held_weights(learn.model) == name
+        expected = learn.averages[name].weights
+        assert all(torch.equal(p, expected[k]) for k, p in learn.model.named_parameters())
+    learn.apply('raw')
+    assert learn.weights == 'raw' and same(copied(learn.model.state_dict()), raw)
+
+
+def test_a_part_of_a_model_whose_whole_is_held():
+    "Wrong: its average becomes the average of the average; overlap is of tensors, not of modules"
+    model = net()
+    part, whole = Average(model[0]), Average(model)
+    for a in (part, whole): a.update()
+    with whole.applied():
+        with pytest.raises(RuntimeError, match='outside of applied'): part.update()
+    elsewhere = Average(model[4] if len(model) > 4 else model[-1])
+    with part.applied(): elsewhere.update()
+    assert (part.n, elsewhere.n) == (1, 1)
+
+
+def test_a_module_of_a_set_of_weights_stands_alone():
+    learn = fitted(EMACB(0.8, apply=False), BNUpdateCB())
+    alone, x = learn.module('ema'), torch.randn(5, 3)
+    with learn.using('ema') as m:
+        m.eval()
+        expected = m(x)
+    learn.fit(1, valid=False)
+    assert not alone.training and held_weights(alone) == 'raw' and torch.equal(alone(x), expected)
+
+
+def test_averages_that_are_due_together_read_the_weights_once(monkeypatch):
+    from fastswa.averaging import snapshots
+    moved, real = [], snapshots._move
+    monkeypatch.setattr(snapshots, '_move', lambda averages, *args: (moved.append(len(averages)), real(averages, *args))[1])
+    model = net()
+    averages = Averages(model)
+    for name, every in (('a', '1ba'), ('b', '2ba'), ('c', '1ba')): averages.add(name, ema(0.9), every=every)
+    for _ in range(4): averages.step()
+    assert moved == [2, 3, 2, 3]
+
+
+def test_bad_input():
+    averages = Averages(net(), steps_per_epoch=10, n_epochs=2)
+    with pytest.raises(TypeError, match='averages are of a module'): Averages([1])
+    with pytest.raises(ValueError, match='every must be above 0'): averages.add('a', equal(), every='0ba')
+    with pytest.raises(ValueError, match='phase must be'): averages.add('a', equal(), phase='end')
+    with pytest.raises(TypeError, match='must be called with n'): averages.add('a', 0.99)
+    with pytest.raises(ValueError, match="no weights called 'a'"): averages.remove('a')
+    with pytest.raises(ValueError, match="no weights called 'a'"): averages.apply('a')
+    assert list(averages) == [] and averages.held == 'raw'
+    averages.add('a', LatestAverage(averages.model, 2))
+    with pytest.raises(RuntimeError, match='no snapshot yet'): averages.module('a')
+    assert averages.held == 'raw'

@@ -21,31 +21,7 @@ from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepExceptio
 from .optim import HasOptimizer
 from .sandbox import essentials, keep_random_state, sandbox
 
-# %% ../../nbs/training/04_learner.ipynb #00000005
-def _length(dl):
-    try: return len(dl)
-    except TypeError: return None            # an iterable without a length
-
-def _check_fit(learn, n_epochs, train, valid, resume, reset_opt):
-    "Raise what is wrong with a fit before it begins"
-    if not isinstance(n_epochs, Integral) or n_epochs < 0:
-        raise ValueError(f'n_epochs must be a whole number, 0 or more; got {n_epochs!r}')
-    for need, name in ((train, 'train'), (valid, 'valid')):
-        if need and not hasattr(learn.dls, name):
-            raise TypeError(f'dls must have the loaders `train` and `valid`, as DataLoaders has; got {type(learn.dls).__name__}')
-    if valid and not train and learn.dls.valid is None: raise ValueError('there is no validation loader: dls.valid is None')
-    if resume is not None and (reset_opt or not train):
-        raise ValueError('resume= goes on with a training run and its optimizer: it needs train=True and reset_opt=False')
-
-def _say_where(e, learn):
-    "Note on an exception where in the run it was raised, and on what"
-    if not hasattr(e, 'add_note'): return     # before Python 3.11
-    shapes = []
-    map_tensors(lambda t: shapes.append(f'{tuple(t.shape)} {str(t.dtype).removeprefix("torch.")}'), learn.batch)
-    e.add_note(f'(in batch {learn.iter} of {"training" if learn.training else "validation"} epoch {learn.epoch}, '
-               f'which holds {", ".join(shapes) or type(learn.batch).__name__})')
-
-# %% ../../nbs/training/04_learner.ipynb #00000006
+# %% ../../nbs/training/04_learner.ipynb #0000000c
 class HasWeights:
     "Which weights the model of a learner holds, and methods whose code lies in rooms further on"
     _averages = None
@@ -120,7 +96,31 @@ class HasWeights:
         export = later('checkpoint.checkpoint', 'export')
     _resume_callback = later('checkpoint.resume', 'resume_callback')
 
-# %% ../../nbs/training/04_learner.ipynb #00000007
+# %% ../../nbs/training/04_learner.ipynb #0000000e
+def _length(dl):
+    try: return len(dl)
+    except TypeError: return None            # an iterable without a length
+
+def _check_fit(learn, n_epochs, train, valid, resume, reset_opt):
+    "Raise what is wrong with a fit before it begins"
+    if not isinstance(n_epochs, Integral) or n_epochs < 0:
+        raise ValueError(f'n_epochs must be a whole number, 0 or more; got {n_epochs!r}')
+    for need, name in ((train, 'train'), (valid, 'valid')):
+        if need and not hasattr(learn.dls, name):
+            raise TypeError(f'dls must have the loaders `train` and `valid`, as DataLoaders has; got {type(learn.dls).__name__}')
+    if valid and not train and learn.dls.valid is None: raise ValueError('there is no validation loader: dls.valid is None')
+    if resume is not None and (reset_opt or not train):
+        raise ValueError('resume= goes on with a training run and its optimizer: it needs train=True and reset_opt=False')
+
+def _say_where(e, learn):
+    "Note on an exception where in the run it was raised, and on what"
+    if not hasattr(e, 'add_note'): return     # before Python 3.11
+    shapes = []
+    map_tensors(lambda t: shapes.append(f'{tuple(t.shape)} {str(t.dtype).removeprefix("torch.")}'), learn.batch)
+    e.add_note(f'(in batch {learn.iter} of {"training" if learn.training else "validation"} epoch {learn.epoch}, '
+               f'which holds {", ".join(shapes) or type(learn.batch).__name__})')
+
+# %% ../../nbs/training/04_learner.ipynb #0000000f
 class Learner(HasOptimizer, HasWeights, CallbackRunner):
     "A model, its data, a loss and an optimizer; callbacks do all the rest, the training step too (`TrainCB`)"
     def __init__(self,
@@ -260,7 +260,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         for p in self.model.parameters(): p.grad = None      # what others left there is not part of this fit
         yield
 
-# %% ../../nbs/training/04_learner.ipynb #00000009
+# %% ../../nbs/training/04_learner.ipynb #00000011
 class TrainCB(Callback):
     "The steps of training, for a bare `Learner`"
     def __init__(self,
@@ -280,7 +280,7 @@ class TrainLearner(Learner):
     def step(self): self.opt.step()
     def zero_grad(self): self.opt.zero_grad()
 
-# %% ../../nbs/training/04_learner.ipynb #00000016
+# %% ../../nbs/training/04_learner.ipynb #0000001e
 class MomentumLearner(TrainLearner):
     "A `TrainLearner` whose gradients fade by `mom` after each step, which is momentum"
     def __init__(self, model, dls=(0,), loss_func=F.mse_loss, lr=0.1, cbs=None, opt_func=optim.SGD,

@@ -1,10 +1,10 @@
-"The environment the notebooks' tests run in, and the command `nbdev_test`. Written by hand, and light: it must be read before torch is."
+"The environment of the notebooks' tests, and the command `nbdev_test`. Written by hand; it is read before torch is"
 import os, sys
 
 def notebook_setup(cells):
     "What nbdev-test calls first (`test_setup` in pyproject.toml). It fills the cores with processes: one thread each"
     os.environ.setdefault('OMP_NUM_THREADS', '1')
-    os.environ.setdefault('FASTSWA_REDUCED', '1')      # the experiments run on little data; `FASTSWA_REDUCED= nbdev-test` runs them whole
+    os.environ.setdefault('FASTSWA_REDUCED', '1')      # `FASTSWA_REDUCED= nbdev-test` runs the experiments whole
 
 # nbdev's own function and no wrapper: it reads the command line only where the script itself calls it
 try: from nbdev.test import nbdev_test

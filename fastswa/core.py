@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['def_device', 'map_tensors', 'default_device', 'to_device', 'to_cpu', 'first_tensor', 'batch_size', 'unwrap',
-           'set_seed', 'get_rng_state', 'set_rng_state', 'keep_rng', 'generators_in', 'loader_generators', 'Time',
-           'Clock', 'Every', 'uninterrupted', 'set_modes', 'keep_modes', 'clean_ipython_hist', 'clean_tb', 'clean_mem',
-           'format_value', 'format_time', 'Table', 'quiet']
+           'uninterrupted', 'set_seed', 'get_rng_state', 'set_rng_state', 'keep_rng', 'generators_in',
+           'loader_generators', 'Time', 'Clock', 'Every', 'set_modes', 'keep_modes', 'clean_ipython_hist', 'clean_tb',
+           'clean_mem', 'format_value', 'format_time', 'Table', 'quiet']
 
 # %% ../nbs/00_core.ipynb #00000002
 import gc, math, random, signal, sys, threading, traceback
@@ -75,9 +75,10 @@ def batch_size(
 # %% ../nbs/00_core.ipynb #0000000e
 def unwrap(module):
     "The plain model inside what `torch.compile`, DataParallel and DistributedDataParallel return"
+    parallel = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
     while True:
         if '_orig_mod' in module._modules: module = module._orig_mod
-        elif isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)): module = module.module
+        elif isinstance(module, parallel): module = module.module
         else: return module
 
 # %% ../nbs/00_core.ipynb #00000011
@@ -86,6 +87,20 @@ def local(t):
     return t.to_local() if hasattr(t, 'to_local') else t      # a DTensor, without importing it
 
 # %% ../nbs/00_core.ipynb #00000014
+@contextmanager
+def uninterrupted():
+    "Ctrl-C pressed inside the block takes effect at its end (only the main thread gets signals)"
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    pressed = []
+    old = signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
+    try: yield
+    finally:
+        signal.signal(signal.SIGINT, old)
+        if pressed and callable(old): old(*pressed[0])
+
+# %% ../nbs/00_core.ipynb #00000016
 def set_seed(
     seed:int, # for Python's, NumPy's and torch's generators, on every device
     deterministic:bool|None=None, # use deterministic algorithms? None leaves the setting as it is
@@ -96,7 +111,7 @@ def set_seed(
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
-# %% ../nbs/00_core.ipynb #00000016
+# %% ../nbs/00_core.ipynb #00000018
 def get_rng_state(
     generators=(), # `torch.Generator`s beside the global ones
 ) -> dict:
@@ -126,7 +141,7 @@ def keep_rng(*generators):
     finally:
         with uninterrupted(): set_rng_state(state, generators)
 
-# %% ../nbs/00_core.ipynb #00000019
+# %% ../nbs/00_core.ipynb #0000001b
 def generators_in(
     o, # a generator, a transform, a module, a `partial`, or a list of such
 ) -> list:
@@ -134,7 +149,8 @@ def generators_in(
     if isinstance(o, torch.Generator): return [o]
     if isinstance(o, (list, tuple)): return [g for x in o for g in generators_in(x)]
     if isinstance(o, partial): return generators_in([o.func, *o.args, *o.keywords.values()])
-    if isinstance(o, torch.nn.Module): return [m.generator for m in o.modules() if isinstance(getattr(m, 'generator', None), torch.Generator)]
+    if isinstance(o, torch.nn.Module):
+        return [m.generator for m in o.modules() if isinstance(getattr(m, 'generator', None), torch.Generator)]
     return [o.generator] if isinstance(getattr(o, 'generator', None), torch.Generator) else []
 
 def loader_generators(
@@ -142,11 +158,12 @@ def loader_generators(
 ) -> list: # its own `torch.Generator`s, each once
     "The generators a loader draws from, beside torch's global one; also those of its transform `tfm`"
     batch_sampler = getattr(dl, 'batch_sampler', None)
-    places = dl, getattr(dl, 'sampler', None), batch_sampler, getattr(batch_sampler, 'sampler', None), getattr(dl, 'dataset', None)
+    samplers = getattr(dl, 'sampler', None), batch_sampler, getattr(batch_sampler, 'sampler', None)
+    places = dl, *samplers, getattr(dl, 'dataset', None)
     found = generators_in([*(getattr(o, 'generator', None) for o in places), getattr(dl, 'tfm', None)])
     return list({id(g): g for g in found}.values())
 
-# %% ../nbs/00_core.ipynb #0000001c
+# %% ../nbs/00_core.ipynb #0000001e
 def _range(low, high, include_low, include_high):
     "The numbers from `low` to `high` in words"
     if low == -math.inf: return '' if high == math.inf else f' {"at most" if include_high else "below"} {high}'
@@ -196,7 +213,7 @@ def check_choice(
     *others, last = map(repr, choices)
     raise ValueError(f'{name} must be {", ".join(others)}{" or " if others else ""}{last}; got {value!r}')
 
-# %% ../nbs/00_core.ipynb #00000022
+# %% ../nbs/00_core.ipynb #00000024
 class Time(NamedTuple):
     "A span of training: `value` in optimizer steps (`ba`), epochs (`ep`) or shares of the run (`dur`)"
     value: Fraction
@@ -213,8 +230,8 @@ class Time(NamedTuple):
             if s[-2:] in ('ba', 'ep'): res = cls(Fraction(s[:-2]), s[-2:])
             else: res = cls(Fraction(s.removesuffix('dur') if s.endswith('dur') else ''), 'dur')
         except (TypeError, ValueError, ZeroDivisionError, AttributeError):
-            raise ValueError(f"{name} must be a number with a unit, such as '200ba' (optimizer steps), '3ep' (epochs) or "
-                             f"'0.75dur' (share of the run); got {s!r}") from None
+            raise ValueError(f"{name} must be a number with a unit, such as '200ba' (optimizer steps), '3ep' (epochs) "
+                             f"or '0.75dur' (share of the run); got {s!r}") from None
         if res.value < 0: raise ValueError(f'{name} must not be negative; got {s!r}')
         if not (zero or res.value): raise ValueError(f'{name} must be above 0; got {s!r}')
         if res.unit == 'dur' and res.value > 1: raise ValueError(f"{name} must be between '0dur' and '1dur'; got {s!r}")
@@ -226,17 +243,18 @@ class Time(NamedTuple):
         epoch_steps:int|None, # batches in an epoch; None where the loader has no length
         n_epochs:int|None, # epochs in the run; None where nobody knows
     ) -> Fraction:
-        "The span in batches of this run (in optimizer steps for `ba`); ValueError where that depends on an unknown length"
+        "The span in batches of this run (optimizer steps for `ba`); ValueError where it depends on an unknown length"
         if self.unit == 'ba': return self.value
         if epoch_steps is None:
             raise ValueError(f"'{self}' needs a loader with a length; "
                              "this one has none: give the time in optimizer steps, such as '200ba'")
         if self.unit == 'ep': return self.value*epoch_steps
         if n_epochs is None:
-            raise ValueError(f"'{self}' needs the number of epochs of the run: give n_epochs, or a time such as '200ba' or '3ep'")
+            raise ValueError(f"'{self}' needs the number of epochs of the run: give n_epochs, "
+                             "or a time such as '200ba' or '3ep'")
         return self.value*epoch_steps*n_epochs
 
-# %% ../nbs/00_core.ipynb #00000026
+# %% ../nbs/00_core.ipynb #00000028
 class Clock:
     "How far a run has come: `batches` seen and optimizer `steps` taken"
     def __init__(self,
@@ -258,7 +276,7 @@ class Clock:
     def now(self,
         time:Time, # whose unit counts
     ) -> int:
-        "How far the run has come: in optimizer steps for `ba`, else in batches (in passes for `ep` where the loader has no length)"
+        "How far the run has come: in steps for `ba`, else in batches (for `ep` in passes over a loader without length)"
         return getattr(self, self.kind(time))
 
     def begin_epoch(self,
@@ -279,7 +297,7 @@ class Clock:
         return time.steps(self.epoch_batches, self.n_epochs)
 
 class Every:
-    "Is it time again? Whole multiples of `every`, from the beginning of the run (or from `start`), once `start` is reached"
+    "Is it time again? At whole multiples of `every` from the run's beginning (or `start`), once `start` is reached"
     def __init__(self,
         every:str, # the time between two moments; below one step means every step
         start:str='0ba', # from when on
@@ -303,7 +321,7 @@ class Every:
         return self.clock.now(self.start) >= self.first
 
     def due(self) -> bool:
-        "Has a moment passed since the last call? Call it where something can be done about it: after a step, after a batch"
+        "Has a moment passed since the last call? To be called where something can be done about it, as after a step"
         if self.phase == 'start': return self._due_from_start()
         # in integers: fractions take longer than a small model's average
         before,self.passed = self.passed,self.clock.now(self.every)*self.gap.denominator//self.gap.numerator
@@ -327,21 +345,7 @@ class Every:
         self.passed = state['passed']
         self.origin = None if state['origin'] is None else Fraction(state['origin'])
 
-# %% ../nbs/00_core.ipynb #0000002a
-@contextmanager
-def uninterrupted():
-    "Ctrl-C pressed inside the block takes effect at its end (signals reach the main thread only: elsewhere nothing to do)"
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    pressed = []
-    old = signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
-    try: yield
-    finally:
-        signal.signal(signal.SIGINT, old)
-        if pressed and callable(old): old(*pressed[0])
-
-# %% ../nbs/00_core.ipynb #0000002b
+# %% ../nbs/00_core.ipynb #0000002c
 def set_modes(
     modes:dict, # module → is it in train mode? A parent before its children, as `modules()` gives them
 ):
@@ -359,7 +363,7 @@ def keep_modes(
     finally:
         with uninterrupted(): set_modes(modes)
 
-# %% ../nbs/00_core.ipynb #0000002e
+# %% ../nbs/00_core.ipynb #0000002f
 class later:
     "A method whose function lies in a module further down: it is imported at first use, and shows its own signature"
     def __init__(self,
@@ -371,7 +375,7 @@ class later:
         f = getattr(import_module(f'fastswa.{self.module}'), self.name)
         return f if obj is None else MethodType(f, obj)
 
-# %% ../nbs/00_core.ipynb #00000031
+# %% ../nbs/00_core.ipynb #00000032
 def clean_ipython_hist():
     "Make IPython forget the inputs and outputs of the cells that ran; nothing happens outside IPython"
     try: ip = sys.modules['IPython'].get_ipython()
@@ -403,7 +407,7 @@ def clean_mem():
     if torch.cuda.is_initialized(): torch.cuda.empty_cache()
     elif torch.backends.mps.is_available(): torch.mps.empty_cache()
 
-# %% ../nbs/00_core.ipynb #00000035
+# %% ../nbs/00_core.ipynb #00000036
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype, torch.device,
           str, bytes, int, float, bool, complex, type(None))
 
@@ -428,7 +432,7 @@ def plain(
     raise TypeError(f'{name or "this"} is a {type(value).__name__}: a checkpoint holds tensors, numbers, texts, '
                     'and lists and dicts of them')
 
-# %% ../nbs/00_core.ipynb #00000038
+# %% ../nbs/00_core.ipynb #00000039
 def format_value(
     value, # a number, a text, a tensor; None is nothing
     spec:str|None=None, # format specification for a float; None: three decimals, or three digits if it is small or huge
@@ -448,7 +452,7 @@ def format_time(
     minutes,seconds = divmod(int(seconds), 60)
     return f'{minutes//60}:{minutes%60:02}:{seconds:02}' if minutes >= 60 else f'{minutes}:{seconds:02}'
 
-# %% ../nbs/00_core.ipynb #0000003a
+# %% ../nbs/00_core.ipynb #0000003b
 class Table:
     "Rows of values as lines of text, one by one, and as HTML"
     def __init__(self,
@@ -495,7 +499,7 @@ class Table:
         rows = [tr('td', [r.get(c, '') for c in self.columns]) for r in self.rows[-last:]]
         return f'<table><thead>{tr("th", self.columns)}</thead><tbody>{"".join(rows)}</tbody></table>' if rows else ''
 
-# %% ../nbs/00_core.ipynb #0000003e
+# %% ../nbs/00_core.ipynb #0000003f
 class Report(list):
     "A list of named tuples that prints as a table, without columns that say nothing"
     def __init__(self,
@@ -507,13 +511,14 @@ class Report(list):
 
     def __repr__(self):
         rows = [row._asdict() for row in self]
-        columns = [c for c in dict.fromkeys(k for r in rows for k in r) if any(r.get(c) not in (None, '') for r in rows)]
+        columns = dict.fromkeys(k for r in rows for k in r)
+        columns = [c for c in columns if any(r.get(c) not in (None, '') for r in rows)]
         texts = [c for c in columns if any(isinstance(r.get(c), str) for r in rows)]
         table = Table(left=texts, least=0, formats=dict.fromkeys(columns, '.4g') | self.formats)
         for r in rows: table.add({c: r.get(c) for c in columns})
         return table.text() or 'no rows'
 
-# %% ../nbs/00_core.ipynb #00000041
+# %% ../nbs/00_core.ipynb #00000042
 _all_quiet = False
 
 @contextmanager
@@ -524,7 +529,7 @@ def quiet():
     try: yield
     finally: _all_quiet = before
 
-# %% ../nbs/00_core.ipynb #00000042
+# %% ../nbs/00_core.ipynb #00000043
 def is_quiet(learn) -> bool:
     "Should what runs on this learner print nothing?"
     return _all_quiet or learn.quiet

@@ -45,7 +45,7 @@ class Average(CountedSnapshots):
 
     def update(self,
         module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
-        steps:int=1, # steps since the last update: it leaves as much of the average as so many updates by a constant rule
+        steps:int=1, # steps since the last update: as much of the average is left as after so many updates
     ) -> int: # snapshots in the average; on a GPU the newest counts until its check is read
         "Take a snapshot of the weights; one that is not finite is skipped whole"
         self._ready(steps)
@@ -110,7 +110,8 @@ class Average(CountedSnapshots):
     ):
         "Go on from a saved average, by this one's own rule; raises ValueError where names or shapes differ"
         _check_state(state)
-        if state['rule'] != repr(self.rule) and ' at 0x' not in state['rule']:      # the address of a function says nothing
+        # the address of a function says nothing
+        if state['rule'] != repr(self.rule) and ' at 0x' not in state['rule']:
             warnings.warn(f'the saved average followed {state["rule"]}; from here on it follows {self.rule}')
         self.verify()
         loaded = self._selection.in_order(state['weights'], 'the saved average') if state['n'] else None

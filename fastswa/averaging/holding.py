@@ -77,12 +77,14 @@ class Held:
     def _put_back(self):
         n = len(self.places)
         taken = list(zip(self.places, self.tensors, self.kept))[:self.n_taken]
-        for (d, k), _, raw in sorted(taken, key=lambda o: o[0][0][o[0][1]] is o[1]):      # a place that got another's tensor comes first
-            local(d[k]).copy_(raw)
+        for own in (False, True):      # a place that got the tensor of another one meanwhile comes first
+            for (d, k), t, raw in taken:
+                if (d[k] is t) == own: local(d[k]).copy_(raw)
         for (d, k), buffer, raw in zip(self.buffers, self.tensors[n:], self.kept[n:]):
             now = d.get(k)
             if now is None: continue
-            if (now.device, now.dtype) != (buffer.device, buffer.dtype): now.copy_(raw)      # the module was moved meanwhile
+            moved = (now.device, now.dtype) != (buffer.device, buffer.dtype)
+            if moved: now.copy_(raw)
             else: d[k] = buffer.copy_(raw)      # also where a forward pass put another tensor in its place
 
     def _link(self, module):
@@ -203,7 +205,8 @@ def holding(
     "Inside the block a module holds other weights; after it, whatever happened, those from before"
     module = unwrap(module)
     held = Held(name, module, places, stash, look=True)
-    with _Releasing(held, module), _Releasing(held, module):      # Ctrl-C may cut one of them short: then the other has something to do
+    # two, since Ctrl-C may cut one of them short; otherwise the second finds nothing to do
+    with _Releasing(held, module), _Releasing(held, module):
         held.take(module, values)
         yield held
 

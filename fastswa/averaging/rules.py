@@ -25,19 +25,21 @@ class equal:
 @dataclass(frozen=True)
 class ema:
     "Exponential moving average: each snapshot counts `decay` times as much as the one after it"
-    decay:float|None=None # what is left of the old average after a step, from 0 to 1; 0.999 if neither this nor `half_life` is given
-    half_life:float|str|None=None # or: steps after which a snapshot counts half, decay = 2^(-1/half_life); or a time such as `'0.05dur'`
-    warmup:str|None=None # None; `'ratio'` caps decay by (1+n)/(10+n) as TensorFlow does, `'power'` by 1-(1+n)^(-2/3) as timm does
+    decay:float|None=None # what is left of the old average after a step, 0 to 1; 0.999 if `half_life` is None too
+    half_life:float|str|None=None # or: steps until a snapshot counts half, decay = 2^(-1/half_life); or as `'0.05dur'`
+    warmup:str|None=None # `'ratio'` caps decay by (1+n)/(10+n), as TensorFlow; `'power'` by 1-(1+n)^(-2/3), as timm
     per_step = True # an update after k optimizer steps leaves decay^k of the average
 
     def __post_init__(self):
         if self.decay is not None and self.half_life is not None:
-            raise ValueError(f'give decay or half_life, not both; got decay={self.decay} and half_life={self.half_life!r}')
+            raise ValueError('give decay or half_life, not both; '
+                             f'got decay={self.decay} and half_life={self.half_life!r}')
         if self.decay is not None and not (isinstance(self.decay, Real) and 0 <= self.decay <= 1):
             raise ValueError(f'decay must be between 0 and 1; got {self.decay!r}')
         if isinstance(self.half_life, str): Time.parse(self.half_life, 'half_life', zero=False)
         elif self.half_life is not None and not (isinstance(self.half_life, Real) and 0 < self.half_life < math.inf):
-            raise ValueError(f"half_life must be a number of steps above 0, or a time such as '0.05dur'; got {self.half_life!r}")
+            raise ValueError("half_life must be a number of steps above 0, or a time such as '0.05dur'; "
+                             f'got {self.half_life!r}')
         if self.warmup not in (None, 'ratio', 'power'):
             raise ValueError(f"warmup must be None, 'ratio' or 'power'; got {self.warmup!r}")
 
@@ -50,7 +52,8 @@ class ema:
     @cached_property
     def _decay(self):
         if isinstance(self.half_life, str):
-            raise RuntimeError(f'half_life={self.half_life!r} is a time, which depends on the length of the run: `Averages` resolves it')
+            raise RuntimeError(f'half_life={self.half_life!r} is a time, which depends on the length of the run: '
+                               '`Averages` resolves it')
         if self.half_life is not None: return 2**(-1/self.half_life)
         return 0.999 if self.decay is None else self.decay
 
@@ -61,7 +64,7 @@ class ema:
 
     @property
     def unit(self) -> Time:
-        "In whose unit the time between two updates counts: batches for a half-life in `ep` or `dur`, else optimizer steps"
+        "In whose unit the time between updates counts: batches for a half-life in `ep` or `dur`, else steps"
         return Time.parse(self.half_life if isinstance(self.half_life, str) else '1ba')
 
     def resolve(self,
@@ -69,15 +72,16 @@ class ema:
     ):
         "The rule with its half-life in steps of this run"
         if not isinstance(self.half_life, str): return self
-        return replace(self, half_life=float(span(Time.parse(self.half_life))) or 1.)      # a run of no epochs has no steps
+        steps = float(span(Time.parse(self.half_life)))
+        return replace(self, half_life=steps or 1.)      # a run of no epochs has no steps
 
 # %% ../../nbs/averaging/00_rules.ipynb #00000007
 @dataclass(frozen=True)
 class power:
-    "Snapshots count by a power of their number, t^gamma, so that the window grows with the run: arXiv 2312.02696, eq. 2"
+    "Snapshots count by a power of their number, t^gamma: the window grows with the run; arXiv 2312.02696, eq. 2"
     gamma:float|None=None # 0 is `equal()`; the larger, the shorter the window
-    sigma_rel:float|None=None # or: standard deviation of the window as a share of the run, above 0 and below 12^(-1/2) = 0.2887
-    half_life:float|None=None # or: half-life as a share of the steps so far, above 0 and at most ln 2 = 0.6931: needs no planned end
+    sigma_rel:float|None=None # or: standard deviation of the window as a share of the run, below 12^(-1/2) = 0.2887
+    half_life:float|None=None # or: half-life as a share of the steps so far, at most ln 2 = 0.6931; needs no end
 
     def __post_init__(self):
         given = {k: v for k in ('gamma', 'sigma_rel', 'half_life') if (v := getattr(self, k)) is not None}
@@ -91,7 +95,9 @@ class power:
 
     @cached_property
     def exponent(self) -> float:
-        "gamma; from sigma_rel the root of (g + 1) = sigma_rel^2 (g + 2)^2 (g + 3), arXiv 2312.02696, alg. 2; from half_life ln 2/f - 1"
+        """gamma; from half_life f it is ln 2/f - 1, from sigma_rel the root of (g + 1) = sigma_rel^2 (g + 2)^2 (g + 3)
+
+        arXiv 2312.02696, alg. 2"""
         if self.gamma is not None: return self.gamma
         if self.half_life is not None: return math.log(2)/self.half_life - 1
         inverse = self.sigma_rel**-2

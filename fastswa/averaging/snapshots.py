@@ -85,7 +85,7 @@ class CountedSnapshots(ShadowWeights):
     def _is_far(self): return self.device is not None and self.device != self._selection.live[0].device
 
     def _send(self, steps):
-        "Start to copy a GPU's weights into the host's memory, beside what the GPU computes; `_settle` takes the snapshot"
+        "Start to copy a GPU's weights to the host, beside what the GPU computes; `_settle` takes the snapshot"
         self._host_copy = self._host_copy or PinnedCopy(self._selection.live)
         self._steps_on_the_way = steps
         self._host_copy.start(self._selection.live)

@@ -18,12 +18,12 @@ from ..core import local, uninterrupted, unwrap
 # %% ../../nbs/averaging/01_tensors.ipynb #00000005
 def stat_buffers(
     layer:nn.Module, # any module
-) -> tuple: # names: the mean's, the variance's, then that of the count if there is one; () for a module that keeps no such statistics
+) -> tuple: # names of mean, variance and, if there is one, count; () for a module that keeps no such statistics
     "The buffers in which a layer keeps running statistics"
     own = layer._buffers
     names = tuple(k for k in ('running_mean', 'running_var', 'num_batches_tracked') if k in own and own[k] is not None)
-    whole = names[:2] == ('running_mean', 'running_var') and hasattr(layer, 'momentum') and hasattr(layer, 'reset_running_stats')
-    return names if whole else ()
+    if names[:2] != ('running_mean', 'running_var'): return ()
+    return names if hasattr(layer, 'momentum') and hasattr(layer, 'reset_running_stats') else ()
 
 # %% ../../nbs/averaging/01_tensors.ipynb #00000008
 def _listed(patterns): return [patterns] if isinstance(patterns, str) else list(patterns or [])
@@ -34,7 +34,7 @@ def _matches(name, t, patterns):
     return any(fnmatchcase(name, p) or (p == 'trainable' and t.requires_grad) for p in _listed(patterns))
 
 def _all_places(module, include):
-    "Name, holder and key of each tensor that could be averaged: parameters, running statistics, buffers that are asked for by name"
+    "Name, holder and key of each tensor that could be averaged, buffers that are asked for by name among them"
     for prefix, m in unwrap(module).named_modules(remove_duplicate=False):
         stats = stat_buffers(m)[:2]
         for holder, k in [*((m._parameters, k) for k in m._parameters), *((m._buffers, k) for k in m._buffers)]:
@@ -44,7 +44,7 @@ def _all_places(module, include):
 
 def find_tensors(
     module:nn.Module, # a model, compiled or wrapped ones too
-    include=None, # glob patterns of names to average, or `'trainable'`; None: all. Other buffers only where their full name is given
+    include=None, # glob patterns of names to average, or `'trainable'`; None: all. Other buffers by full name only
     exclude=None, # glob patterns of names to leave out
 ) -> dict: # name → the dict that holds the tensor, and its key there
     "Where the floating-point parameters and BatchNorm statistics of a model are; ValueError if none is left"
@@ -96,7 +96,8 @@ def check_same(
 def like(t, dtype=None, device=None):
     "An empty tensor in the layout of `t`; of dtype None: fp32, or that of `t` if it is wider"
     if dtype and t.is_complex() and not dtype.is_complex: dtype = dtype.to_complex()
-    return torch.empty_like(t, dtype=dtype or torch.promote_types(t.dtype, torch.float32), device=device, requires_grad=False)
+    dtype = dtype or torch.promote_types(t.dtype, torch.float32)
+    return torch.empty_like(t, dtype=dtype, device=device, requires_grad=False)
 
 def layout(t): return t.shape, t.stride()
 
@@ -113,15 +114,16 @@ class Selection:
         reshard(self.module)
         places = find_tensors(self.module, self.include, self.exclude)
         self._slots = [(d, k, d[k]) for d, k in places.values()]
-        self.tensors = {name: local(t).detach() for name, (_, _, t) in zip(places, self._slots)}     # tied ones under every name
-        self.live,self.index = distinct(self.tensors)                                                # tied ones once
+        # tied tensors are under every name in `tensors`, once in `live`
+        self.tensors = {name: local(t).detach() for name, (_, _, t) in zip(places, self._slots)}
+        self.live,self.index = distinct(self.tensors)
         owners = [self._slots[pos] for pos in self._first()]
-        self.places = [(d, k) for d, k, _ in self._slots]                                            # under every name
-        self.owners = [t for _, _, t in self._slots]                                                 # parameters and buffers themselves
+        self.places = [(d, k) for d, k, _ in self._slots]
+        self.owners = [t for _, _, t in self._slots]      # the parameters and buffers themselves
         self.small = sum(t.numel() for t in self.live) <= 2**15
         self.params = [isinstance(t, nn.Parameter) for _, _, t in owners]
         self.dense = all(map(is_dense, self.live))
-        self.meshes = list({t.device_mesh for _, _, t in self._slots if hasattr(t, 'to_local')})     # over which a tensor is spread
+        self.meshes = list({t.device_mesh for t in self.owners if hasattr(t, 'to_local')})      # of sharded ones
         self.sharded = bool(self.meshes)
         self._remember([local(t) for _, _, t in owners])
 
@@ -150,8 +152,9 @@ class Selection:
 
     def by_name(self, values):
         "Values in the order of `live` under every name"
-        return {name: values[i] if layout(t) == layout(self.live[i]) else values[i].as_strided(*layout(t))     # tied to its transpose
-                for (name, i), t in zip(self.index.items(), self.tensors.values())}
+        def like_own(t, i):      # a tensor may be tied to its transpose
+            return values[i] if layout(t) == layout(self.live[i]) else values[i].as_strided(*layout(t))
+        return {name: like_own(self.tensors[name], i) for name, i in self.index.items()}
 
     def in_order(self, tensors, what='the module'):
         "The values of a dict by name in the order of `live`; ValueError where names or shapes differ"
@@ -171,7 +174,8 @@ def _kept(patterns): return patterns if patterns is None or isinstance(patterns,
 class ShadowWeights:
     "Tensors like a module's selected weights, which follow when the module is converted, moved or given other tensors"
     def __init__(self, module, dtype=None, device=None, include=None, exclude=None):
-        if not isinstance(module, nn.Module): raise TypeError(f'an average needs the module itself; got {type(module).__name__}')
+        if not isinstance(module, nn.Module):
+            raise TypeError(f'an average needs the module itself; got {type(module).__name__}')
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f'dtype must be a floating-point torch.dtype, or None; got {dtype!r}')
         self.dtype,self.device = dtype,None if device is None else torch.empty(0, device=device).device
@@ -200,7 +204,8 @@ class ShadowWeights:
     def _values(self, module=None):
         "The present weights of the module, or of another one of the same names"
         if module is None: return self._selection.live
-        if not isinstance(module, nn.Module): raise TypeError(f'the snapshot of an average takes a module; got {module!r}')
+        if not isinstance(module, nn.Module):
+            raise TypeError(f'the snapshot of an average takes a module; got {module!r}')
         if unwrap(module) is self.source: return self._selection.live
         return self._selection.in_order(Selection(module, self._selection.include, self._selection.exclude).tensors)
 

@@ -46,7 +46,9 @@ class LossMeter:
         bad = (~self._all().isfinite()).nonzero() if wait else ()
         return int(bad[0]) if len(bad) else None
 
-    def state_dict(self): return dict(losses=self._all() if self.losses else None, sizes=torch.tensor(self.sizes, dtype=torch.long))
+    def state_dict(self):
+        losses = self._all() if self.losses else None
+        return dict(losses=losses, sizes=torch.tensor(self.sizes, dtype=torch.long))
 
     def load_state_dict(self,
         state:dict, # from `state_dict`
@@ -70,19 +72,20 @@ class LossCB(Callback):
         if learn.training: self._check(learn, wait=False)
 
     def after_epoch(self, learn):
-        if learn.iter < 0: raise ValueError(f'the {"training" if learn.training else "validation"} loader gave no batch')
+        if learn.iter < 0:
+            raise ValueError(f'the {"training" if learn.training else "validation"} loader gave no batch')
         if learn.training: self._check(learn, wait=True)
-        learn.history.append(dict(loss=self.meter.mean(), epoch=learn.epoch, train='train' if learn.training else 'eval',
-                                  weights=learn.weights))
+        kind = 'train' if learn.training else 'eval'
+        learn.history.append(dict(loss=self.meter.mean(), epoch=learn.epoch, train=kind, weights=learn.weights))
 
     def _check(self, learn, wait):
         bad = self.meter.first_bad(wait)
         if bad is None: return
-        raise FloatingPointError(f'the training loss stopped being finite at batch {bad} of epoch {learn.epoch}: try a lower '
-                                 'learning rate (`learn.lr_find()`), or look for bad values in the data')
+        raise FloatingPointError(f'the training loss stopped being finite at batch {bad} of epoch {learn.epoch}: '
+                                 'try a lower learning rate (`learn.lr_find()`), or look for bad values in the data')
 
 class ModesCB(Callback):
-    "Train mode for training, eval mode for validation; layers that were frozen (in eval mode within a model in train mode) stay so"
+    "Train mode for training, eval mode for validation; layers that are frozen, in eval mode already, stay so"
     order,role = -math.inf,'steps'
     def __init__(self): self.modes,self.frozen = {},[]
 

@@ -29,7 +29,8 @@ class HasWeights:
     @property
     def averages(self) -> Averages:
         "The averages of the model, by name; they know which weights it holds"
-        if self._averages is None or self._averages.model is not unwrap(self.model): self._averages = Averages(self.model)
+        plain = unwrap(self.model)
+        if self._averages is None or self._averages.model is not plain: self._averages = Averages(plain)
         return self._averages
 
     @averages.setter
@@ -50,7 +51,7 @@ class HasWeights:
     def apply(self,
         weights:str, # the name of an average; `'raw'` as `restore`
     ):
-        "The model holds these weights from now on, until `restore` or the next fit; RuntimeError if the average is empty"
+        "The model holds these weights until `restore` or the next fit; RuntimeError if the average is empty"
         with keep_random_state(self): self.averages.apply(weights)
 
     def restore(self):
@@ -60,7 +61,7 @@ class HasWeights:
     def module(self,
         weights:str, # `'raw'`, or the name of an average
     ) -> nn.Module:
-        "A copy of the model with these weights and statistics that fit them, on its own: in eval mode, without gradients"
+        "A copy of the model with these weights and statistics that fit, on its own: in eval mode, without gradients"
         with keep_random_state(self): return self.averages.module(weights)
 
     def validate(self,
@@ -107,10 +108,13 @@ def _check_fit(learn, n_epochs, train, valid, resume, reset_opt):
         raise ValueError(f'n_epochs must be a whole number, 0 or more; got {n_epochs!r}')
     for need, name in ((train, 'train'), (valid, 'valid')):
         if need and not hasattr(learn.dls, name):
-            raise TypeError(f'dls must have the loaders `train` and `valid`, as DataLoaders has; got {type(learn.dls).__name__}')
-    if valid and not train and learn.dls.valid is None: raise ValueError('there is no validation loader: dls.valid is None')
+            raise TypeError('dls must have the loaders `train` and `valid`, as DataLoaders has; '
+                            f'got {type(learn.dls).__name__}')
+    if valid and not train and learn.dls.valid is None:
+        raise ValueError('there is no validation loader: dls.valid is None')
     if resume is not None and (reset_opt or not train):
-        raise ValueError('resume= goes on with a training run and its optimizer: it needs train=True and reset_opt=False')
+        raise ValueError('resume= goes on with a training run and its optimizer: '
+                         'it needs train=True and reset_opt=False')
 
 def _say_where(e, learn):
     "Note on an exception where in the run it was raised, and on what"
@@ -173,7 +177,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
 
     @with_cbs('fit')
     def _fit(self, train, valid):
-        if train: self.opt      # made by now, where the model will be trained; an error in making it comes before any training
+        if train: self.opt      # is made by now; an error in making it comes before any training
         for self.epoch in self.epochs:
             if train: self.one_epoch(True)
             if valid and self.dls.valid is not None: self._validate(valid)

@@ -87,7 +87,7 @@ class AverageCB(Callback):
         if self.average.n and chosen:
             learn.apply(self.name)
             _say(learn, f'The model holds its {self.name!r} weights; learn.restore() gives it its raw ones back.')
-        elif self is cbs[-1] and not any(cb.apply for cb in cbs):
+        elif self is cbs[-1] and any(cb.apply is None for cb in cbs) and not any(cb.apply for cb in cbs):
             names = ', '.join(cb.name for cb in cbs if cb.average is not None and cb.average.n)
             if names:
                 _say(learn, 'The model holds its raw weights; '

@@ -48,16 +48,12 @@ class LogCB(RowsCB):
     ):
         if isinstance(logger, type) or not callable(getattr(logger, 'log', None)):
             raise TypeError(f'logger must be an object that has log(dict); got {logger!r}')
-        self.logger,self.every = logger,Every(every)
-        self._start()
-
-    def _start(self):
-        self._meter,self._loaded = LossMeter(),None
-        self._lrs,self._due = {},False
+        self.logger,self.every,self._meter = logger,Every(every),LossMeter()
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        self._start()
+        self._meter,self._loaded = LossMeter(),None
+        self._lrs,self._due = {},False
         if 'train' in learn.averages:
             raise ValueError("in a log 'train' is the training: give the average another name")
         if learn.will_train: self.every.begin(learn.clock)

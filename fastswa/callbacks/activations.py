@@ -21,8 +21,6 @@ from ..plot import COLORS, GREY, get_grid, plot_style, subplots
 from ..training.events import Callback
 
 # %% ../../nbs/callbacks/15_activations.ipynb #87a45bd9
-def _is_compiled(m): return '_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None) is not None
-
 class HooksCallback(Callback):
     """A hook on each module while a fit lasts; iterate over the callback for the hooks. Code from `torch.compile` calls
     no hooks: in the batches that they are for, a compiled model runs without compilation"""
@@ -49,7 +47,8 @@ class HooksCallback(Callback):
         self.learn, self.n = learn, 0                # `n`: how many batches of those to watch there were
         self.hooks, self._attached = Hooks(mods, self._call), True
         for h in self.hooks: h.name = f'{names.get(h.m, "(elsewhere)")} {type(h.m).__name__}'.strip()
-        self._compiled = any(map(_is_compiled, learn.model.modules()))
+        self._compiled = any('_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None) is not None
+                             for m in learn.model.modules())
         self._attach(False)
 
     def _call(self, *args):

@@ -69,11 +69,6 @@ def _shape(x): return str(tuple(x.shape)) if torch.is_tensor(x) else type(x).__n
 
 def _n_params(module): return sum(p.numel() for p in module.parameters())
 
-def _one_sample(learn):
-    "A training batch of one sample as the model gets it, on the device of the model"
-    device = next((t.device for t in learn.model.parameters()), 'cpu')
-    batch = next(prepared_batches(learn, learn.dls.train))
-    return to_device(map_tensors(lambda t: t[:1] if t.ndim else t, batch), device)
 
 def summary(
     learn, # a learner
@@ -91,7 +86,9 @@ def summary(
         lines.append(f'|{names[module]}|{type(module).__name__}|{shapes}|{_n_params(module):,}|{total - before:.2f}|')
         before = total
     with sandbox(learn), torch.no_grad():
-        learn.batch = _one_sample(learn)
+        batch = next(prepared_batches(learn, learn.dls.train))
+        device = next((t.device for t in learn.model.parameters()), 'cpu')
+        learn.batch = to_device(map_tensors(lambda t: t[:1] if t.ndim else t, batch), device)
         with Hooks(names, note), keep_modes(learn.model), counter:
             learn.model.eval()
             learn.predict()

@@ -59,7 +59,10 @@ class LogCB(RowsCB):
         if learn.will_train: self.every.begin(learn.clock)
 
     def after_loss(self, learn): # before the step: afterwards schedules move on
-        if learn.training: self._lrs = _rates(learn.opt)
+        if not learn.training: return
+        lrs = {g.get('name', i): g['lr'] for i, g in enumerate(getattr(learn.opt, 'param_groups', ())) if 'lr' in g}
+        self._lrs = {f'lr/{k}' if len(lrs) > 1 else 'lr': v.detach().clone() if torch.is_tensor(v) else v
+                     for k, v in lrs.items()}      # a tensor is copied, not read: that would wait for a GPU
 
     def after_step(self, learn): self._due |= self.every.due()
 
@@ -92,12 +95,6 @@ class LogCB(RowsCB):
         self._log(learn, {'train/loss': meter.mean(), **{k: float(v) for k, v in self._lrs.items()}})
 
     def _log(self, learn, values): self.logger.log({**values, 'epoch': learn.epoch, 'step': learn.opt_steps})
-
-def _rates(opt):
-    "The learning rate of each parameter group, by the name in the log; one that is a tensor is copied, not read"
-    lrs = {g.get('name', i): g['lr'] for i, g in enumerate(getattr(opt, 'param_groups', ())) if 'lr' in g}
-    lrs = {k: v.detach().clone() if torch.is_tensor(v) else v for k, v in lrs.items()}
-    return {f'lr/{k}' if len(lrs) > 1 else 'lr': v for k, v in lrs.items()}
 
 # %% ../../nbs/callbacks/13_loggers.ipynb #00000011
 class TensorBoardCB(LogCB):

@@ -178,16 +178,14 @@ class ProgressCB(Callback):
         if self._complete: self._add(learn.history[-1])
 
     def cleanup_fit(self, learn):
-        if self.title and learn.completed < learn.n_epochs: self._stopped(learn)
+        if self.title and learn.completed < learn.n_epochs:
+            where = f'{learn.completed}/{self.n_epochs} epochs'
+            if not self._complete: where = self.status()
+            elif learn.completed == self.done: where += f', after {self._what}'
+            self.note = f'stopped {f"by {type(learn.error).__name__} " if learn.error else ""}at {where}'
         self.done = learn.completed
-        view,self.view = self.view,View()
-        view.end(self)
-
-    def _stopped(self, learn):
-        where = f'{learn.completed}/{self.n_epochs} epochs'
-        if not self._complete: where = self.status()
-        elif learn.completed == self.done: where += f', after {self._what}'
-        self.note = f'stopped by {type(learn.error).__name__} at {where}' if learn.error else f'stopped at {where}'
+        self.view.end(self)
+        self.view = View()
 
     def draw(self):
         "Show the present state"

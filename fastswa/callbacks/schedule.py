@@ -309,12 +309,8 @@ def sched_rates(
 def _curves(groups):
     "Groups with the same curves once, under all their names"
     same = {}
-    for g in groups:
-        key = g['lr'].tobytes(), b'' if g['momentum'] is None else g['momentum'].tobytes()
-        same.setdefault(key, []).append(g)
-    for gs in same.values():
-        name = ', '.join(g['name'] for g in gs[:2])
-        yield dict(gs[0], name=name if len(gs) < 3 else f'{name} and {len(gs) - 2} more')
+    for g in groups: same.setdefault(repr([*g['lr'], *(() if g['momentum'] is None else g['momentum'])]), []).append(g)
+    return [dict(gs[0], name=', '.join(g['name'] for g in gs)) for gs in same.values()]
 
 def plot_sched(
     cb, # as for `sched_rates`, with all that follows
@@ -327,7 +323,7 @@ def plot_sched(
     "Draw what `sched_rates` gives for the same arguments, a line for each parameter group"
     from matplotlib import colormaps
     from fastswa.plot import COLORS, plot_style, subplots
-    groups = list(_curves(sched_rates(cb, of, n_epochs, steps, lr)))
+    groups = _curves(sched_rates(cb, of, n_epochs, steps, lr))
     per_epoch,many = isinstance(cb, EpochSchedCB),len(groups) > len(COLORS)
     moves = any(g['momentum'] is not None and np.ptp(g['momentum']) > 0 for g in groups)
     keys,labels = ['lr', 'momentum'] if moves else ['lr'],dict(lr='learning rate', momentum='momentum')

@@ -79,17 +79,17 @@ class GradAccumCB(Callback):
         if weight != 1: learn.loss.register_hook(lambda g: g*weight)
 
     def after_backward(self, learn):
-        if not self._at_end: self._count(batch_size(learn.batch))
+        if not self._at_end:
+            n = batch_size(learn.batch)
+            self._size = self._size or n
+            self._n_batches += 1
+            self._n_samples += n
+            self._weight += n/self._size
         full = self._n_batches >= self.batches if self.batches else self._n_samples >= self.samples
         if not (full or self._at_end): raise CancelStepException
         if self._weight != 1: torch._foreach_div_(gradients(learn), self._weight)
         self._start()
 
-    def _count(self, n):
-        self._size = self._size or n
-        self._n_batches += 1
-        self._n_samples += n
-        self._weight += n/self._size
 
     def after_epoch(self, learn):
         if not (learn.training and self._n_batches): return

@@ -143,39 +143,11 @@ def weight_styles(
     return {name: dict(color=c, marker=m, zorder=2 if name == 'raw' else 3) for name, (c, m) in styles.items()}
 
 def _with_epochs(history):
-    "Each row with the number of epochs that had been trained by then; several fits in a row go on counting"
-    has_training_rows = any(r['train'] == 'train' for r in history)
-    n_trained, last, seen = 0, None, set()
-    for r in history:
-        if has_training_rows: begins = r['train'] == 'train'
-        else: begins = r['epoch'] != last or r['weights'] in seen
-        if begins:
-            n_trained += 1
-            seen = set()
-        last = r['epoch']
-        seen.add(r['weights'])
-        yield n_trained, r
+    "Each row with the number of epochs that had been trained by then; rows of validation alone with those of their fit"
+    trained = np.cumsum([r['train'] == 'train' for r in history]).tolist()
+    return [(n if trained[-1] else r['epoch'] + 1, r) for n, r in zip(trained, history)]
 
 # %% ../nbs/02_plot.ipynb #f5dd9454
-def _spread(ys, gap):
-    "`ys`, moved a little where needed, so that they are at least `gap` apart"
-    order = np.argsort(ys)
-    res = np.array(ys, float)
-    for _ in range(50):
-        for i, j in zip(order, order[1:]):
-            overlap = gap - (res[j] - res[i])
-            if overlap > 1e-9: res[[i, j]] += [-overlap/2, overlap/2]
-    return res
-
-def _end_labels(ax, ends):
-    "Name lines at the right edge; `ends`: for each its text, colour and last value"
-    ends = [o for o in ends if math.isfinite(o[-1])]
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high)
-    places = _spread([(value - low)/(high - low) for _, _, value in ends], 0.075)
-    for y, (text, color, _) in zip(places, ends):
-        ax.text(1.02, y, text, color=color, transform=ax.transAxes, va='center')
-
 def _plot_column(ax, rows, name, train):
     "Plot the column `name` of each set of weights, and of training if `train`"
     from matplotlib.ticker import MaxNLocator
@@ -187,13 +159,13 @@ def _plot_column(ax, rows, name, train):
     styles = weight_styles([k for k in lines if k != 'training'])
     styles['training'] = dict(color='#999999', marker='.', ls='--', lw=1.5)
     for key, points in lines.items():
-        ax.plot(*zip(*points), label=key, **styles[key])
-        last = points[-1][1]
-        ends.append((f'{key} {last:.3f}', styles[key]['color'], last))
+        ends += [(points[-1][1], line) for line in ax.plot(*zip(*points), label=key, **styles[key])]
+    ends.sort(key=lambda o: o[0], reverse=True)
     ax.set(xlabel='epochs trained', ylabel=name)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
-    _end_labels(ax, ends)
+    ax.legend([line for _, line in ends], [f'{line.get_label()} {last:.3f}' for last, line in ends],
+              loc='center left', bbox_to_anchor=(1, 0.5), labelcolor='linecolor')
 
 @plot_style()
 def plot_history(
@@ -209,10 +181,9 @@ def plot_history(
         raise ValueError(f'no row of this history has {metric!r}; there are: {", ".join(columns)}')
     names = [metric, 'loss'] if metric else ['loss']
     if axes is None: axes = subplots(1, len(names), figsize=(5.5*len(names), 3.6), layout='constrained')[1]
-    rows = list(_with_epochs(history))
     validated = any(r['train'] != 'train' for r in history)
     for ax, name in zip(np.ravel(axes), names, strict=True):
-        _plot_column(ax, rows, name, train=name == 'loss' or not validated)
+        _plot_column(ax, _with_epochs(history), name, train=name == 'loss' or not validated)
     return axes
 
 # %% ../nbs/02_plot.ipynb #b965a23e

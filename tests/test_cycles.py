@@ -133,10 +133,10 @@ def test_errors_of_the_fit(cb):
 def stop(learn): raise CancelFitException
 
 @pytest.mark.parametrize('make, other, match', [
-    (partial(OneCycleCB, 0.3), partial(OneCycleCB, 0.2), 'base_lrs.0 was'),
-    (OneCycleCB, partial(OneCycleCB, pct_start=0.5), 'schedule_phases.0.end_step was 4.0 and is 9.0'),
-    (WarmupStableDecayCB, partial(WarmupStableDecayCB, final=0.5), 'lr_lambdas.0.final was 0.0 and is 0.5'),
-    (WarmupStableDecayCB, OneCycleCB, "kind was 'LambdaLR' and is 'OneCycleLR'")])
+    (partial(OneCycleCB, 0.3), partial(OneCycleCB, 0.2), 'differ in base_lrs'),
+    (OneCycleCB, partial(OneCycleCB, pct_start=0.5), 'differ in schedule_phases'),
+    (WarmupStableDecayCB, partial(WarmupStableDecayCB, final=0.5), 'differ in lr_lambdas'),
+    (WarmupStableDecayCB, OneCycleCB, 'LambdaLR was saved, OneCycleLR is here')])
 def test_resume(make, other, match):
     "A new callback goes on from a state opened with weights_only; one with other settings says so"
     def take(learn): torch.save((cb.state_dict(), learn.opt.state_dict()), file)
@@ -153,7 +153,7 @@ def test_resume(make, other, match):
     new = other()
     with pytest.warns(UserWarning, match=match): fit(new, 'groups', cbs=[AtEpoch(0, give), AtEpoch(2, stop)])
     new = make()
-    with pytest.warns(UserWarning, match='was .* and is'): fit(new, 'groups', n_epochs=6, cbs=[AtEpoch(0, give), AtEpoch(4, stop)])
+    with pytest.warns(UserWarning, match='another one'): fit(new, 'groups', n_epochs=6, cbs=[AtEpoch(0, give), AtEpoch(4, stop)])
 
 # looking before the fit
 

@@ -196,7 +196,7 @@ def test_plateau_resumes():
     for kwargs in {}, dict(metric='loss'):
         state, used = saved(EpochSchedCB, never, **kwargs)
         got = resumed(EpochSchedCB, never, state, **kwargs)
-        assert got[:N] == used[2*N:3*N] and state[0]['now']['num_bad_epochs'] == 1      # the row of epoch 1 is still to come
+        assert got[:N] == used[2*N:3*N] and state[0]['row']['epoch'] == 1      # its step is still to come
 
 @pytest.mark.parametrize('valid', [True, False])
 def test_plateau_resumes_between_training_and_its_metric(valid):
@@ -226,21 +226,21 @@ def test_numbers_of_numpy_in_a_state():
     assert type(state['now']['gamma']) is float and type(state['new']['step_size']) is int
 
 OTHERS = [
-    (SCHEDS['step'], SCHEDS['exponential'], "kind was 'StepLR' and is 'ExponentialLR'"),
-    (SCHEDS['step'], partial(S.StepLR, step_size=3, gamma=0.4), 'gamma was 0.5 and is 0.4; step_size was 2 and is 3'),
-    (SCHEDS['multistep'], partial(S.MultiStepLR, milestones=[1, 4], gamma=0.3), r'milestones.3 was 1 and is None; milestones.4 was None and is 1'),
-    (SCHEDS['cosine'], partial(S.CosineAnnealingLR, T_max=5, eta_min=0.01), 'eta_min was 0.0 and is 0.01'),
-    (SCHEDS['linear'], partial(S.LinearLR, start_factor=0.1, total_iters=4), 'total_iters was 3 and is 4'),
-    (SCHEDS['restarts'], partial(S.CosineAnnealingWarmRestarts, T_0=3), 'T_mult was 2 and is 1'),
-    (SCHEDS['cyclic'], partial(S.CyclicLR, base_lr=0.01, max_lr=0.3, step_size_up=3), 'max_lrs.0 was 0.2 and is 0.3'),
-    (SCHEDS['polynomial'], partial(S.PolynomialLR, total_iters=6), 'power was 2.0 and is 1.0'),
-    (SCHEDS['plateau'], partial(S.ReduceLROnPlateau, factor=0.5, patience=2, threshold=0.3), 'patience was 0 and is 2'),
-    (SCHEDS['swalr'], partial(SWALR, swa_lr=0.02, anneal_epochs=4), 'anneal_epochs was 3 and is 4'),
+    (SCHEDS['step'], SCHEDS['exponential'], "StepLR was saved, ExponentialLR is here"),
+    (SCHEDS['step'], partial(S.StepLR, step_size=3, gamma=0.4), 'differ in step_size, gamma;'),
+    (SCHEDS['multistep'], partial(S.MultiStepLR, milestones=[1, 4], gamma=0.3), 'differ in .*milestones'),
+    (SCHEDS['cosine'], partial(S.CosineAnnealingLR, T_max=5, eta_min=0.01), 'differ in .*eta_min'),
+    (SCHEDS['linear'], partial(S.LinearLR, start_factor=0.1, total_iters=4), 'differ in .*total_iters'),
+    (SCHEDS['restarts'], partial(S.CosineAnnealingWarmRestarts, T_0=3), 'differ in .*T_mult'),
+    (SCHEDS['cyclic'], partial(S.CyclicLR, base_lr=0.01, max_lr=0.3, step_size_up=3), 'differ in .*max_lrs'),
+    (SCHEDS['polynomial'], partial(S.PolynomialLR, total_iters=6), 'differ in .*power'),
+    (SCHEDS['plateau'], partial(S.ReduceLROnPlateau, factor=0.5, patience=2, threshold=0.3), 'differ in .*patience'),
+    (SCHEDS['swalr'], partial(SWALR, swa_lr=0.02, anneal_epochs=4), 'differ in .*anneal_epochs'),
     (SCHEDS['chained'], lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.1, total_iters=3), S.ExponentialLR(o, 0.9)], optimizer=o),
-     'part 0, total_iters was 2 and is 3'),
+     'differ in .*schedulers'),
     (SCHEDS['chained'], lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.1, total_iters=2), S.StepLR(o, 9)], optimizer=o),
-     "part 1, kind was 'ExponentialLR' and is 'StepLR'"),
-    (SCHEDS['chained'], lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.1, total_iters=2)], optimizer=o), "part 1, kind was .* and is None"),
+     'and they differ in .*schedulers'),
+    (SCHEDS['chained'], lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.1, total_iters=2)], optimizer=o), 'differ in .*schedulers'),
 ]
 
 def new_from(cls, sched, n_epochs=EPOCHS, lr=0.1):
@@ -255,17 +255,17 @@ def test_another_schedule_takes_over(there, here, match):
     "One warning says what differs; the rates are those of the new schedule at that step. Wrong: a mixture of both"
     for cls in BatchSchedCB, EpochSchedCB:
         state, _ = saved(cls, there)
-        with pytest.warns(UserWarning, match='the saved schedule is another one: ' + match) as w: got = resumed(cls, here, state)
+        with pytest.warns(UserWarning, match='the saved schedule is another one: .*' + match) as w: got = resumed(cls, here, state)
         assert len(w) == 1
         if 'patience' not in match: assert got == new_from(cls, here)      # that follows a metric
 
 def test_another_length_and_another_rate_take_over():
     onecycle = partial(S.OneCycleLR, max_lr=0.2)
     state, _ = saved(BatchSchedCB, onecycle)
-    with pytest.warns(UserWarning, match=f'total_steps was {4*N} and is {6*N}'):
+    with pytest.warns(UserWarning, match='differ in total_steps'):
         assert resumed(BatchSchedCB, onecycle, state, n_epochs=6) == new_from(BatchSchedCB, onecycle, 6)
     state, _ = saved(BatchSchedCB, SCHEDS['exponential'])
-    with pytest.warns(UserWarning, match='base_lrs.0 was 0.1 and is 0.3'):
+    with pytest.warns(UserWarning, match='differ in .*base_lrs'):
         assert resumed(BatchSchedCB, SCHEDS['exponential'], state, lr=0.3) == new_from(BatchSchedCB, SCHEDS['exponential'], lr=0.3)
 
 def test_a_scheduler_of_your_own():
@@ -277,7 +277,7 @@ def test_a_scheduler_of_your_own():
         def get_lr(self): return [o/(1 + self.speed*self.last_epoch) for o in self.base_lrs]
     state, used = saved(BatchSchedCB, partial(Own, speed=2))
     assert resumed(BatchSchedCB, partial(Own, speed=2), state) == used[2*N:]
-    with pytest.warns(UserWarning, match='speed was 2 and is 3'): resumed(BatchSchedCB, partial(Own, speed=3), state)
+    with pytest.warns(UserWarning, match='differ in .*speed'): resumed(BatchSchedCB, partial(Own, speed=3), state)
 
 def test_a_new_fit_starts_anew():
     "A state that is loaded between fits has no effect: only a fit that resumes takes it up"

@@ -21,8 +21,6 @@ from ..plot import COLORS, GREY, get_grid, plot_style, subplots
 from ..training.events import Callback
 
 # %% ../../nbs/callbacks/15_activations.ipynb #87a45bd9
-def _is_compiled(m): return '_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None) is not None
-
 class HooksCallback(Callback):
     """A hook on each module while a fit lasts; iterate over the callback for the hooks. Code from `torch.compile` calls
     no hooks: in the batches that they are for, a compiled model runs without compilation"""
@@ -49,7 +47,8 @@ class HooksCallback(Callback):
         self.learn, self.n = learn, 0                # `n`: how many batches of those to watch there were
         self.hooks, self._attached = Hooks(mods, self._call), True
         for h in self.hooks: h.name = f'{names.get(h.m, "(elsewhere)")} {type(h.m).__name__}'.strip()
-        self._compiled = any(map(_is_compiled, learn.model.modules()))
+        self._compiled = any('_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None) is not None
+                             for m in learn.model.modules())
         self._attach(False)
 
     def _call(self, *args):
@@ -107,14 +106,6 @@ def _draw_histograms(ax, stats, grads):
     ax.set_yticks(list(ticks), list(ticks.values()))
     return image
 
-def _draw_dead(ax, stats):
-    "Shares of zeros and of dead units over the batches"
-    marker = _marker(stats)
-    ax.plot(stats.batches, stats.zeros.numpy(), color=GREY, ls='--', marker=marker, label='elements that are zero')
-    ax.plot(stats.batches, stats.dead.numpy(), color=COLORS[1], marker=marker,
-            label='dead units: zero in the whole batch')
-    ax.set_ylim(-0.03, 1.03)
-    ax.grid(alpha=0.3)
 
 class _StatsCharts:
     "The charts of `ActivationStats`: of a callback that gives hooks with `stats`, `grads` and a `_note`"
@@ -157,7 +148,12 @@ class _StatsCharts:
     ):
         "The share of dead units over the batches, and that of zeros"
         fig, _, drawn = self._axes(figsize, grads)
-        for ax, s in drawn: _draw_dead(ax, s)
+        for ax, s in drawn:
+            ax.plot(s.batches, s.zeros.numpy(), color=GREY, ls='--', marker=_marker(s), label='elements that are zero')
+            ax.plot(s.batches, s.dead.numpy(), color=COLORS[1], marker=_marker(s),
+                    label='dead units: zero in the whole batch')
+            ax.set_ylim(-0.03, 1.03)
+            ax.grid(alpha=0.3)
         fig.supylabel('share', size=11)
         title = 'gradients: exactly zero' if grads else f'zero: no larger than {self.dead:g}'
         fig.legend(*ax.get_legend_handles_labels(), loc='outside upper center', ncols=2, title=title)
@@ -230,9 +226,8 @@ class ActivationStats(_StatsCharts, HooksCallback):
 
     def _first_call(self, hook, what):
         "Is this the first call in this batch from which `what` could be read?"
-        first = hook.last_read.get(what) != self.n
-        hook.last_read[what] = self.n
-        return first
+        last, hook.last_read[what] = hook.last_read.get(what), self.n
+        return last != self.n
 
     def _add(self, hook, what, row):
         if not hasattr(hook, what): setattr(hook, what, StatsHistory())
@@ -247,12 +242,12 @@ class ActivationStats(_StatsCharts, HooksCallback):
         grads:bool=False, # of the gradients?
     ) -> Report: # a `StatsRow` for each module
         "The statistics of each module in the last batch that was read, and what is odd about it"
-        return Report([self._row(h, grads) for h in self], dead='.1%')
-
-    def _row(self, h, grads):
-        s, note = getattr(h, 'grads' if grads else 'stats', None), self._note(h, grads)
-        if s is None: return StatsRow(h.name, note=note)
-        return StatsRow(h.name, s.n, s.means[-1].item(), s.stds[-1].item(), s.dead[-1].item(), note)
+        res = Report(dead='.1%')
+        for h in self:
+            s = getattr(h, 'grads' if grads else 'stats', None)
+            last = () if s is None else (s.n, s.means[-1].item(), s.stds[-1].item(), s.dead[-1].item())
+            res.append(StatsRow(h.name, *last, note=self._note(h, grads)))
+        return res
 
     def _note(self, h, grads):
         if not h.calls: return 'never reached'

@@ -47,14 +47,11 @@ class RecorderCB(HasLearnCB):
     def __init__(self,
         **functions, # name → function of this callback
     ):
-        self.functions = functions
-        self._start()
-
-    def _start(self): self.recs = {name: [] for name in self.functions}
+        self.functions,self.recs = functions,{}
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        self._start()
+        self.recs = {name: [] for name in self.functions}
         self.pg = next(iter(getattr(learn.opt, 'param_groups', ())), None)
 
     def state_dict(self): return dict(recs={name: list(values) for name, values in self.recs.items()})

@@ -123,16 +123,14 @@ class LRFinderCB(Callback):
     def result(self): return suggest_lr(self.lrs, self.losses)
 
 # %% ../../nbs/callbacks/05_finder.ipynb #0000000f
-def _members(groups): return [[id(p) for p in g['params']] for g in groups]
-
 class _SameOptionsCB(Callback):
     "Give the optimizer the options of another one over the same parameters, except its rate"
     def __init__(self, opt, lr): self.groups,self.lr = getattr(opt, 'param_groups', ()),lr
 
     def before_fit(self, learn):
         new = getattr(learn.opt, 'param_groups', ())
-        if _members(new) != _members(self.groups): return
-        for g, old in zip(new, self.groups):
+        members,known = ([[id(p) for p in g['params']] for g in groups] for groups in (new, self.groups))
+        for g, old in zip(new, self.groups) if members == known else ():
             if 'lr' in g: set_option(g, 'lr', self.lr*old.get('lr_mult', 1.))
             for k in old.keys() - {'params', 'lr'}: set_option(g, k, old[k])
 

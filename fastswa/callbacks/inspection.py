@@ -7,13 +7,13 @@ __all__ = ['CapturePreds', 'capture_preds', 'summary', 'show_image_batch']
 
 # %% ../../nbs/callbacks/18_inspection.ipynb #00000002
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from fastcore.meta import delegates
 
 from .metrics import MetricsCB
 from ..core import keep_modes, map_tensors, to_cpu, to_device
+from ..nets.hooks import Hooks
 from ..plot import show_images
 from ..training.events import Callback, Stage, as_list
 from ..training.sandbox import prepared_batches, sandbox
@@ -69,11 +69,6 @@ def _shape(x): return str(tuple(x.shape)) if torch.is_tensor(x) else type(x).__n
 
 def _n_params(module): return sum(p.numel() for p in module.parameters())
 
-def _one_sample(learn):
-    "A training batch of one sample as the model gets it, on the device of the model"
-    device = next((t.device for t in learn.model.parameters()), 'cpu')
-    batch = next(prepared_batches(learn, learn.dls.train))
-    return to_device(map_tensors(lambda t: t[:1] if t.ndim else t, batch), device)
 
 def summary(
     learn, # a learner
@@ -81,25 +76,22 @@ def summary(
     """Shapes, parameters and millions of floating-point operations of the model's children, for one sample;
     a multiply-add counts two"""
     from torch.utils.flop_counter import FlopCounterMode
-    counter,lines,hooks = FlopCounterMode(display=False),[],[]
-    lines += '|Module|Type|Input|Output|Parameters|MFLOPs|', '|--|--|--|--|--:|--:|'
-    before = 0
-    def note(name, module, inp, out):
+    counter,before = FlopCounterMode(display=False),0
+    lines = ['|Module|Type|Input|Output|Parameters|MFLOPs|', '|--|--|--|--|--:|--:|']
+    names = {m: name for name, m in learn.model.named_children()} or {learn.model: ''}
+    def note(hook, module, inp, out):
         nonlocal before
         total = counter.get_total_flops()/1e6
         shapes = f'{_shape(inp[0] if inp else None)}|{_shape(out)}'
-        lines.append(f'|{name}|{type(module).__name__}|{shapes}|{_n_params(module):,}|{total - before:.2f}|')
+        lines.append(f'|{names[module]}|{type(module).__name__}|{shapes}|{_n_params(module):,}|{total - before:.2f}|')
         before = total
     with sandbox(learn), torch.no_grad():
-        learn.batch = _one_sample(learn)
-        try:
-            for name, module in list(learn.model.named_children()) or [('', learn.model)]:
-                hooks.append(module.register_forward_hook(partial(note, name)))
-            with keep_modes(learn.model), counter:
-                learn.model.eval()
-                learn.predict()
-        finally:
-            for h in hooks: h.remove()
+        batch = next(prepared_batches(learn, learn.dls.train))
+        device = next((t.device for t in learn.model.parameters()), 'cpu')
+        learn.batch = to_device(map_tensors(lambda t: t[:1] if t.ndim else t, batch), device)
+        with Hooks(names, note), keep_modes(learn.model), counter:
+            learn.model.eval()
+            learn.predict()
     lines.append(f'|total||||{_n_params(learn.model):,}|{before:.2f}|')
     return _Markdown('\n'.join(lines))
 

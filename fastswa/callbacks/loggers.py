@@ -24,7 +24,6 @@ class RowsCB(Callback):
     order,role = Stage.show + 5,'watches'
     _warned,_n_rows = False,0
     def before_fit(self, learn): self._warned = False
-    def before_epoch(self, learn): self._n_rows = len(learn.history)
     def before_batch(self, learn): self._n_rows = len(learn.history)  # a resumed fit has its rows back by now
     def after_epoch(self, learn): self._new_row(learn)
     def cleanup_epoch(self, learn): self._new_row(learn)    # a callback that ends the fit leaves out after_epoch
@@ -49,22 +48,21 @@ class LogCB(RowsCB):
     ):
         if isinstance(logger, type) or not callable(getattr(logger, 'log', None)):
             raise TypeError(f'logger must be an object that has log(dict); got {logger!r}')
-        self.logger,self.every = logger,Every(every)
-        self._start()
-
-    def _start(self):
-        self._meter,self._loaded = LossMeter(),None
-        self._lrs,self._due = {},False
+        self.logger,self.every,self._meter = logger,Every(every),LossMeter()
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        self._start()
+        self._meter,self._loaded = LossMeter(),None
+        self._lrs,self._due = {},False
         if 'train' in learn.averages:
             raise ValueError("in a log 'train' is the training: give the average another name")
         if learn.will_train: self.every.begin(learn.clock)
 
     def after_loss(self, learn): # before the step: afterwards schedules move on
-        if learn.training: self._lrs = _rates(learn.opt)
+        if not learn.training: return
+        lrs = {g.get('name', i): g['lr'] for i, g in enumerate(getattr(learn.opt, 'param_groups', ())) if 'lr' in g}
+        self._lrs = {f'lr/{k}' if len(lrs) > 1 else 'lr': v.detach().clone() if torch.is_tensor(v) else v
+                     for k, v in lrs.items()}      # a tensor is copied, not read: that would wait for a GPU
 
     def after_step(self, learn): self._due |= self.every.due()
 
@@ -97,12 +95,6 @@ class LogCB(RowsCB):
         self._log(learn, {'train/loss': meter.mean(), **{k: float(v) for k, v in self._lrs.items()}})
 
     def _log(self, learn, values): self.logger.log({**values, 'epoch': learn.epoch, 'step': learn.opt_steps})
-
-def _rates(opt):
-    "The learning rate of each parameter group, by the name in the log; one that is a tensor is copied, not read"
-    lrs = {g.get('name', i): g['lr'] for i, g in enumerate(getattr(opt, 'param_groups', ())) if 'lr' in g}
-    lrs = {k: v.detach().clone() if torch.is_tensor(v) else v for k, v in lrs.items()}
-    return {f'lr/{k}' if len(lrs) > 1 else 'lr': v for k, v in lrs.items()}
 
 # %% ../../nbs/callbacks/13_loggers.ipynb #00000011
 class TensorBoardCB(LogCB):
@@ -156,52 +148,46 @@ class CSVLoggerCB(RowsCB):
         path, # the file, such as `'runs/log.csv'`; its folder is made
     ):
         self.path = Path(path)
-        self._history = self._written = None      # whose table it is; what tells the file that was written last
-        self._times,self._ours = [],False
+        self._history,self._ours = None,False      # whose table it is; may the file be written to?
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        self._ours = False
         if self.path.exists() and not self.path.is_file():
             raise OSError(f'the log must be a file; {self.path} is something else')
         check_folder(self.path.parent)
-        if self._history is not learn.history: self._history,self._written,self._times = learn.history,None,[]
-        self._ours = self._file() in (None, self._written)
+        if self._history is not learn.history: self._history,self._text,self._times = learn.history,'',[]
+        self._ours = not self.path.exists() or self.path.read_bytes() in (b'', self._text.encode())
         if not learn.resuming: self._check_ours()
-
-    def _file(self):
-        "What tells a file from any other; None where there is none, or an empty one"
-        if not self.path.exists(): return None
-        stat = self.path.stat()
-        return (stat.st_ino, stat.st_mtime_ns, stat.st_size) if stat.st_size else None
 
     def _check_ours(self):
         if self._ours: return
         raise FileExistsError(f'{self.path} was not written by this run, and is not overwritten: give another path, or '
                               'remove it. (A run that is resumed, fit(…, resume=…), goes on with its table.)')
 
-    def before_epoch(self, learn):
-        super().before_epoch(learn)
-        self._began = time.perf_counter()
+    def before_epoch(self, learn): self._began = time.perf_counter()
 
     def before_batch(self, learn):
         super().before_batch(learn)
         self._check_ours()      # a resumed fit has its state by now
 
     def row(self, learn):
-        self._check_ours()
-        n = len(learn.history) - 1
-        unknown = [None]*(n - len(self._times))
-        self._times = [*self._times[:n], *unknown, round(time.perf_counter() - self._began, 3)]
+        n = len(learn.history) - 1      # rows that were there before the logger have no time
+        self._times = [*self._times, *[None]*n][:n] + [round(time.perf_counter() - self._began, 3)]
         self._write(learn.history)
 
     def cleanup_fit(self, learn):
         if self._ours and self._times: self._try(self._write, learn.history)      # columns may have come late
 
     def _write(self, rows):
-        text = _csv([{**r, 'time': r.get('time', t)} for r, t in zip(rows, self._times)])
-        with written(self.path) as tmp: tmp.write_text(text, encoding='utf-8', newline='')
-        self._written = self._file()
+        "The rows as CSV; columns in the order in which they first occur"
+        rows = [{**r, 'time': r.get('time', t)} for r, t in zip(rows, self._times)]
+        columns = dict.fromkeys(k for r in rows for k in r if k != 'time')
+        f = StringIO(newline='')
+        writer = csv.DictWriter(f, [*columns, 'time'])
+        writer.writeheader()
+        writer.writerows(rows)
+        with written(self.path) as tmp: tmp.write_text(f.getvalue(), encoding='utf-8', newline='')
+        self._text = f.getvalue()
 
     def state_dict(self): return dict(path=str(self.path), times=list(self._times))
 
@@ -209,11 +195,3 @@ class CSVLoggerCB(RowsCB):
         "Go on with the table of the run that is resumed: its rows up to there stay, and further ones are replaced"
         self._times = list(state['times'])
         self._ours = self._ours or state['path'] == str(self.path)
-
-def _csv(rows):
-    "The rows as CSV; columns in the order in which they first occur"
-    f = StringIO(newline='')
-    writer = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r if k != 'time')) + ['time'])
-    writer.writeheader()
-    writer.writerows(rows)
-    return f.getvalue()

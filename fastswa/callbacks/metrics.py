@@ -143,6 +143,7 @@ class Watched:
 class EarlyStoppingCB(Callback):
     "End the fit when a column has not become better for some epochs; `best` and `best_epoch` say when it was best"
     order,role = Stage.schedule + 5,'watches'
+    best = best_epoch = _epoch = None      # `_epoch`: that of the last value
     def __init__(self,
         metric:str='loss', # a column of the raw row, or `'ema/accuracy'` for another set of weights
         patience:int=3, # the fit ends after so many epochs without an improvement
@@ -152,14 +153,10 @@ class EarlyStoppingCB(Callback):
         self.watched = Watched(metric, mode)
         self.patience = check_whole('patience', patience)
         self.min_delta = check_number('min_delta', min_delta, include_low=True)
-        self._start()
 
-    def _start(self):
-        self.best = self.best_epoch = None
-        self._epoch = None      # of the last value
+    def before_fit(self, learn):
+        self.best = self.best_epoch = self._epoch = None
         self._loaded = False
-
-    def before_fit(self, learn): self._start()
 
     def before_epoch(self, learn):
         if not learn.training: return

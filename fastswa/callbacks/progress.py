@@ -30,12 +30,12 @@ class View:
 
 class LogView(View):
     "One line for each epoch"
-    def __init__(self): self.epoch,self.parts = None,[]
+    def __init__(self): self.done,self.parts = None,[]
 
     def start(self, p):
-        if p.epoch == self.epoch: return
+        if p.done == self.done: return
         self._flush(p)
-        self.epoch,self.began = p.epoch,p.began
+        self.done,self.began = p.done,p.began
 
     def row(self, p, row, lines):
         name = 'train' if row['train'] == 'train' else row.get('weights', 'valid')
@@ -67,8 +67,8 @@ class TerminalView(View):
         self.bar.refresh()
 
     def stop(self):
-        bar,self.bar = self.bar,None
-        if bar is not None: bar.close()
+        if self.bar is not None: self.bar.close()
+        self.bar = None
 
     def row(self, p, row, lines): print(*lines, sep='\n', flush=True)
     def end(self, p):
@@ -84,15 +84,14 @@ class NotebookView(View):
         self.live,self.handle = live,None
         self.plot,self._next_plot = '',0
 
-    def row(self, p, row, lines): p.draw(rows=True)
+    def update(self, p):
+        if self.live: self._show(p, p.status(), last=100)
 
     def end(self, p):
-        if p.table.rows or p.note: self.update(p, final=True)
+        if p.table.rows or p.note: self._show(p, p.note, final=True)
 
-    def update(self, p, final=False):
-        if not (self.live or final): return
+    def _show(self, p, now, last=0, final=False):
         from IPython.display import display
-        now,last = (p.note, 0) if final else (p.status(), 100)
         data = {'text/plain': '\n'.join(filter(None, [now, p.table.text(last)])),
                 'text/html': _bar(p, now) + p.table.html(last) + self._plot(p, final)}
         if self.handle is not None: self.handle.update(data, raw=True)
@@ -100,11 +99,10 @@ class NotebookView(View):
 
     def _plot(self, p, final):
         start = p.clock()
-        if not p.plot or not (p.losses or p.valid) or not (final or start >= self._next_plot): return self.plot
-        png = b64encode(_png(p)).decode()
-        self.plot = f'<img width="540" alt="loss over training batches" src="data:image/png;base64,{png}">'
-        end = p.clock()
-        self._next_plot = end + min(20*(end - start), 5)
+        if p.plot and (p.losses or p.valid) and (final or start >= self._next_plot):
+            png = b64encode(_png(p)).decode()
+            self.plot = f'<img width="540" alt="loss over training batches" src="data:image/png;base64,{png}">'
+            self._next_plot = p.clock() + min(20*(p.clock() - start), 5)
         return self.plot
 
 def _bar(p, now):
@@ -126,9 +124,8 @@ def _png(p):
 def find_view() -> View:
     "The view for where this runs: a Jupyter kernel, another IPython shell, a terminal, or a log"
     ip = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
-    if getattr(ip, 'kernel', None) is not None: return NotebookView()
-    in_terminal = hasattr(ip, 'mainloop')
-    if ip is not None and not in_terminal: return NotebookView(live=False)
+    in_kernel,in_terminal = getattr(ip, 'kernel', None) is not None,hasattr(ip, 'mainloop')
+    if in_kernel or not (ip is None or in_terminal): return NotebookView(live=in_kernel)
     return TerminalView() if getattr(sys.stdout, 'isatty', bool)() else LogView()
 
 # %% ../../nbs/callbacks/12_progress.ipynb #00000012
@@ -150,23 +147,21 @@ class ProgressCB(Callback):
         self.view,self.table = View(),Table()
         self.losses,self.valid = [],{}
         self.title = self.note = ''
-        self.done = 0                             # epochs
         self._new,self._recent = [],[]            # losses: not read yet; the last ones of this pass
-        self._next = self._next_row = -math.inf   # when to draw again: at any time, because of a new row
-        self._finished = False
+        self._next = -math.inf                    # when to draw again
 
     def before_fit(self, learn):
         self._clear()
         if not is_quiet(learn): self.view = self._make_view()
 
     def before_epoch(self, learn):
-        self.epoch,self.n_epochs,self.training = learn.epoch,learn.n_epochs,learn.training
-        self.done,self.averages = learn.epoch,list(learn.averages)
+        self.done,self.n_epochs,self.training = learn.completed,learn.n_epochs,learn.training
+        self.averages = list(learn.averages)
         self._what = 'train' if learn.training else f'valid {learn.weights}' if self.averages else 'valid'
         self.title = f'{self.done}/{self.n_epochs} epochs, {self._what}'
         self.n,self.total,self.began = 0,length_hint(learn.dl) or None,self.clock()
-        self._new,self._recent,self._complete = [],[],False
-        self._last_row = learn.history[-1] if learn.history else None
+        self._recent,self._last_row = [],learn.history[-1:]
+        self._complete = False
         self.view.start(self)
         if self.began >= self._next: self.draw()
 
@@ -179,33 +174,24 @@ class ProgressCB(Callback):
     def cleanup_epoch(self, learn): # not after_epoch, which a callback that ends the fit there leaves out
         self._read()
         self.view.stop()
-        if learn.history and learn.history[-1] is not self._last_row: self._add(learn.history[-1])
-
-    def after_fit(self, learn): self._finished,self.done = True,learn.n_epochs
+        self._complete = learn.history[-1:] != self._last_row
+        if self._complete: self._add(learn.history[-1])
 
     def cleanup_fit(self, learn):
-        if self.title and not self._finished: self._stopped(learn)
-        view,self.view = self.view,View()
-        view.end(self)
+        if self.title and learn.completed < learn.n_epochs:
+            where = f'{learn.completed}/{self.n_epochs} epochs'
+            if not self._complete: where = self.status()
+            elif learn.completed == self.done: where += f', after {self._what}'
+            self.note = f'stopped {f"by {type(learn.error).__name__} " if learn.error else ""}at {where}'
+        self.done = learn.completed
+        self.view.end(self)
+        self.view = View()
 
-    def _stopped(self, learn):
-        self.done = learn.epoch
-        where = f'{self.done}/{self.n_epochs} epochs'
-        if not self._complete: where = self.status()
-        elif self.done == self.epoch: where += f', after {self._what}'
-        self.note = f'stopped by {type(learn.error).__name__} at {where}' if learn.error else f'stopped at {where}'
-
-    def draw(self,
-        rows:bool=False, # only because of a new row: not if drawing has cost much lately
-    ):
+    def draw(self):
         "Show the present state"
-        start = self.clock()
-        if rows and start < self._next_row: return
         self._read()
         self.view.update(self)
-        end = self.clock()
-        self._next = end + self.view.every
-        self._next_row = end + min(20*(end - start), self.view.every)
+        self._next = self.clock() + self.view.every
 
     def _read(self):
         new,self._new = self._new,[]
@@ -214,7 +200,6 @@ class ProgressCB(Callback):
         if self.training: self.losses += new
 
     def _add(self, row):
-        self._complete = True
         if row['train'] != 'train': self.valid.setdefault(row['weights'], []).append((len(self.losses), row['loss']))
         shown = {k: v for k, v in row.items() if k != 'weights' or self.averages}
         shown['time'] = format_time(self.clock() - self.began)

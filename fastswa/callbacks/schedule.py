@@ -25,64 +25,35 @@ from ..training.optim import OptionChanges, group_options, set_option
 # %% ../../nbs/callbacks/06_schedule.ipynb #00000007
 def _takes_length(sched):
     "Does the factory take `total_steps`, and was given no length of any kind?"
-    try: params = inspect.signature(sched).parameters
-    except (TypeError, ValueError): return False       # built-in callables have no signature
+    params = inspect.signature(sched).parameters
     values = [params[k].default for k in ('total_steps', 'epochs', 'steps_per_epoch') if k in params]
     return 'total_steps' in params and all(v in (None, inspect.Parameter.empty) for v in values)
 
-def _lengths(sched, steps):
-    "What the parts of a scheduler take as their total, and the steps they will make when the whole makes `steps`"
-    parts = getattr(sched, '_schedulers', None)
-    if parts is None: return [(sched.total_steps, steps)] if getattr(sched, 'total_steps', None) else []
-    ends = getattr(sched, '_milestones', None)         # one after the other, or all at once
-    starts = [0]*len(parts) if ends is None else [0, *ends]
-    ends = [steps]*len(parts) if ends is None else [*ends, steps]
-    return [o for p, s, e in zip(parts, starts, ends) for o in _lengths(p, max(min(e, steps) - s, 0))]
-
 def _check_length(sched, steps):
-    for total, needed in _lengths(sched, steps) if steps else ():
-        if total >= needed: continue
-        raise ValueError(f'the schedule ends after total_steps={total}, but the fit has {needed} steps: '
+    "ValueError if a scheduler, or a part of one, ends before it has made so many steps"
+    total = getattr(sched, 'total_steps', None) or steps
+    if total < steps:
+        raise ValueError(f'the schedule ends after total_steps={total}, but the fit has {steps} steps: '
                          'leave total_steps out, and it gets the number of steps in the fit')
+    parts = getattr(sched, '_schedulers', ())
+    milestones = getattr(sched, '_milestones', None)         # one part after the other, or all at once
+    starts = [0]*len(parts) if milestones is None else [0, *milestones]
+    for part, start, end in zip(parts, starts, starts[1:] + [steps] if milestones else [steps]*len(parts)):
+        _check_length(part, min(end, steps) - start)
 
 # %% ../../nbs/callbacks/06_schedule.ipynb #0000000a
-def _without_functions(state):
-    "A scheduler's state: functions in it belong to the scheduler that is made, not to what is saved"
-    if isinstance(state, dict): return {k: _without_functions(v) for k, v in state.items() if not callable(v)}
-    return [_without_functions(v) for v in state] if isinstance(state, list) else state
+def _state(sched):
+    "The state of a scheduler without functions, which belong to the scheduler that is made, not to what is saved"
+    def clean(v):
+        if isinstance(v, dict): return {k: clean(o) for k, o in v.items() if not callable(o)}
+        return [*map(clean, v)] if isinstance(v, list) else v
+    return plain(clean(getattr(sched, 'state_dict', dict)()), strict=False)
 
-def _state(sched): return plain(_without_functions(getattr(sched, 'state_dict', dict)()), strict=False)
-
-def _flat(value, name):
-    "The values in nested dicts and lists, by where they are: `{'milestones.3': 1, …}`"
-    if not isinstance(value, (dict, list, tuple)): return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {where: v for k, item in items for where, v in _flat(item, f'{name}.{k}').items()}
-
-def _settings(sched):
-    "What a new scheduler is, in one flat dict: its class, its settings, and the same of its parts"
-    settings = dict(kind=type(sched).__name__)
-    for k, v in plain(_state(sched), tensors=False, strict=False).items():
-        if k not in ('_schedulers', '_last_lr'): settings |= _flat(v, k.lstrip('_'))
-    for i, part in enumerate(getattr(sched, '_schedulers', ())):
-        settings |= {f'part {i}, {k}': v for k, v in _settings(part).items()}
-    return settings
-
-def _differences(saved, here):
-    "In words; where kinds differ, these alone"
-    differ = sorted(k for k in saved.keys() | here.keys() if saved.get(k) != here.get(k))
-    kinds = [k for k in differ if k.endswith('kind')]
-    return '; '.join(f'{k} was {saved.get(k)!r} and is {here.get(k)!r}' for k in (kinds or differ)[:8])
-
-def _as_made(saved, made):
-    "A saved state, with its dicts in the classes that the scheduler made (`MultiStepLR` has a `Counter`)"
-    if isinstance(saved, list) and isinstance(made, list) and len(saved) == len(made):
-        return [*map(_as_made, saved, made)]
-    if not (isinstance(saved, dict) and isinstance(made, dict)): return saved
-    res = copy(made)
-    res.clear()
-    res.update({k: _as_made(v, made.get(k)) for k, v in saved.items()})
-    return res
+def _load(sched, state):
+    "Load a state; where it is that of `sched` already, nothing is replaced, such as the `Counter` of `MultiStepLR`"
+    for part, saved in zip(getattr(sched, '_schedulers', ()), state.get('_schedulers', ())): _load(part, saved)
+    own = sched.state_dict()
+    sched.load_state_dict({k: own[k] if k == '_schedulers' or own.get(k) == v else v for k, v in state.items()})
 
 @contextmanager
 def _order_does_not_matter():
@@ -108,25 +79,25 @@ class BaseSchedCB(Callback):
         "How often the schedule will step in this fit, if that is known"
 
     def before_fit(self, learn):
-        self._n,self._skip = 0,0      # steps that the schedule has made; that it has to make before the next batch
+        self._behind = 0      # steps that the schedule has to make before the next batch
         if not learn.will_train or not learn.n_epochs: return
         if not hasattr(learn.opt, 'param_groups'):
             raise TypeError('a schedule needs an optimizer with param_groups; '
                             f'{type(learn.opt).__name__} is not an Optimizer of that kind')
         self._changes = OptionChanges(learn.opt)
-        self._make(learn.opt, self.steps(learn))
+        self._make(learn)
 
-    def _make(self, opt, steps):
-        asks = _takes_length(self.sched)
+    def _make(self, learn):
+        steps,asks = self.steps(learn),_takes_length(self.sched)
         if asks and not steps:
             raise ValueError('the schedule needs the number of steps in the fit, but the training loader has no '
                              'length: give the loader a `__len__`, or the schedule its total_steps')
-        self._factory = partial(self.sched, opt, **(dict(total_steps=steps) if asks else {}))
-        with self._changes.recording(): self.schedo = self._factory()
+        with self._changes.recording(): self.schedo = self.sched(learn.opt, **(dict(total_steps=steps) if asks else {}))
         if not hasattr(self.schedo, 'step'):
             raise TypeError(f'sched must return a scheduler; it returned {self.schedo!r}')
-        _check_length(self.schedo, steps)
-        self._new = _settings(self.schedo)
+        _check_length(self.schedo, steps or 0)
+        self._n = 0           # steps that it has made
+        self._new = dict(plain(_state(self.schedo), tensors=False, strict=False), kind=type(self.schedo).__name__)
         self._by_metric = 'metrics' in inspect.signature(self.schedo.step).parameters
 
     def _step(self, value=None):
@@ -134,12 +105,12 @@ class BaseSchedCB(Callback):
         with self._changes.recording(): self.schedo.step(*([value] if self._by_metric else []))
 
     def before_batch(self, learn):
-        if not self._skip: return
+        if not self._behind: return
         self._changes.undo()      # another schedule than the one that was saved starts from the rate of this fit
-        with self._changes.recording(): self.schedo = self._factory()
-        n,self._n,self._skip = self._skip,0,0
+        self._make(learn)
         with _order_does_not_matter():
-            for _ in range(0 if self._by_metric else n): self._step()
+            for _ in range(0 if self._by_metric else self._behind): self._step()
+        self._behind = 0
 
     def cleanup_fit(self, learn):
         if self._changes is not None: self._changes.undo()
@@ -151,14 +122,15 @@ class BaseSchedCB(Callback):
     def load_state_dict(self, state):
         "Go on from where a saved schedule was; a warning if it was another one. Between fits nothing happens"
         if not state or self._changes is None: return
-        differences = _differences(state['new'], self._new)
-        if differences:
-            warnings.warn(f'the saved schedule is another one: {differences}; '
-                          'from here on the fit follows the one it has now')
-            self._skip = state['n']
+        saved,new = state['new'],self._new
+        if saved == new:
+            _load(self.schedo, state['now'])
+            self._n = state['n']
             return
-        self.schedo.load_state_dict(_as_made(state['now'], self.schedo.state_dict()))
-        self._n = state['n']
+        differ = [k.lstrip('_') for k in {**saved, **new} if saved.get(k) != new.get(k) and k != '_last_lr']
+        warnings.warn(f'the saved schedule is another one: {saved["kind"]} was saved, {new["kind"]} is here, and they '
+                      f'differ in {", ".join(differ)}; from here on the fit follows the one it has now')
+        self._behind = state['n']
 
     def plot(self,
         of=None, # a learner, or an optimizer, for its parameter groups; None: one group with momentum
@@ -189,30 +161,26 @@ class EpochSchedCB(BaseSchedCB):
     def steps(self, learn): return int(learn.n_epochs)
 
     def before_fit(self, learn):
-        self._row = None      # of the last training epoch, until the schedule has stepped for it
-        self._learn = learn
+        self._row = None      # of the last training epoch, until a schedule that needs a metric has stepped for it
         super().before_fit(learn)
 
     def before_epoch(self, learn):
-        if self._changes is None or not learn.training or not self._by_metric: return
-        self.watched.check(learn)
-        if self._row is None: return
-        weights = self.watched.weights
-        if weights == 'raw': self._step(self.watched.of(self._row, learn))
-        elif learn.averages[weights].n:
-            raise ValueError(f'{self.watched.name!r}: this fit does not validate the weights {weights!r}')
+        if self._changes is not None and learn.training and self._by_metric:
+            self.watched.check(learn, rows=self.watched.weights != 'raw')
+
+    def before_batch(self, learn):
+        super().before_batch(learn)
+        if self._row is None or not learn.training: return
+        if self.watched.weights == 'raw': self._step(self.watched.of(self._row, learn))      # without validation
         self._row = None
 
     def after_epoch(self, learn):
         if self._changes is None: return
-        if learn.training: self._row = learn.history[-1]
-        if not self._by_metric:
-            if learn.training: self._step()
-            return
-        value = self.watched.value(learn)
-        if value is None: return
-        self._step(value)
-        self._row = None
+        if learn.training and self._by_metric: self._row = learn.history[-1]
+        elif learn.training: self._step()
+        elif self._by_metric and learn.weights == self.watched.weights:
+            self._step(self.watched.value(learn))
+            self._row = None
 
     def _step(self, value=None):
         with _order_does_not_matter(): super()._step(value)
@@ -222,10 +190,8 @@ class EpochSchedCB(BaseSchedCB):
 
     def load_state_dict(self, state):
         "Go on from where a saved schedule was, with the step that it owed"
-        if not state or self._changes is None: return
         super().load_state_dict(state)
-        self._row = state['row']
-        if self._row is not None and self._row['epoch'] < self._learn.epoch: self.before_epoch(self._learn)
+        if state and self._changes is not None: self._row = state['row']
 
 # %% ../../nbs/callbacks/06_schedule.ipynb #73954ec4
 class OneCycleCB(BatchSchedCB):
@@ -241,24 +207,22 @@ class OneCycleCB(BatchSchedCB):
         self.pct_start = check_number('pct_start', pct_start, high=0.999, include_low=True)
         self.div = check_number('div', div, low=1, include_low=True)
         self.div_final = check_number('div_final', div_final, low=1, include_low=True)
-        if moms is not None:
-            if not isinstance(moms, (tuple, list)) or len(moms) != 3 or moms[0] != moms[2]:
-                raise ValueError(f'moms must be three numbers, the last the same as the first, or None; got {moms!r}')
-            for m in moms: check_number('moms', m, high=0.9999, include_low=True)
+        if moms is not None and (not isinstance(moms, (tuple, list)) or len(moms) != 3 or moms[0] != moms[2]):
+            raise ValueError(f'moms must be three numbers, the last the same as the first, or None; got {moms!r}')
+        for m in moms or (): check_number('moms', m, high=0.9999, include_low=True)
         self.moms = moms
 
     def sched(self, opt, total_steps):
         tops = [float(g['lr']) if self.max_lr is None else self.max_lr*g.get('lr_mult', 1.) for g in opt.param_groups]
         pct = float(self.pct_start)
         if pct*total_steps == 1: pct *= 1 - 1e-9      # torch would divide by the length of a rise of no steps
-        return OneCycleLR(opt, tops, total_steps, pct_start=pct, div_factor=self.div,
-                          final_div_factor=self.div_final/self.div, **self._momenta(opt))
-
-    def _momenta(self, opt):
         has = ['betas' in g or bool(g.get('momentum')) for g in opt.param_groups]
-        if self.moms is None or not any(has): return dict(cycle_momentum=False)
-        high,low,_ = self.moms
-        return dict(max_momentum=[high*o for o in has], base_momentum=[low*o for o in has])
+        moms = dict(cycle_momentum=False)
+        if self.moms and any(has):
+            high,low,_ = self.moms
+            moms = dict(max_momentum=[high*o for o in has], base_momentum=[low*o for o in has])
+        return OneCycleLR(opt, tops, total_steps, pct_start=pct, div_factor=self.div,
+                          final_div_factor=self.div_final/self.div, **moms)
 
 # %% ../../nbs/callbacks/06_schedule.ipynb #5f276a5d
 _SHAPES = {'1-sqrt': lambda x: 1 - math.sqrt(x), 'linear': lambda x: 1 - x,
@@ -302,15 +266,11 @@ class WarmupStableDecayCB(BatchSchedCB):
 # %% ../../nbs/callbacks/06_schedule.ipynb #e1035ded
 def _stand_in(of, lr):
     "An optimizer with the groups of a learner or an optimizer, as a fit at `lr` would begin, and no parameters"
-    learner = hasattr(of, 'opt_func')
-    if of is None: of = optim.SGD([torch.zeros(1)], 0.1, momentum=0.9)
-    opt = (of.opt or of.opt_func(list(of.model.parameters()), of.lr)) if learner else of
+    opt = optim.SGD([torch.zeros(1)], 0.1, momentum=0.9) if of is None else getattr(of, 'opt', of)
     new = copy(opt)
     new.param_groups = [dict(params=[], **o) for o in group_options(opt)]
-    if not learner and lr is None: return new
-    for g in new.param_groups:
-        mult = g.get('lr_mult', float(g['lr'])/of.lr if learner else 1.)
-        set_option(g, 'lr', (of.lr if lr is None else lr)*mult)
+    if lr is None: lr = getattr(of, 'lr', None)
+    for g in () if lr is None else new.param_groups: set_option(g, 'lr', lr*g.get('lr_mult', 1.))
     return new
 
 def _rate_and_momentum(group):
@@ -342,21 +302,15 @@ def sched_rates(
             seen.append([_rate_and_momentum(g) for g in opt.param_groups])
             sim._step()
     lrs,moms = np.moveaxis(np.array(seen), 2, 0)
-    return [dict(name=_name(i, g), lr=lrs[:, i], momentum=moms[:, i] if moms[:, i].any() else None)
-            for i, g in enumerate(opt.param_groups)]
-
-def _name(i, group): return group.get('name') or f'group {i}, rate × {group.get("lr_mult", 1.):g}'
+    return [dict(name=g.get('name') or f'group {i}, rate × {g.get("lr_mult", 1.):g}', lr=lrs[:, i],
+                 momentum=moms[:, i] if moms[:, i].any() else None) for i, g in enumerate(opt.param_groups)]
 
 # %% ../../nbs/callbacks/06_schedule.ipynb #59e9ba6d
 def _curves(groups):
     "Groups with the same curves once, under all their names"
     same = {}
-    for g in groups:
-        key = g['lr'].tobytes(), b'' if g['momentum'] is None else g['momentum'].tobytes()
-        same.setdefault(key, []).append(g)
-    for gs in same.values():
-        name = ', '.join(g['name'] for g in gs[:2])
-        yield dict(gs[0], name=name if len(gs) < 3 else f'{name} and {len(gs) - 2} more')
+    for g in groups: same.setdefault(repr([*g['lr'], *(() if g['momentum'] is None else g['momentum'])]), []).append(g)
+    return [dict(gs[0], name=', '.join(g['name'] for g in gs)) for gs in same.values()]
 
 def plot_sched(
     cb, # as for `sched_rates`, with all that follows
@@ -369,7 +323,7 @@ def plot_sched(
     "Draw what `sched_rates` gives for the same arguments, a line for each parameter group"
     from matplotlib import colormaps
     from fastswa.plot import COLORS, plot_style, subplots
-    groups = list(_curves(sched_rates(cb, of, n_epochs, steps, lr)))
+    groups = _curves(sched_rates(cb, of, n_epochs, steps, lr))
     per_epoch,many = isinstance(cb, EpochSchedCB),len(groups) > len(COLORS)
     moves = any(g['momentum'] is not None and np.ptp(g['momentum']) > 0 for g in groups)
     keys,labels = ['lr', 'momentum'] if moves else ['lr'],dict(lr='learning rate', momentum='momentum')

@@ -29,8 +29,7 @@ class MixedPrecisionCB(Callback):
         self.dtype = dtype
         self.options = dict(init_scale=check_number('init_scale', init_scale),
                             growth_interval=check_whole('growth_interval', growth_interval))
-        self.skipped,self.scaler = 0,None
-        self._cast = self._kept = None
+        self.skipped,self.scaler,self._cast = 0,None,None
 
     def before_fit(self, learn):
         dtypes = {p.dtype for p in learn.model.parameters()}
@@ -46,7 +45,6 @@ class MixedPrecisionCB(Callback):
             device = next(learn.model.parameters()).device
             self.scaler = torch.amp.GradScaler(device.type, **self.options)
             self.scaler.scale(torch.zeros((), device=device))      # makes its tensors, as the first loss would
-        if learn.quiet: self._kept = self.state_dict()             # what is tried out leaves no trace
 
     def before_batch(self, learn):
         self._cast = torch.autocast(next(learn.model.parameters()).device.type, self.dtype)
@@ -60,8 +58,8 @@ class MixedPrecisionCB(Callback):
         if learn.training and self.scaler is not None: learn.loss.register_hook(self.scaler.scale)
 
     def cleanup_batch(self, learn):
-        cast,self._cast = self._cast,None
-        if cast is not None: cast.__exit__(None, None, None)
+        if self._cast is not None: self._cast.__exit__(None, None, None)
+        self._cast = None
 
     def after_backward(self, learn):
         if self.scaler is None: return
@@ -81,9 +79,6 @@ class MixedPrecisionCB(Callback):
         "By what the loss is multiplied at present; waits for a GPU"
         return 1. if self.scaler is None else self.scaler.get_scale()
 
-    def cleanup_fit(self, learn):
-        if self._kept is not None: self.load_state_dict(self._kept)
-        self._kept = None
 
     def state_dict(self): return {} if self.scaler is None else dict(self.scaler.state_dict(), skipped=self.skipped)
 

@@ -58,11 +58,9 @@ class GradAccumCB(Callback):
         self._at_end = False   # of the epoch?
 
     def before_fit(self, learn):
-        self._kept = None
         if not learn.will_train: return
         refuse_momentum_learner(self, learn)
         check_alone(self, learn)
-        if learn.quiet: self._kept = self.state_dict()          # what is tried out leaves no trace
         self._start()
         bs = getattr(learn.dls.train, 'batch_size', None)
         k = self.batches or (math.ceil(self.samples/bs) if bs else None)
@@ -81,25 +79,23 @@ class GradAccumCB(Callback):
         if weight != 1: learn.loss.register_hook(lambda g: g*weight)
 
     def after_backward(self, learn):
-        if not self._at_end: self._count(batch_size(learn.batch))
+        if not self._at_end:
+            n = batch_size(learn.batch)
+            self._size = self._size or n
+            self._n_batches += 1
+            self._n_samples += n
+            self._weight += n/self._size
         full = self._n_batches >= self.batches if self.batches else self._n_samples >= self.samples
         if not (full or self._at_end): raise CancelStepException
         if self._weight != 1: torch._foreach_div_(gradients(learn), self._weight)
         self._start()
 
-    def _count(self, n):
-        self._size = self._size or n
-        self._n_batches += 1
-        self._n_samples += n
-        self._weight += n/self._size
 
     def after_epoch(self, learn):
         if not (learn.training and self._n_batches): return
         self._at_end = True
         with suppress(CancelStepException): learn.take_step()
 
-    def cleanup_fit(self, learn):
-        if self._kept is not None: self.load_state_dict(self._kept)
 
     def state_dict(self):
         return dict(batches=self._n_batches, samples=self._n_samples, size=self._size, weight=self._weight)
@@ -173,9 +169,7 @@ class NaNGuardCB(Callback):
 class ClosureCB(Callback):
     """Give the optimizer a closure that computes loss and gradients of the batch anew, as `optim.LBFGS` needs;
     the table has the first loss"""
-    role = 'steps'
-    def __init__(self): self._handle = None
-
+    role,_handle = 'steps',None
     def before_fit(self, learn):
         if not learn.will_train: return
         refuse_momentum_learner(self, learn)

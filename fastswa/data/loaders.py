@@ -80,23 +80,18 @@ class BatchLoader:
         return n // self.batch_size if self.drop_last else math.ceil(n/self.batch_size)
 
     def __iter__(self):
-        order, bs = self._order(), self.batch_size           # drawn here, not when the first batch is asked for
-        return (self._batch(slice(i*bs, (i + 1)*bs), order) for i in range(len(self)))
-
-    def _order(self):
-        if not self.shuffle: return None
-        g = self.generator
-        if g is None: g = torch.Generator().manual_seed(torch.empty((), dtype=torch.int64).random_().item())
-        x, _ = self.dataset.tensors
-        return torch.randperm(len(x), generator=g, device=g.device).to(x.device)
-
-    def _batch(self, part, order):
         x, y = self.dataset.tensors
-        if order is None: xb, yb = x[part], y[part].clone()      # a copy, so that nobody writes into the dataset
-        else: xb, yb = (o.index_select(0, order[part]) for o in (x, y))     # several times faster than x[order[part]]
+        order = torch.arange(len(x), device=x.device)        # drawn here, not when the first batch is asked for
+        if self.shuffle:
+            g = self.generator
+            if g is None: g = torch.Generator().manual_seed(torch.empty((), dtype=torch.int64).random_().item())
+            order = torch.randperm(len(x), generator=g, device=g.device).to(x.device)
+        return (self._batch(x, y, part) for part in order.split(self.batch_size)[:len(self)])
+
+    def _batch(self, x, y, part):
+        xb, yb = (o.index_select(0, part) for o in (x, y))   # several times faster than x[part], and always a copy
         xb = xb.to(torch.float32).div_(255)
-        if self.tfm is not None: xb = self.tfm(xb)
-        return xb, yb
+        return (xb if self.tfm is None else self.tfm(xb)), yb
 
 # %% ../../nbs/data/01_loaders.ipynb #00000011
 def _column(ds, kind):
@@ -122,19 +117,17 @@ def _pgm_pixels(files):
 def _images(ds, column):
     "All images of `column` in one uint8 array (N, C, H, W)"
     feature = datasets.Image(mode=ds.features[column].mode)
-    res, i = None, 0
+    blocks = []
     for table in ds.select_columns(column).with_format('arrow').iter(1000):
         files = table[column].combine_chunks()
         block = _pgm_pixels(pc.struct_field(files, 'bytes')) if feature.mode in (None, 'L') else None
-        if block is None: block = [_pixels(feature.decode_example(o)) for o in files.to_pylist()]
-        if res is None: res = np.empty((len(ds), *block[0].shape), np.uint8)
-        for a in block if isinstance(block, list) else block[:1]:
-            if a.shape == res.shape[1:]: continue
-            raise ValueError(f'all images must have one shape, but there are {res.shape[1:]} and {a.shape} (C, H, W): '
-                             f"resize them, or cast the column to datasets.Image(mode='RGB') if only channels differ")
-        res[i:i+len(block)] = block
-        i += len(block)
-    return torch.from_numpy(res)
+        if block is None: blocks += [_pixels(feature.decode_example(o))[None] for o in files.to_pylist()]
+        else: blocks.append(block)
+    shapes = [*dict.fromkeys(o.shape[1:] for o in blocks)]
+    if len(shapes) > 1:
+        raise ValueError(f'all images must have one shape, but there are {shapes[0]} and {shapes[1]} (C, H, W): '
+                         f"resize them, or cast the column to datasets.Image(mode='RGB') if only channels differ")
+    return torch.from_numpy(np.concatenate(blocks))
 
 def _labels(ds, column):
     "The labels of `column`, int64, each of them a class"
@@ -151,19 +144,18 @@ def _tensors(ds, device):
     if ds.format['type'] == 'custom':
         raise ValueError('in_memory reads the images as stored, without the transform of the dataset: remove it by '
                          'with_format(None) and give a tfm= for batches, or use from_dd')
-    image, label = _column(ds, datasets.Image), _column(ds, ClassLabel)
-    return to_device((_images(ds, image), _labels(ds, label)), device)
+    return to_device((_images(ds, _column(ds, datasets.Image)), _labels(ds, _column(ds, ClassLabel))), device)
 
 # %% ../../nbs/data/01_loaders.ipynb #00000016
 _valid_names = 'validation', 'valid', 'val', 'test'
 
 def _splits(dd):
     "The training and the validation split of `dd`, neither of them empty"
-    keys = list(dd) if isinstance(dd, dict) else None
-    valid = next((k for k in _valid_names if k in (keys or ())), None)
-    if keys is None or 'train' not in keys or valid is None:
+    keys = list(dd) if isinstance(dd, dict) else []
+    valid = next((k for k in _valid_names if k in keys), None)
+    if 'train' not in keys or valid is None:
         raise ValueError(f"a DatasetDict with 'train' and one of {', '.join(_valid_names)} is needed; "
-                         f'got {type(dd).__name__ if keys is None else keys}')
+                         f'got {keys or type(dd).__name__}')
     for k in ('train', valid):
         if not len(dd[k]): raise ValueError(f'the split {k!r} is empty')
     return dd['train'], dd[valid]

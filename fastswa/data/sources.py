@@ -109,13 +109,9 @@ def _from_hub(repo):
 
 _system = '/usr/share/datasets'          # where Debian's and Ubuntu's packages put theirs
 
-def _cache():
-    "The folder in which `make data` puts the sets"
-    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'fastswa'
 
 _no_idx = 'holds no IDX files (train-images-idx3-ubyte.gz and three more)'
 
-def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 def _load(name, path, repo):
     "The set `name` from `path`, `$FASTSWA_DATA`, the system's folder, the user's cache, or the hub's `repo`"
@@ -124,15 +120,17 @@ def _load(name, path, repo):
         folder = _find_folder(Path(path).expanduser(), subfolder)
         if folder is None: raise FileNotFoundError(f'{path} {_no_idx}, and neither does {Path(path)/subfolder}')
         return _read_folder(folder, name)
-    places = [Path(o).expanduser() for o in (os.environ.get('FASTSWA_DATA'), _system, _cache()) if o]
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'fastswa')      # where `make data` puts the sets
+    places = [Path(o).expanduser() for o in (os.environ.get('FASTSWA_DATA'), _system, cache) if o]
     folder = next((f for f in (_find_folder(p, subfolder) for p in places) if f), None)
     if folder: return _read_folder(folder, name)
     try: dd = _from_hub(repo)
     except Exception as e:
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         package = ' On Debian and Ubuntu, install dataset-fashion-mnist.' if name == 'fashion_mnist' else ''
         raise FileNotFoundError(
             f'{name} is not in {" or ".join(map(str, places))}, and the Hugging Face hub did not provide it '
-            f'({_first_line(e)}).{package} Give the folder of its IDX files as path= or in $FASTSWA_DATA, '
+            f'({reason}).{package} Give the folder of its IDX files as path= or in $FASTSWA_DATA, '
             f'or use toy_images(), which needs no files') from e
     if dd['train'].features['label'].names == _classes[name]: return dd
     return dd.cast_column('label', ClassLabel(names=_classes[name]))

@@ -44,8 +44,8 @@ def _sizes(x, pct):
 
 def _corners(x, pct, generator):
     "Top and left of a rectangle in each image, (N, 1, 1, 1) each"
-    last = [n - size for n, size in zip(x.shape[-2:], _sizes(x, pct))]
-    return [_random(torch.randint, x, generator, n + 1, (len(x), 1, 1, 1)) for n in last]
+    return [_random(torch.randint, x, generator, n - size + 1, (len(x), 1, 1, 1))
+            for n, size in zip(x.shape[-2:], _sizes(x, pct))]
 
 def _pixel_index(x, pct, top, left):
     "The index of a rectangle in each image, (N, C, h, w)"
@@ -142,44 +142,36 @@ def rand_flip(
 
 # %% ../../nbs/data/02_transforms.ipynb #00000018
 class _RandomTransform(nn.Module):
-    "`transform` in train mode, nothing in eval mode"
-    def __init__(self, generator):
+    "A function of images in train mode, nothing in eval mode"
+    def __init__(self, f, generator, **options):
         super().__init__()
-        self.generator = generator
-    def forward(self, x): return self.transform(x) if self.training else x
-    def extra_repr(self):
-        return ', '.join(f'{k}={v!r}' for k, v in vars(self).items() if k in ('pct', 'max_num', 'pad', 'mode', 'p'))
+        self.f, self.generator, self.options = f, generator, options
+
+    def forward(self, x): return self.f(x, generator=self.generator, **self.options) if self.training else x
+    def extra_repr(self): return ', '.join(f'{k}={v!r}' for k, v in self.options.items())
 
 class RandErase(_RandomTransform):
     "`rand_erase` as a module"
     def __init__(self, pct:float=0.2, max_num:int=4, generator=None):
-        super().__init__(generator)
         _check_rectangles(pct, max_num)
-        self.pct, self.max_num = pct, max_num
-    def transform(self, x): return rand_erase(x, self.pct, self.max_num, self.generator)
+        super().__init__(rand_erase, generator, pct=pct, max_num=max_num)
 
 class RandCopy(_RandomTransform):
     "`rand_copy` as a module"
     def __init__(self, pct:float=0.2, max_num:int=4, generator=None):
-        super().__init__(generator)
         _check_rectangles(pct, max_num)
-        self.pct, self.max_num = pct, max_num
-    def transform(self, x): return rand_copy(x, self.pct, self.max_num, self.generator)
+        super().__init__(rand_copy, generator, pct=pct, max_num=max_num)
 
 class RandCrop(_RandomTransform):
     "`rand_crop` as a module"
     def __init__(self, pad:int=2, mode:str='reflect', generator=None):
-        super().__init__(generator)
         check_pad(pad, mode)
-        self.pad, self.mode = pad, mode
-    def transform(self, x): return rand_crop(x, self.pad, self.mode, self.generator)
+        super().__init__(rand_crop, generator, pad=pad, mode=mode)
 
 class RandFlip(_RandomTransform):
     "`rand_flip` as a module"
     def __init__(self, p:float=0.5, generator=None):
-        super().__init__(generator)
-        self.p = check_share('p', p)
-    def transform(self, x): return rand_flip(x, self.p, self.generator)
+        super().__init__(rand_flip, generator, p=check_share('p', p))
 
 # %% ../../nbs/data/02_transforms.ipynb #32f83f69
 def check_mix(classes, alpha, p):

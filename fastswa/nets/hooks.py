@@ -46,11 +46,7 @@ class Hooks(list):
         ms, # modules
         f, # called as by `Hook`
     ):
-        super().__init__()
-        try: self.extend(Hook(m, f) for m in ms)
-        except BaseException:
-            self.remove()
-            raise
+        super().__init__([Hook(m, f) for m in ms])
         if not self: raise ValueError('there are no modules to hook')
 
     def __enter__(self): return self

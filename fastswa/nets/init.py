@@ -26,10 +26,6 @@ class ActStats(NamedTuple):
     square: float # mean square
     slope: float # mean square of the derivative
 
-def _make_act(act):
-    "The activation that a class, or a partial of one, makes; anything else is one already"
-    maker = act.func if isinstance(act, partial) else act
-    return act() if isinstance(maker, type) else act
 
 @torch.enable_grad()
 def act_stats(
@@ -37,7 +33,8 @@ def act_stats(
 ) -> ActStats:
     """Integrals over the standard normal distribution, in float64. Raises ValueError if `act` does not work element by
     element, or if they are not finite"""
-    f = _make_act(act)
+    makes_act = isinstance(act.func if isinstance(act, partial) else act, type)
+    f = act() if makes_act else act
     if isinstance(f, nn.Module): f = copy.deepcopy(f).cpu().double().eval()
     x = torch.linspace(-12, 12, 2**16, dtype=torch.double, requires_grad=True)      # 0 lies between two points
     y = f(x.clone())                                             # it may work in place

@@ -39,11 +39,6 @@ class GeneralRelu(nn.Module):
 act_gr = partial(GeneralRelu, leak=0.1, sub=0.4)
 
 # %% ../../nbs/nets/01_layers.ipynb #0000000b
-def _check_makers(**makers):
-    for name, v in makers.items():
-        if v and (isinstance(v, nn.Module) or not callable(v)):
-            raise TypeError(f'{name} must be a class or a function that makes a module; got {v!r}')
-
 def conv(
     ni:int, # channels in
     nf:int, # channels out
@@ -55,7 +50,9 @@ def conv(
 ) -> nn.Sequential: # (N, ni, H, W) to (N, nf, H/stride, W/stride), rounded up for an odd `ks`
     "A convolution, padded by `ks//2`, with its norm and activation"
     for name, value in dict(ni=ni, nf=nf, ks=ks, stride=stride).items(): check_whole(name, value)
-    _check_makers(act=act, norm=norm)
+    for name, v in dict(act=act, norm=norm).items():
+        if v and (isinstance(v, nn.Module) or not callable(v)):
+            raise TypeError(f'{name} must be a class or a function that makes a module; got {v!r}')
     norm = norm(nf) if norm else None
     if bias is None: bias = norm is None or all(getattr(m, 'bias', None) is None for m in norm.modules())
     layers = [nn.Conv2d(ni, nf, ks, stride, padding=ks//2, bias=bias), norm, act() if act else None]

@@ -14,63 +14,44 @@ import torch
 from torch import nn
 
 from ..core import (Report, check_number, check_whole, first_tensor, get_rng_state, keep_modes, keep_rng,
-    set_rng_state, to_device, uninterrupted, unwrap)
+    set_rng_state, to_device, unwrap)
+from .hooks import Hooks
 from .layers import weight_layers
 from .norms import at_least_float32
 
 # %% ../../nbs/nets/04_lsuv.ipynb #00000006
 @contextmanager
 def _measuring(model):
-    "Without gradients or dropout, norms as in training; puts modes and buffers back"
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    evaluating = not model.training              # in a model that is in eval mode as a whole, no norm is frozen
+    """Without gradients or dropout, norms as in training; puts modes and buffers back, and after an error weights and
+    random state too"""
+    buffers, weights = ([(t, t.detach().clone()) for t in ts] for ts in (model.buffers(), model.parameters()))
+    rng, evaluating = get_rng_state(), not model.training     # in eval mode as a whole: then no norm is frozen
     with keep_modes(model), torch.no_grad():
         for m in model.modules():
             tracks_stats = getattr(m, 'running_mean', None) is not None
             m.training = tracks_stats and (m.training or evaluating)
         try: yield
-        finally:
-            with uninterrupted():
-                for b, old in buffers: b.copy_(old)
-
-@contextmanager
-def _undo_on_error(tensors):
-    "After an error the tensors and the random state are as before"
-    kept, rng = [(t, t.detach().clone()) for t in tensors], get_rng_state()
-    try: yield
-    except BaseException:
-        with uninterrupted():
-            for t, old in kept: t.data.copy_(old)
+        except BaseException:
+            for t, old in weights: t.copy_(old)
             set_rng_state(rng)
-        raise
+            raise
+        finally:
+            for t, old in buffers: t.copy_(old)
 
-def _forward(model, xb):
-    if isinstance(xb, dict): model(**xb)
-    else: model(xb[0] if isinstance(xb, (list, tuple)) else xb)
-
-def _forward_with_hooks(model, modules, xb, f):
+def _forward(model, modules, xb, f):
     "One pass, in which `f` is called with each of `modules` that is reached, and its output tensor"
-    def hook(m, _, out):
+    def call(hook, m, inp, out):
         t = first_tensor(out)
         if t is not None: f(m, t)
-    hooks = []
-    try:
-        for m in modules: hooks.append(m.register_forward_hook(hook))
-        with keep_rng(): _forward(model, xb)
-    finally:
-        for h in hooks: h.remove()
-
-def _reached(model, modules, xb):
-    "Those of `modules` that are called, in the order of their first call"
-    reached = {}
-    _forward_with_hooks(model, modules, xb, lambda m, out: reached.setdefault(m))
-    return list(reached)
+    with Hooks(modules, call), keep_rng():
+        if isinstance(xb, dict): model(**xb)
+        else: model(xb[0] if isinstance(xb, (list, tuple)) else xb)
 
 def _stats(model, m, xb, name):
     "Mean and standard deviation of the outputs of `m` in one pass; and whether they are the same for every sample"
     outs = []
     # cloned at once: an activation may work in place on the output
-    _forward_with_hooks(model, [m], xb, lambda m, out: outs.append(at_least_float32(out).clone()))
+    _forward(model, [m], xb, lambda m, out: outs.append(at_least_float32(out).clone()))
     out = torch.cat([o.flatten() for o in outs]) if outs else torch.empty(0)
     if not len(out): raise ValueError(f'{name} gives no output for this batch')
     mean, std = out.mean().item(), out.std(correction=0).item()
@@ -106,29 +87,25 @@ def _orthonormal(weight):
     w = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32), requires_grad=False)
     weight.data.copy_(nn.init.orthogonal_(w))
 
-def _owners(model):
-    "For each parameter, the names of the modules that have it"
-    res = {}
-    for name, m in model.named_modules():
-        for p in m._parameters.values(): res.setdefault(p, []).append(name)
-    return res
-
-def _why_skipped(name, m, exclude, owners, later):
-    "Why a layer is left as it is; None if it is not. `later`: names of the layers that are still to be done"
+def _why_skipped(name, m, exclude, model, later):
+    "Why a layer is left as it is; None if it is not. `later`: the layers that are still to be done"
     if any(fnmatchcase(name, o) for o in exclude): return 'excluded'
     if 'weight' not in m._parameters: return 'its weight is computed from other parameters'
     if not m.weight.requires_grad: return 'frozen'
-    others = [o for o in owners[m.weight] if o != name and o not in later]
+    others = [n for n, o in model.named_modules() if any(p is m.weight for p in o._parameters.values())
+              and o is not m and o not in later]
     return f'shares its weight with {others[0]}' if others else None
 
 # %% ../../nbs/nets/04_lsuv.ipynb #00000009
-def _check_lsuv(xb, tol, max_iter):
+def _prepared(model, xb, tol, max_iter):
+    "The plain model, and the batch on its device; ValueError if nothing can be measured with it"
     check_whole('max_iter', max_iter)
     check_number('tol', tol)
     x = first_tensor(xb)
     if x is None or not x.numel(): raise ValueError('the batch holds no samples')
     first = x.flatten()[0]
     if (x == first).all(): raise ValueError(f'the batch is constant: every value in it is {first.item()}')
+    return unwrap(model), to_device(xb, next((p.device for p in model.parameters()), 'cpu'))
 
 def lsuv(
     model:nn.Module, # convolutions, linear layers, and anything else
@@ -141,19 +118,16 @@ def lsuv(
     """Layer-sequential unit-variance initialisation, arXiv 1511.06422, in place; all-zero weights become orthonormal
     first. Raises ValueError for an empty or constant batch, and if the output of a layer is not finite; then every
     weight is as before"""
-    _check_lsuv(xb, tol, max_iter)
-    model = unwrap(model)
+    model, xb = _prepared(model, xb, tol, max_iter)
     kinds = *weight_layers, nn.modules.conv._ConvTransposeNd
     names = {m: name for name, m in model.named_modules() if isinstance(m, kinds)}
     if not names: raise ValueError(f'{type(model).__name__} has no convolution and no linear layer')
-    xb = to_device(xb, next(model.parameters()).device)
     if isinstance(exclude, str): exclude = [exclude]
-    report, owners = Report(mean='.4f', std='.4f'), _owners(model)
-    with _undo_on_error(model.parameters()), _measuring(model):
-        reached = _reached(model, names, xb)
-        for i, m in enumerate(reached):
-            name = names[m]
-            why = _why_skipped(name, m, exclude, owners, [names[o] for o in reached[i+1:]])
+    report, reached = Report(mean='.4f', std='.4f'), {}
+    with _measuring(model):
+        _forward(model, names, xb, lambda m, out: reached.setdefault(m, names[m]))
+        for i, (m, name) in enumerate(reached.items()):
+            why = _why_skipped(name, m, exclude, model, [*reached][i+1:])
             if why:
                 mean, std, _ = _stats(model, m, xb, name)
                 report.append(LSUVRow(name, mean, std, note=why))
@@ -174,14 +148,12 @@ def lsuv_init(
 ) -> LSUVRow: # mean and standard deviation now, and the steps it took
     """Scale and shift `m_in` until the output of `m` has mean 0 and standard deviation 1; all-zero weights become
     orthonormal first. Raises ValueError if that fails; then every weight is as before"""
-    _check_lsuv(xb, tol, max_iter)
-    model = unwrap(model)
+    model, xb = _prepared(model, xb, tol, max_iter)
     names = {o: name for name, o in model.named_modules()}
     if m not in names or m_in not in names: raise ValueError('m and m_in must both be modules of the model')
     if m_in._parameters.get('weight') is None:
         raise ValueError(f'm_in must have a weight of its own; got {type(m_in).__name__}')
-    xb = to_device(xb, next(model.parameters()).device)
-    with _undo_on_error(model.parameters()), _measuring(model):
+    with _measuring(model):
         if not m_in.weight.any(): _orthonormal(m_in.weight)
         row = _normalise(model, m, m_in, xb, names[m], tol, max_iter)
         if abs(row.std - 1) > tol or row.note.startswith('not'):

@@ -51,16 +51,15 @@ class LayerNorm(nn.Module):
         shape, axes = x.shape[-n_axes:], range(-n_axes, 0)
         if self.per_channel: shape, axes = x.shape[1:2], range(1, x.ndim)
         if tuple(shape) != self.normalized_shape:
-            raise ValueError(f'the input must be {self._expected_shape()}; got {tuple(x.shape)}')
+            n = ', '.join(map(str, self.normalized_shape))
+            expected = f'(N, {n}) or (N, {n}, …)' if self.per_channel else f'(…, {n})'
+            raise ValueError(f'the input must be {expected}; got {tuple(x.shape)}')
         affine = self.weight, self.bias
         if self.per_channel: affine = _per_channel(x, *affine)
         h = at_least_float32(x)
         var, mean = torch.var_mean(h, tuple(axes), correction=0, keepdim=True)
         return _normalise(h, mean, var, *affine, self.eps).to(x.dtype)
 
-    def _expected_shape(self):
-        shape = ', '.join(map(str, self.normalized_shape))
-        return f'(N, {shape}) or (N, {shape}, …)' if self.per_channel else f'(…, {shape})'
 
     def extra_repr(self):
         shape = self.normalized_shape[0] if self.per_channel else self.normalized_shape

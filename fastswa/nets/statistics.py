@@ -76,6 +76,8 @@ def tensor_stats(
     return torch.cat([torch.stack([mean*scale, std*scale, *shares]), counts])
 
 # %% ../../nbs/nets/03_statistics.ipynb #0000000b
+def _columns(i): return property(lambda self: self._read()[1][:, i])
+
 class StatsHistory:
     "The `tensor_stats` of many batches, on their device until looked at. As a sequence: lists of means, stds, hists"
     def __init__(self):
@@ -104,16 +106,11 @@ class StatsHistory:
 
     @property
     def batches(self) -> tuple: return self._read()[0]
-    @property
-    def means(self): return self._read()[1][:, 0]
-    @property
-    def stds(self): return self._read()[1][:, 1]
-    @property
-    def zeros(self): return self._read()[1][:, 2]     # share of elements
-    @property
-    def dead(self): return self._read()[1][:, 3]      # share of units
-    @property
-    def hists(self): return self._read()[1][:, 4:]    # counts, (n, bins)
+    means = _columns(0)
+    stds = _columns(1)
+    zeros = _columns(2)               # share of elements
+    dead = _columns(3)                # share of units
+    hists = _columns(slice(4, None))  # counts, (n, bins)
     def __getitem__(self, i): return list((self.means, self.stds, self.hists)[i])
 
 # %% ../../nbs/nets/03_statistics.ipynb #0000000f

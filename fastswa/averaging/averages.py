@@ -174,12 +174,17 @@ class FittedStatistics:
         if name in self._loaded:      # of a file: they fit as long as the average is the one that was saved
             n,loaded_batches,stats = self._loaded.pop(name)
             if (n, loaded_batches) == (stamp[1], n_batches): self._known[name] = key, stats
-        known = self._known.get(name)
-        if known is not None and known[0][:2] == key[:2] and known[0][2] is data: return load_bn_state(model, known[1])
+        if self._is_known(name, *key): return load_bn_state(model, self._known[name][1])
         if data is None: return
         batches = data() if callable(data) else data
         with keep_rng(*loader_generators(batches)): update_bn(model, batches, n_batches=n_batches, forward=forward)
         self._known[name] = key, bn_state(model)
+
+    def _is_known(self, name, stamp, n_batches, data):
+        if name not in self._known: return False
+        known_stamp,known_batches,known_data = self._known[name][0]
+        same_data = data is None or data is known_data
+        return same_data and (known_stamp, known_batches) == (stamp, n_batches)
 
     def state_dict(self) -> dict:
         now = {name: dict(n=stamp[1], n_batches=k, stats=stats) for name, ((stamp, k, _), stats) in self._known.items()}

@@ -9,7 +9,6 @@ __all__ = ['BaseSchedCB', 'BatchSchedCB', 'EpochSchedCB', 'OneCycleCB', 'WarmupS
 import inspect, math, warnings
 from contextlib import contextmanager
 from copy import copy
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np

@@ -200,7 +200,7 @@ def test_plot():
     assert [t.get_text() for t in axes[1].get_legend().get_texts()] == [f'layer {i}' for i in range(9)]
     ax, = plot_sched(EpochSchedCB(partial(S.StepLR, step_size=2)), optim.SGD([dict(params=[torch.zeros(1)]) for _ in range(3)], 0.1), 6)
     line, = ax.lines                                             # the same curve three times is drawn once
-    assert line.get_label() == 'group 0, rate × 1, group 1, rate × 1 and 1 more' and ax.get_xlabel() == 'epoch'
+    assert line.get_label() == 'group 0, rate × 1 and 2 more' and ax.get_xlabel() == 'epoch'
     assert line.get_ydata().tolist() == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.001])
     given = matplotlib.pyplot.subplots(1, 2)[1]
     assert OneCycleCB().plot(steps=10, axes=given) is given

@@ -9,7 +9,6 @@ __all__ = ['BaseSchedCB', 'BatchSchedCB', 'EpochSchedCB', 'OneCycleCB', 'WarmupS
 import inspect, math, warnings
 from contextlib import contextmanager
 from copy import copy
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -307,10 +306,11 @@ def sched_rates(
 
 # %% ../../nbs/callbacks/06_schedule.ipynb #59e9ba6d
 def _curves(groups):
-    "Groups with the same curves once, under all their names"
+    "Groups with the same curves once, under the first one's name"
     same = {}
     for g in groups: same.setdefault(repr([*g['lr'], *(() if g['momentum'] is None else g['momentum'])]), []).append(g)
-    return [dict(gs[0], name=', '.join(g['name'] for g in gs)) for gs in same.values()]
+    return [dict(gs[0], name=gs[0]['name'] + (f' and {len(gs) - 1} more' if len(gs) > 1 else ''))
+            for gs in same.values()]
 
 def plot_sched(
     cb, # as for `sched_rates`, with all that follows

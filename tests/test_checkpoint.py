@@ -256,7 +256,8 @@ def test_another_run_is_refused(tmp_path, change, words):
     assert (tmp_path/'a.pt').read_bytes() == file
 
 
-@pytest.mark.parametrize('sched, n, words', [(OneCycleCB(pct_start=0.5), 4, 'schedule_phases.0.end_step was 7.0 and is 15.0'), (OneCycleCB(), 6, '.*total_steps was 32 and is 48')])
+@pytest.mark.parametrize('sched, n, words', [
+    (OneCycleCB(pct_start=0.5), 4, '.*differ in schedule_phases'), (OneCycleCB(), 6, '.*differ in total_steps')])
 def test_another_schedule_takes_over(tmp_path, sched, n, words):
     "One warning says what differs, and the rates are those of the new schedule at that step. Wrong: a mixture of both"
     def rates(): return RecorderCB(lr=lambda cb: cb.pg['lr'], mom=lambda cb: cb.pg['betas'][0])

@@ -420,3 +420,19 @@ def test_values_out_of_range(make, value):
     (lambda: SWACB(swa_lr='0.1'), "swa_lr must be a number above 0; got '0.1'")])
 def test_bad_input_is_named_at_once(f, says):
     with pytest.raises((ValueError, TypeError), match=says): f()
+
+
+@pytest.mark.parametrize('cb', [EMACB, SWACB, LAWACB, PostHocEMACB])
+def test_validation_before_any_training_and_a_load_into_a_new_learner(cb, tmp_path):
+    "Wrong: a time in `dur` asks for the length of a run that there is not"
+    learn = learner(cb(), BNUpdateCB())
+    learn.fit(1, train=False)
+    assert [r['weights'] for r in learn.history] == ['raw']
+    learn.fit(2)
+    learn.save(tmp_path/'a.pt')
+    new = learner(cb(), BNUpdateCB())
+    new.load(tmp_path/'a.pt')
+    new.apply(new.cbs[0].name)
+    assert same(copied(new.model.state_dict()), copied(learn.model.state_dict()))
+    new.fit(1)
+    assert new.averages[new.cbs[0].name].n > 0

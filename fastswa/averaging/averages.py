@@ -25,6 +25,7 @@ class Tracked:
     def __init__(self, average, when, valid=True, restart=False):
         self.average,self.when,self.valid,self.restart = average,when,valid,restart
         self.rule = average.rule      # as it was given, with times that depend on the length of a run
+        self.clock,self.last = None,0
 
     def begin(self, clock, reset):
         "A run begins"
@@ -89,6 +90,7 @@ class TrackedAverages(Mapping):
         valid:bool=True, # does it get a row at each validation?
         restart:bool=False, # does it begin anew in each run?
         phase:str='run', # multiples of `every` count from the beginning of the `'run'` or from `'start'`
+        now:bool=True, # does it take snapshots from now on? If not, from the beginning of the next run
         **options, # for `Average`: `dtype`, `device`, `include`, `exclude`, `check_finite`
     ) -> Average:
         "Add an average, which takes part from now on; ValueError if the name is taken"
@@ -98,7 +100,7 @@ class TrackedAverages(Mapping):
         average = rule if isinstance(rule, Average) else Average(self.model, rule, **options)
         if average.source is not self.model: raise ValueError(f'{name!r} is an average of another model')
         tracked = Tracked(average, Every(every, start, phase), valid, restart)
-        tracked.begin(self.clock, reset=False)
+        if now: tracked.begin(self.clock, reset=False)
         self._tracked[name] = tracked
         return average
 
@@ -126,7 +128,7 @@ class TrackedAverages(Mapping):
         A second call in the same step changes nothing."""
         now = self.clock.batches, self.clock.steps, self.clock.epochs
         if self._updated[0] != now:
-            due = {name: t for name, t in self._tracked.items() if t.when.due()}
+            due = {name: t for name, t in self._tracked.items() if t.clock is not None and t.when.due()}
             if due: update_all([t.average for t in due.values()], [t.steps() for t in due.values()])
             self._updated = now, list(due)
         return self._updated[1]

@@ -62,7 +62,8 @@ class AverageCB(Callback):
         if self.rule is not None: self.average.rule = self.rule      # with times that depend on the length of this fit
         if self._loaded is not None: self.load_state_dict(self._loaded)
         if self.restart and learn.will_train: self.average.reset()      # a resumed fit loads it later
-        learn.averages.add(self.name, self.average, self.start, self.every, valid=self.valid, phase=self.phase)
+        learn.averages.add(self.name, self.average, self.start, self.every, valid=self.valid, phase=self.phase,
+                           now=learn.will_train)
         if learn.will_train: self._warn_if_late(learn.averages.clock)
 
     def _warn_if_late(self, clock):

@@ -93,6 +93,7 @@ class with_cbs:
         return _f
 
 # %% ../../nbs/training/00_events.ipynb #00000010
+ROLES = None, 'prepares', 'steps', 'schedules', 'averages', 'measures', 'watches'
 STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
 _EVENTS = {f'{when}_{what}' for when in ('before', 'after', 'cleanup') for what in ('fit', 'epoch', 'batch')} | {
     f'after_{what}' for what in ('predict', 'loss', 'backward', 'step')}
@@ -107,6 +108,8 @@ def check_cbs(
         if isinstance(cb, type): raise TypeError(f'{cb.__name__} is a class: write {cb.__name__}()')
         if not isinstance(cb, Callback):
             raise TypeError(f'callbacks must be of a class derived from Callback; got {cb!r}')
+        if cb.role not in ROLES:
+            raise ValueError(f'the role of {type(cb).__name__} must be one of {ROLES}; got {cb.role!r}')
         if any(cb is o for o in cbs[:i]):
             raise ValueError(f'{type(cb).__name__} is in the callbacks twice (the same object)')
         for name in (n for n in dir(cb) if '_' in n and n[0] != '_' and n not in _EVENTS):

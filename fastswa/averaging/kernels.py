@@ -10,10 +10,9 @@ import cmath, math
 
 import torch
 
-from .tensors import alike
+from .tensors import SMALL, alike
 
 # %% ../../nbs/averaging/02_kernels.ipynb #00000005
-_SMALL = 2**15 # elements: tensors up to this size are checked and moved together
 _BLOCK = 2**17 # elements: in fp32 a block of the snapshot and one of the average fit into the cache of a core
 
 def _same_layout(tensors):
@@ -35,7 +34,7 @@ def _groups(snapshot, averages):
         size = tensors[0].numel()
         if size == 0: continue
         slices = _slices(tensors)
-        if size > _SMALL or slices[0][0].ndim != 1:
+        if size > SMALL or slices[0][0].ndim != 1:
             large += [[s] for s in slices]
             continue
         if not small or n + size > _BLOCK:
@@ -44,6 +43,15 @@ def _groups(snapshot, averages):
         small[-1] += slices
         n += size
     return small + large
+
+def _joined(tensors):
+    "One view of 1-d tensors that follow each other in memory; None if they do not"
+    first,end = tensors[0],tensors[0].storage_offset()
+    storage = first.untyped_storage().data_ptr()
+    for t in tensors:
+        if (t.dtype, t.untyped_storage().data_ptr(), t.storage_offset()) != (first.dtype, storage, end): return None
+        end += t.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,))
 
 # %% ../../nbs/averaging/02_kernels.ipynb #00000007
 def all_finite(tensors):
@@ -64,11 +72,12 @@ class Blocks:
         self._blocks = []
         for group in _groups(snapshot, averages):
             xs, *avgs = map(list, zip(*group))
-            self._blocks.append((xs, avgs))
+            joined = list(map(_joined, avgs)) if len(xs) > 1 else [None]
+            self._blocks.append((xs, avgs if None in joined else [[j] for j in joined]))
 
     def finite(self):
         "Are all elements of the snapshot finite, in the dtype of the average?"
-        return all(_finite(_converted(xs, avgs[0]), avgs[0]) for xs, avgs in self._blocks)
+        return all(_finite(self._ready(xs, avgs[0]), avgs[0]) for xs, avgs in self._blocks)
 
     def move(self,
         weights, # one for each average, in (0, 1]
@@ -80,10 +89,10 @@ class Blocks:
         if check and max(weights) > 0.5:
             if not self.finite(): return False
             check = False
-        # Cutting pays only for a check, or for converting without a second copy of the whole model
-        blocks = self._blocks if check or not self.alike else self._whole
+        # Cutting a large model pays only for a check, or for converting without a second copy of the whole of it
+        blocks = self._blocks if check or not self.alike or len(self._blocks) == 1 else self._whole
         for i, (xs, avgs) in enumerate(blocks):
-            if not self.alike: xs = _converted(xs, avgs[0])
+            xs = self._ready(xs, avgs[0])
             if check and not _finite(xs, avgs[0]):
                 self._move_back(i, weights)
                 return False
@@ -92,11 +101,17 @@ class Blocks:
 
     def _move_back(self, count, weights):
         back = [-w/(1 - w) for w in weights]
-        for xs, avgs in self._blocks[:count]: _lerp(avgs, _converted(xs, avgs[0]), back)
+        for xs, avgs in self._blocks[:count]: _lerp(avgs, self._ready(xs, avgs[0]), back)
 
-def _converted(xs, avg):
+    def _ready(self, xs, avg):
+        "A block of the snapshot in the dtype and on the device of the average, and in one piece if that is"
+        joined = len(avg) < len(xs)
+        if not self.alike: xs = [_converted(x, a) for x, a in zip(xs, avg*len(xs) if joined else avg)]
+        return [torch.cat(xs)] if joined else xs
+
+def _converted(x, avg):
     # `non_blocking` is safe only towards a GPU: the host would read what has not come over yet
-    return [x if alike(x, a) else x.to(a, non_blocking=a.device.type != 'cpu') for x, a in zip(xs, avg)]
+    return x if alike(x, avg) else x.to(avg, non_blocking=avg.device.type != 'cpu')
 
 def _lerp(averages, xs, weights):
     for avg, w in zip(averages, weights): torch._foreach_lerp_(avg, xs, w)
@@ -105,11 +120,11 @@ def _finite(xs, avg):
     "Are all elements of a block finite?"
     if len(xs) > 1: total = torch.cat(xs).sum()
     # The product with the average carries NaN and infinity over like a sum, and brings both into the cache at once
-    elif xs[0].ndim == 1: total = torch.dot(xs[0], avg[0])
+    elif xs[0].ndim == 1 and xs[0].numel() > SMALL: total = torch.dot(xs[0], avg[0])
     else: total = xs[0].sum()
     return cmath.isfinite(total.item()) or all(x.isfinite().all().item() for x in xs)
 
-# %% ../../nbs/averaging/02_kernels.ipynb #0000000e
+# %% ../../nbs/averaging/02_kernels.ipynb #00000010
 def can_mask(tensors):
     "Can a flag on the device decide whether these tensors are written?"
     device = tensors[0].device
@@ -149,7 +164,7 @@ def _in_layout_of(a, x):
     if alike(a, x) and a.stride() == x.stride(): return x.data
     return torch.empty_like(a).copy_(x)
 
-# %% ../../nbs/averaging/02_kernels.ipynb #0000000f
+# %% ../../nbs/averaging/02_kernels.ipynb #00000011
 class DelayedFlags:
     "Counts flags on a device; the count is read on the host once it has come over, so that nobody waits for it"
     @torch.inference_mode(False)  # an inference tensor could not be updated later
@@ -181,7 +196,7 @@ class DelayedFlags:
         self.unread = 0
         return new
 
-# %% ../../nbs/averaging/02_kernels.ipynb #00000012
+# %% ../../nbs/averaging/02_kernels.ipynb #00000014
 class PinnedCopy:
     "A copy of tensors on a GPU in the host's pinned memory, made on a stream of its own beside what the GPU computes"
     @torch.inference_mode(False)

@@ -99,6 +99,20 @@ def like(t, dtype=None, device=None):
     dtype = dtype or torch.promote_types(t.dtype, torch.float32)
     return torch.empty_like(t, dtype=dtype, device=device, requires_grad=False)
 
+SMALL = 2**15 # elements: what is handled together with others of this size
+
+def empty_like_all(tensors, dtype=None, device=None):
+    "A list of empty tensors like these; on the CPU small ones of one dtype follow each other in memory, to move as one"
+    small = [t.numel() <= SMALL and torch.device(device or t.device).type == 'cpu' for t in tensors]
+    res = [like(t, dtype, 'meta' if s else device) for t, s in zip(tensors, small)]
+    kinds = {}
+    for i in (i for i, s in enumerate(small) if s): kinds.setdefault(res[i].dtype, []).append(i)
+    for dt, places in kinds.items():
+        sizes = [res[i].numel() for i in places]
+        for i, part in zip(places, torch.empty(sum(sizes), dtype=dt, device='cpu').split(sizes)):
+            res[i] = part.as_strided(*layout(res[i]))
+    return res
+
 def layout(t): return t.shape, t.stride()
 
 def is_dense(t): return torch.empty_like(t, device='meta').stride() == t.stride()
@@ -120,7 +134,7 @@ class Selection:
         owners = [self._slots[pos] for pos in self._first()]
         self.places = [(d, k) for d, k, _ in self._slots]
         self.owners = [t for _, _, t in self._slots]      # the parameters and buffers themselves
-        self.small = sum(t.numel() for t in self.live) <= 2**15
+        self.small = sum(t.numel() for t in self.live) <= SMALL
         self.params = [isinstance(t, nn.Parameter) for _, _, t in owners]
         self.dense = all(map(is_dense, self.live))
         self.meshes = list({t.device_mesh for t in self.owners if hasattr(t, 'to_local')})      # of sharded ones
@@ -166,7 +180,7 @@ class Selection:
     @torch.inference_mode(False)      # an inference tensor could not be updated later
     def empty(self, dtype=None, device=None):
         "Empty tensors in the layout of `live`"
-        return [like(t, dtype, device) for t in self.live]
+        return empty_like_all(self.live, dtype, device)
 
 def _kept(patterns): return patterns if patterns is None or isinstance(patterns, str) else list(patterns)
 

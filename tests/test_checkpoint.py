@@ -89,7 +89,7 @@ def test_killed_at_twenty_random_moments(tmp_path, whole):
     assert not [*folder.glob('.*')], 'what a killed process left half-written is removed'
 
 
-@pytest.mark.parametrize('die', [('replace', 1), ('replace', 7), ('fsync', 1), ('fsync', 12), ('chmod', 20)])
+@pytest.mark.parametrize('die', [('replace', 1), ('replace', 7), ('fsync', 1), ('fsync', 12), ('unlink', 20)])
 def test_killed_in_the_middle_of_a_checkpoint_write(tmp_path, whole, die):
     p,pipe = start(tmp_path, '1ba', die)
     p.join()

@@ -73,11 +73,13 @@ def test_options(options, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('options, says', [
-    ('--data nonesuch', 'fashion_mnist, mnist, toy'), ('--epochs -1', 'above 0; got -1'), ('--epochs two', "'two'"),
-    ('--lr 0', 'above 0'), ('--lr nan', 'above 0'), ('--sched cosine', 'constant, onecycle'), ('--averages swa,sma', 'swa, ema, none'),
-    ('--averages ema,ema', 'twice'), ('--init magic', 'kaiming, lsuv, default'), ('--bs 0', 'above 0'), ('--momentum 1', 'below 1'),
-    ('--seed -1', '4294967295'), ('--device tpu9', 'auto, cpu'), ('--device cuda:99', 'auto, cpu'), ('--out /proc/none/x', 'written to'),
-    ('--colour red', '--colour')])
+    ('--data nonesuch', 'fashion_mnist, mnist, toy'), ('--epochs -1', '1 or more; got -1'), ('--epochs two', "'two'"),
+    ('--lr 0', 'above 0'), ('--lr nan', 'above 0'), ('--sched cosine', "'constant' or 'onecycle'; got 'cosine'"),
+    ('--averages swa,sma', "'swa', 'ema', 'swa,ema', 'ema,swa' or 'none'; got 'swa,sma'"),
+    ('--averages ema,ema', "or 'none'; got 'ema,ema'"), ('--averages none,ema', "or 'none'; got 'none,ema'"),
+    ('--init magic', "'kaiming', 'lsuv' or 'default'"), ('--bs 0', '1 or more; got 0'), ('--momentum 1', 'below 1'),
+    ('--seed -1', '4294967295'), ('--device tpu9', 'auto, cpu'), ('--device cuda:99', 'auto, cpu'),
+    ('--out /proc/none/x', 'written to'), ('--colour red', '--colour')])
 def test_wrong_values(options, says, tmp_path, capsys):
     "One line on stderr, exit status 2, nothing written"
     os.chdir(tmp_path)

@@ -15,31 +15,24 @@ from . import __version__
 from .files import check_folder, written
 
 # %% ../nbs/90_cli.ipynb #00000005
-def _device(name):
+def _check(epochs, lr, sched, averages, init, bs, momentum, seed, device, out):
+    "The device and the folder; raises ValueError, which says what would be right, for the first option that is wrong"
     import torch
-    from fastswa.core import default_device
-    if name == 'auto': return default_device()
-    try: torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device must be auto, cpu or an accelerator of this machine; got {name!r}') from e
-    return name
-
-def _out(path):
-    "The output folder, made and found writable"
-    try: return check_folder(path)
-    except OSError as e: raise ValueError(f'--out: {e.strerror}') from e
-
-def _check(epochs, lr, sched, averages, init, bs, momentum, seed):
-    "Raises ValueError, which says what would be right, for the first option that is wrong"
-    from fastswa.core import check_choice, check_number, check_whole
-    check_choice('--averages', averages, ['swa', 'ema', 'swa,ema', 'ema,swa', 'none'])
-    check_choice('--sched', sched, ['constant', 'onecycle'])
-    check_choice('--init', init, ['kaiming', 'lsuv', 'default'])
+    from fastswa.core import check_choice, check_number, check_whole, default_device
     check_whole('--epochs', epochs)
-    check_whole('--bs', bs)
     check_number('--lr', lr)
+    check_choice('--sched', sched, ['constant', 'onecycle'])
+    check_choice('--averages', averages, ['swa', 'ema', 'swa,ema', 'ema,swa', 'none'])
+    check_choice('--init', init, ['kaiming', 'lsuv', 'default'])
+    check_whole('--bs', bs)
     check_number('--momentum', momentum, high=1, include_low=True, include_high=False)
     check_whole('--seed', seed, 0, 2**32 - 1)
+    if device == 'auto': device = default_device()
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'--device must be auto, cpu or an accelerator of this machine; got {device!r}') from e
+    try: return device, check_folder(out)
+    except OSError as e: raise ValueError(f'--out: {e.strerror}') from e
 
 # %% ../nbs/90_cli.ipynb #00000007
 def _loaders(data, bs, device):
@@ -94,8 +87,7 @@ def train(
     averages = averages.replace(' ', '')
     settings = dict(epochs=epochs, lr=lr, sched=sched, averages=averages, init=init, bs=bs, momentum=momentum,
                     seed=seed)
-    _check(**settings)
-    device,out = _device(device),_out(out)
+    device,out = _check(**settings, device=device, out=out)
 
     import torch.nn.functional as F
     from torch import optim
@@ -171,26 +163,22 @@ fastswa --version prints the version."""
 
 def _fail(message): raise ValueError(message)
 
-def _train(argv):
+def _run(command='--help', *options):
+    if command in ('-h', '--help'): return print(_HELP)
+    if command == '--version': return print(__version__)
+    if command != 'train': _fail(f'there is no command {command!r}; there is: train')
     parser = anno_parser(train, prog='fastswa train')
     parser.error = _fail
-    options = vars(parser.parse_args(argv))
+    values = vars(parser.parse_args(options))
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *args, **kwargs: _say(message, 0)
-        train(**{k: v for k, v in options.items() if k not in ('pdb', 'xtra')})
-
-def _run(argv):
-    command = argv[0] if argv else '--help'
-    if command in ('-h', '--help'): print(_HELP)
-    elif command == '--version': print(__version__)
-    elif command == 'train': _train(argv[1:])
-    else: _fail(f'there is no command {command!r}; there is: train')
+        train(**{k: v for k, v in values.items() if k not in ('pdb', 'xtra')})
 
 def main(
     argv=None, # the command line without the program; None: that of the process
 ) -> int: # exit status
     "The `fastswa` command. Exit status: 0 done, 1 failed, 2 wrong value, 130 interrupted"
-    try: _run(sys.argv[1:] if argv is None else argv)
+    try: _run(*(sys.argv[1:] if argv is None else argv))
     except (ValueError, FileNotFoundError) as e: return _say(e, 2)
     except (FloatingPointError, OSError) as e: return _say(e, 1)
     except KeyboardInterrupt: return _say('interrupted; nothing was written', 130)

@@ -258,6 +258,21 @@ def test_dropout_within_a_layer_is_off_too_and_no_random_number_is_drawn():
     assert all(m.training for m in net.modules())
 
 
+def test_layers_that_merge_weights_in_eval_mode_have_them_apart_again():
+    "As LoRA's do in their `train()`. Wrong: a flag that says train mode, and weights that are still merged"
+    class Merging(nn.Linear):
+        merged = False
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+    net = nn.Sequential(Merging(3, 3), nn.BatchNorm1d(3))
+    update_bn(net, [inputs()])
+    assert net[0].training and not net[0].merged
+    net.eval()
+    update_bn(net, [inputs()])
+    assert not net[0].training and net[0].merged
+
+
 def test_frozen_layers_normalise_by_what_they_have():
     net, x = marked(mlp()), inputs()
     net[1].eval()

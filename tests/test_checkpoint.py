@@ -302,13 +302,13 @@ def test_a_corrupt_byte_anywhere(tmp_path):
 
 
 def test_a_damaged_newest_falls_back(tmp_path, capsys):
-    "The one before it is gone on from, and a warning says so; where all are damaged, the fit does not start from the beginning"
+    "The one before it is resumed from, and a warning says so; where all are damaged, the fit does not start from the beginning"
     learner().fit(2, cbs=CheckpointCB(tmp_path))
     newest = tmp_path/'step-00000016.pt'
     newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match='step-00000016.pt is damaged.*going on from step-00000008.pt, which is older'):
+    with pytest.warns(UserWarning, match='step-00000016.pt is damaged.*step-00000008.pt, which is older, is used instead'):
         learner().fit(2, resume=tmp_path)
-    assert 'going on from' in capsys.readouterr().out
+    assert 'resuming from' in capsys.readouterr().out
     (tmp_path/'step-00000008.pt').write_text('')
     with pytest.raises(ValueError, match='step-00000008.pt is damaged'), warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -349,6 +349,52 @@ def test_folders_that_cannot_be_written_to(tmp_path):
         (tmp_path/'locked').mkdir(mode=0o500)
         with pytest.raises(PermissionError, match='a folder that can be written to is needed'): learner(Seen(), CheckpointCB(tmp_path/'locked')).fit(1)
     assert not seen
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    "Wrong: a folder that is called ~ beside the script"
+    (tmp_path/'here').mkdir()
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path/'here')
+    learner(EMACB(0.8)).fit(1, cbs=CheckpointCB('~/runs'))
+    assert [p.name for p in (tmp_path/'runs').iterdir()] == ['step-00000008.pt']
+    learn = learner(EMACB(0.8))
+    with pytest.warns(UserWarning, match='is of 2 now'): learn.fit(2, cbs=CheckpointCB('~/runs'), resume='~/runs')
+    assert learn.opt_steps == 16
+    learn.save('~/a.pt')
+    learn.load('~/a.pt')
+    learn.export('~/a.safetensors')
+    assert {'a.pt', 'a.safetensors'} < {p.name for p in tmp_path.iterdir()} and not [*(tmp_path/'here').iterdir()]
+
+
+def test_a_file_without_an_ending(tmp_path):
+    "Wrong: torch's writer, which names what is in the file after it, finds no name in a hidden one without an ending"
+    learn = learner(EMACB(0.8, apply=False))
+    learn.fit(1)
+    for name in ('model', '.model', 'model.of.today'):
+        learn.save(tmp_path/name)
+        other = learner(EMACB(0.8, apply=False))
+        other.load(tmp_path/name)
+        same(dict(result(other), random=0), dict(result(learn), random=0))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.model', 'model', 'model.of.today']
+    set_seed(1)
+    whole = learner()
+    whole.fit(2)
+    set_seed(1)
+    learner().fit(2, cbs=PowerCutQuiet(1, 2, tmp_path/'run'))
+    rest = learner()
+    rest.fit(2, resume=tmp_path/'run')
+    same(dict(result(rest), random=0), dict(result(whole), random=0))
+    (tmp_path/'notes').write_text('no checkpoint')
+    with pytest.raises(ValueError, match='notes is damaged, or no checkpoint'): learner().fit(1, resume=tmp_path/'notes')
+
+
+def test_files_have_the_permissions_of_the_user(tmp_path):
+    "Wrong: those of a temporary file, which nobody else may read"
+    old = os.umask(0o027)
+    try: learner().save(tmp_path/'a.pt')
+    finally: os.umask(old)
+    assert (tmp_path/'a.pt').stat().st_mode & 0o777 == 0o640
 
 
 def test_what_cannot_be_saved_is_said_before_training(tmp_path):
@@ -592,14 +638,20 @@ def test_a_refused_resume_leaves_the_optimizer(tmp_path):
     learn = learner(OneCycleCB(), opt_func=optim.Adam)
     learn.fit(1)
     before = {k: v.clone() for k, v in learn.opt.state[learn.model[0].weight].items()}
-    with pytest.raises(ValueError, match='a.pt cannot be gone on from: the state is of another optimizer'): learn.fit(2, resume=tmp_path/'a.pt')
+    with pytest.raises(ValueError, match='a.pt cannot be resumed: the state is of another optimizer'): learn.fit(2, resume=tmp_path/'a.pt')
     for k, v in learn.opt.state[learn.model[0].weight].items(): assert torch.equal(v, before[k])
 
 
 def test_changed_options_are_told(tmp_path):
+    "Where another schedule takes over, its rates are not among those that go on as saved"
     learner().fit(2, cbs=PowerCutQuiet(1, 2, tmp_path/'a.pt'))
     with pytest.warns(UserWarning, match=r'goes on with the options that were saved: lr was 0.01 and is 0.5, weight_decay was 0.1 and is 0.2'):
         learner(lr=0.5, opt_func=partial(optim.AdamW, weight_decay=0.2)).fit(2, resume=tmp_path/'a.pt')
+    learner(OneCycleCB()).fit(2, cbs=PowerCutQuiet(1, 2, tmp_path/'a.pt'))
+    rates = RecorderCB(lr=lambda cb: cb.pg['lr'])
+    with pytest.warns(UserWarning, match='^but for what a schedule sets, the optimizer goes on .*: lr was 0.01 and is 0.5$'):
+        learner(OneCycleCB(), rates, lr=0.5).fit(2, resume=tmp_path/'a.pt')
+    assert 0.05 < max(rates.recs['lr']) < 0.5
 
 
 def test_generators_must_be_as_many(tmp_path):

@@ -27,8 +27,8 @@ def bn_layers(
     layers = {f'{name}.'.replace('_orig_mod.', '')[:-1]: m for name, m in unwrap(module).named_modules()
               if stat_buffers(m)}
     for name, m in layers.items():
-        if not is_lazy(m.running_mean): continue
-        raise ValueError(f'{name or type(m).__name__} has no shape yet: run a batch through the lazy module first')
+        if is_lazy(m.running_mean):
+            raise ValueError(f'{name or type(m).__name__} has no shape yet: run a batch through the lazy module first')
     return layers
 
 def _buffers(module):

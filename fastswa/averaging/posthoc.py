@@ -100,10 +100,8 @@ class StoresSnapshots(Average):
 
     def _read(self, stored):
         "The averages in a snapshot, each in the order of the selection"
-        what = 'the snapshot'
-        if isinstance(stored, Path):
-            what = str(stored)
-            stored = torch.load(stored, map_location='cpu', mmap=True, weights_only=True)
+        what = stored if isinstance(stored, Path) else 'the snapshot'
+        if isinstance(stored, Path): stored = torch.load(stored, map_location='cpu', mmap=True, weights_only=True)
         self._check_sigma_rels(stored, what)
         return [self._selection.in_order(w, what) for w in stored['weights']]
 

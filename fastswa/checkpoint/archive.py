@@ -76,4 +76,4 @@ def newest(
         try: return file, read_checkpoint(file), files[:i]
         except ValueError as e:
             if file is files[-1]: raise
-            warnings.warn(f'{e}; going on from {files[i + 1].name}, which is older')
+            warnings.warn(f'{e}; {files[i + 1].name}, which is older, is used instead')

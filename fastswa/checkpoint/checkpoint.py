@@ -37,7 +37,7 @@ def load(
     path, # a file from `save` or `CheckpointCB`; of a folder the newest
     opt:bool=True, # the optimizer's state too?
 ):
-    "Take up weights, averages, optimizer and history of a checkpoint; ValueError for a damaged file or another model"
+    "Load weights, averages, optimizer and history of a checkpoint; ValueError for a damaged file or another model"
     if learn.in_fit:
         raise RuntimeError('load() is for between the fits: fit(…, resume=path) goes on in the midst of one')
     path,state,_ = newest(path)
@@ -62,7 +62,7 @@ def _load_averages(learn, state, path):
         warnings.filterwarnings('ignore', 'the saved average followed')
         learn.averages.load_state_dict(state, strict=False)
     lost = [name for name in state['averages'] if name not in learn.averages]
-    if lost: warnings.warn(f'no callback of this learner takes up the averages {", ".join(lost)} of {path}')
+    if lost: warnings.warn(f'no callback of this learner keeps the averages {", ".join(lost)} of {path}')
 
 # %% ../../nbs/checkpoint/02_checkpoint.ipynb #00000009
 def export(
@@ -123,7 +123,7 @@ class CheckpointCB(Callback):
             others = [p for p in found if p not in self.saved]
             what = 'checkpoints of another run'
         if others:
-            raise ValueError(f'{self.path} holds {what}, such as {others[-1].name}: go on with the newest '
+            raise ValueError(f'{self.path} holds {what}, such as {others[-1].name}: resume from the newest '
                              f'by fit(…, resume={str(self.path)!r}), or give another folder')
         self.saved = found
 

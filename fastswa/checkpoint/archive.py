@@ -6,30 +6,26 @@
 __all__ = ['write_checkpoint', 'read_checkpoint']
 
 # %% ../../nbs/checkpoint/00_archive.ipynb #00000002
-import pickle, platform, re, time, warnings, zipfile
-from functools import cache
-from importlib.metadata import version
+import pickle, platform, time, warnings, zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from .. import __version__
 from ..files import written
 
 # %% ../../nbs/checkpoint/00_archive.ipynb #00000005
 _FORMAT = 'fastswa checkpoint'
 _VERSION = 1
 
-@cache
-def _made_with():
-    packages = {k: version(k) for k in ('torch', 'numpy', 'fastswa')}
-    return dict(platform=platform.platform(), python=platform.python_version(), **packages)
-
 def write_checkpoint(
     state:dict, # what is to be in it; plain
     path, # the file; it is replaced as a whole or not at all
 ):
     "Write a checkpoint, with what made it and when; OSError if that fails, and then the file is as it was"
-    made = dict(_made_with(), time=time.strftime('%Y-%m-%d %H:%M:%S%z'))
+    made = dict(platform=platform.platform(), python=platform.python_version(), torch=str(torch.__version__),
+                numpy=np.__version__, fastswa=__version__, time=time.strftime('%Y-%m-%d %H:%M:%S%z'))
     try:
         with written(path) as tmp: torch.save(dict(format=_FORMAT, version=_VERSION, made=made, **state), tmp)
     except (OSError, RuntimeError) as e:
@@ -55,11 +51,11 @@ def read_checkpoint(
     if state['version'] != _VERSION:
         raise ValueError(f'{path} is a checkpoint of version {state["version"]}, '
                          f'written by fastswa {state["made"]["fastswa"]}; '
-                         f'this is fastswa {version("fastswa")}, which reads version {_VERSION}')
+                         f'this is fastswa {__version__}, which reads version {_VERSION}')
     return state
 
 # %% ../../nbs/checkpoint/00_archive.ipynb #00000006
-def step_of(path): return int(re.findall(r'\d+', path.stem)[-1])
+def step_of(path): return int(path.stem.removeprefix('step-'))
 
 def numbered(folder) -> list:
     "The checkpoints in a folder, the oldest first"

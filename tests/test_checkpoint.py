@@ -2,6 +2,7 @@
 import multiprocessing, os, random, signal, time, warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn, optim
@@ -16,7 +17,7 @@ from fastswa.callbacks.basics import RecorderCB
 from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
 from fastswa.checkpoint.archive import read_checkpoint
 from fastswa.checkpoint.checkpoint import CheckpointCB
-from fastswa.core import set_seed
+from fastswa.core import quiet, set_seed
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB
 from fastswa.data.loaders import BatchLoader
 from fastswa.training.events import Callback
@@ -31,7 +32,8 @@ from killed_run import Data, learner, net, result, the_run
 
 pytestmark = pytest.mark.filterwarnings('ignore:the model has BatchNorm', 'ignore:.*lr_scheduler.step')
 spawn = multiprocessing.get_context('forkserver')
-spawn.set_forkserver_preload(['torch._dynamo', 'fastswa.callbacks.augment', 'fastswa.checkpoint.checkpoint', 'fastswa.callbacks.schedule', 'fastswa.callbacks.swa'])
+rooms = ('callbacks.augment', 'callbacks.schedule', 'callbacks.swa', 'checkpoint.checkpoint')
+spawn.set_forkserver_preload(['torch._dynamo', *(f'fastswa.{o}' for o in rooms)])
 
 
 def same(a, b):
@@ -69,7 +71,9 @@ def finish(p, pipe):
 
 
 def test_killed_at_twenty_random_moments(tmp_path, whole):
-    "SIGKILL, again and again; a checkpoint at each step, so that many of the kills hit its writing. Wrong: a loader that replays, an average that restarts"
+    """SIGKILL, again and again; a checkpoint at each step, so that many of the kills hit its writing
+
+    Wrong: a loader that replays, an average that restarts."""
     rnd,kills,folder,finished = random.Random(0),0,tmp_path/'0',0
     p,pipe = start(folder)
     began = time.perf_counter()
@@ -164,8 +168,10 @@ RUNS = {
     'plateau on an average': lambda: learner(EMACB(0.8, apply=False), plateau()),
     'warm restarts, by batches': lambda: learner(BatchSchedCB(partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=5))),
     'warmup, stable, decay': lambda: learner(WarmupStableDecayCB(), LAWACB(2, '3ba', apply=False)),
-    'all averages': lambda: learner(EMACB(apply=False), EMACB(0.7, every='3ba', name='slow'), SWACB('0.2dur', '2ba', swa_lr=0.05, anneal='1ep'), SWAGCB(3, '5ba', '2ba'),
-                                    LAWACB(3, '2ba'), PostHocEMACB(every='4ba'), SwitchEMACB(half_life='3ba', switch='5ba'), BNUpdateCB(valid_batches=2)),
+    'all averages': lambda: learner(
+        EMACB(apply=False), EMACB(0.7, every='3ba', name='slow'), SWACB('0.2dur', '2ba', swa_lr=0.05, anneal='1ep'),
+        SWAGCB(3, '5ba', '2ba'), LAWACB(3, '2ba'), PostHocEMACB(every='4ba'), SwitchEMACB(half_life='3ba', switch='5ba'),
+        BNUpdateCB(valid_batches=2)),
     'accumulation, clipping': lambda: learner(GradAccumCB(3), GradClipCB(norm=0.3), EMACB(0.8), OneCycleCB()),
     'accumulation by samples, no length': lambda: learner(GradAccumCB(samples=70), EMACB(0.8, every='2ba'), dls=loaders('no length')),
     'fp16': lambda: learner(MixedPrecisionCB('fp16', init_scale=2.**40, growth_interval=3), EMACB(0.8), OneCycleCB()),
@@ -256,7 +262,9 @@ def test_another_run_is_refused(tmp_path, change, words):
     assert (tmp_path/'a.pt').read_bytes() == file
 
 
-@pytest.mark.parametrize('sched, n, words', [(OneCycleCB(pct_start=0.5), 4, 'schedule_phases.0.end_step was 7.0 and is 15.0'), (OneCycleCB(), 6, '.*total_steps was 32 and is 48')])
+@pytest.mark.parametrize('sched, n, words', [
+    (OneCycleCB(pct_start=0.5), 4, 'schedule_phases.0.end_step was 7.0 and is 15.0'),
+    (OneCycleCB(), 6, '.*total_steps was 32 and is 48')])
 def test_another_schedule_takes_over(tmp_path, sched, n, words):
     "One warning says what differs, and the rates are those of the new schedule at that step. Wrong: a mixture of both"
     def rates(): return RecorderCB(lr=lambda cb: cb.pg['lr'], mom=lambda cb: cb.pg['betas'][0])
@@ -367,6 +375,32 @@ def test_the_home_folder(tmp_path, monkeypatch):
     assert {'a.pt', 'a.safetensors'} < {p.name for p in tmp_path.iterdir()} and not [*(tmp_path/'here').iterdir()]
 
 
+def test_every_global_generator_goes_on(tmp_path):
+    "Python's and NumPy's too. Wrong: augmentation that draws from these repeats itself or takes another way"
+    class Draw(Callback):
+        def before_fit(self, learn): self.drawn = []
+        def before_batch(self, learn):
+            if learn.training: self.drawn.append((random.random(), float(np.random.rand()), float(np.random.randn())))
+    whole, rest = Draw(), Draw()
+    set_seed(1)
+    learner().fit(2, cbs=[whole, PowerCutQuiet(1, 2, tmp_path/'a.pt')])
+    set_seed(1)
+    learner().fit(2, cbs=whole)
+    set_seed(99)
+    learner().fit(2, cbs=rest, resume=tmp_path/'a.pt')
+    assert len(rest.drawn) == 5 and rest.drawn == whole.drawn[-5:]
+
+
+def test_quiet(tmp_path, capsys):
+    "Wrong: a line about the checkpoint in the middle of somebody's own table"
+    with quiet():
+        learner().fit(1, cbs=CheckpointCB(tmp_path), resume=tmp_path)
+        learner().fit(1, resume=tmp_path)
+    assert capsys.readouterr().out == ''
+    learner().fit(1, resume=tmp_path)
+    assert 'resuming from' in capsys.readouterr().out
+
+
 def test_a_file_without_an_ending(tmp_path):
     "Wrong: torch's writer, which names what is in the file after it, finds no name in a hidden one without an ending"
     learn = learner(EMACB(0.8, apply=False))
@@ -422,7 +456,9 @@ def test_best_is_remembered(tmp_path):
 
 
 def test_keep_and_every(tmp_path):
-    for every, keep, steps in (('1ep', None, [8, 16, 24]), ('0.5ep', None, [4, 8, 12, 16, 20, 24]), ('10ba', None, [10, 20, 24]), ('0.25dur', 2, [18, 24])):
+    cases = [('1ep', None, [8, 16, 24]), ('0.5ep', None, [4, 8, 12, 16, 20, 24]), ('10ba', None, [10, 20, 24]),
+             ('0.25dur', 2, [18, 24])]
+    for every, keep, steps in cases:
         folder = tmp_path/f'{every}{keep}'
         learner().fit(3, cbs=CheckpointCB(folder, every, keep))
         assert sorted(int(p.stem[5:]) for p in folder.iterdir()) == steps, every
@@ -443,7 +479,8 @@ def test_compiled_prefixes_stay_out(tmp_path):
     learn = learner(EMACB(0.8), model=model)
     learn.fit(1, cbs=CheckpointCB(tmp_path))
     state = read_checkpoint(tmp_path/'step-00000008.pt')
-    names = [*state['weights']['raw'], *state['averages']['averages']['ema']['average']['weights'], *(n for g in state['opt']['param_groups'] for n in g['param_names'])]
+    ema = state['averages']['averages']['ema']['average']['weights']
+    names = [*state['weights']['raw'], *ema, *(n for g in state['opt']['param_groups'] for n in g['param_names'])]
     assert names and not [n for n in names if '_orig_mod' in n]
     plain = learner(EMACB(0.8))
     plain.load(tmp_path/'step-00000008.pt')

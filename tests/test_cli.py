@@ -58,7 +58,8 @@ def test_weights_are_those_of_the_table(demo):
         model = get_model(act_gr, norm=nn.BatchNorm2d).cpu()
         model.load_state_dict({k.removeprefix(f'{name}/'): v for k, v in saved.items() if k.startswith(f'{name}/')})
         with torch.no_grad(): right = (model.eval()(x).argmax(1) == y).float().mean().item()
-        assert right == pytest.approx(accuracy, abs=1e-6 if name == 'raw' else 0.02)     # 640 images: all batches are in both
+        # 640 images: all batches are in both
+        assert right == pytest.approx(accuracy, abs=1e-6 if name == 'raw' else 0.02)
 
 
 def test_same_seed_same_run(demo, tmp_path):
@@ -66,7 +67,8 @@ def test_same_seed_same_run(demo, tmp_path):
     assert (tmp_path/'history.csv').read_text() == (demo/'history.csv').read_text()
 
 
-@pytest.mark.parametrize('options', ['--averages none', '--averages ema --sched onecycle', '--init lsuv --momentum 0', '--init default'])
+@pytest.mark.parametrize('options', [
+    '--averages none', '--averages ema --sched onecycle', '--init lsuv --momentum 0', '--init default'])
 def test_options(options, tmp_path, capsys):
     assert main(['train', *f'--data toy --epochs 1 --bs 64 --out {tmp_path} {options}'.split()]) == 0
     assert 'weights  accuracy' in capsys.readouterr().out

@@ -34,7 +34,8 @@ class Data:
 
 def net():
     set_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(54, 4))
+    return nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(),
+                         nn.Linear(54, 4))
 
 
 adamw = partial(optim.AdamW, weight_decay=0.1)

@@ -8,59 +8,60 @@ __all__ = ['train', 'main']
 # %% ../nbs/90_cli.ipynb #00000002
 import csv, json, sys, warnings
 from functools import partial
-from pathlib import Path
 
 from fastcore.script import anno_parser
 
+from . import __version__
 from .files import check_folder, written
 
 # %% ../nbs/90_cli.ipynb #00000005
-def _one_of(name, value, allowed):
-    if value not in allowed: raise ValueError(f'--{name} must be one of {", ".join(allowed)}; got {value!r}')
-    return value
-
-def _positive(name, value, kind='a number above 0'):
-    if not value > 0: raise ValueError(f'--{name} must be {kind}; got {value}')
-
-def _device(name):
+def _check(epochs, lr, sched, averages, init, bs, momentum, seed, device, out):
+    "The device and the folder; raises ValueError, which says what would be right, for the first option that is wrong"
     import torch
-    from fastswa.core import default_device
-    if name == 'auto': return default_device()
-    try: torch.empty(0, device=name)
+    from fastswa.core import check_choice, check_number, check_whole, default_device
+    check_whole('--epochs', epochs)
+    check_number('--lr', lr)
+    check_choice('--sched', sched, ['constant', 'onecycle'])
+    check_choice('--averages', averages, ['swa', 'ema', 'swa,ema', 'ema,swa', 'none'])
+    check_choice('--init', init, ['kaiming', 'lsuv', 'default'])
+    check_whole('--bs', bs)
+    check_number('--momentum', momentum, high=1, include_low=True, include_high=False)
+    check_whole('--seed', seed, 0, 2**32 - 1)
+    if device == 'auto': device = default_device()
+    try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device must be auto, cpu or an accelerator of this machine; got {name!r}') from e
-    return name
-
-def _out(path):
-    "The output folder, made and found writable"
-    try: return check_folder(path)
+        raise ValueError(f'--device must be auto, cpu or an accelerator of this machine; got {device!r}') from e
+    try: return device, check_folder(out)
     except OSError as e: raise ValueError(f'--out: {e.strerror}') from e
 
 # %% ../nbs/90_cli.ipynb #00000007
 def _loaders(data, bs, device):
-    "Loaders of normalised images, and the shape of one image"
+    "Loaders of normalised images"
     from fastswa.data.loaders import DataLoaders
     from fastswa.data.sources import load_data
     dls = DataLoaders.in_memory(load_data(data), bs, device=device)
-    both,(xs, _) = (dls.train, dls.valid),dls.train.dataset.tensors
-    mean,std = _moments(xs[:10_000].float()/255)
-    for dl in both: dl.tfm = lambda xb: (xb - mean)/std
-    classes = 1 + max(dl.dataset.tensors[1].max().item() for dl in both)
-    if classes > 10: raise ValueError(f'{data}: the convnet of this command tells 10 classes apart; there are {classes}')
-    return dls, tuple(xs.shape[1:])
+    xs = dls.train.dataset.tensors[0][:10_000].float()/255
+    mean = xs.mean((0, 2, 3), keepdim=True)
+    std = xs.std((0, 2, 3), keepdim=True).clamp(min=1e-3)
+    for dl in (dls.train, dls.valid):
+        dl.tfm = lambda xb: (xb - mean)/std
+        classes = 1 + dl.dataset.tensors[1].max().item()
+        if classes > 10: raise ValueError(f'{data}: the convnet of this command knows 10 classes; there are {classes}')
+    return dls
 
-def _moments(x): return x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True).clamp(min=1e-3)
-
-def _model(init, shape, xb, device):
+def _model(init, xb, device):
+    "The convnet for a batch of images"
     import torch
     from torch import nn
     from fastswa.nets.init import init_weights
-    from fastswa.nets.lsuv import lsuv
     from fastswa.nets.layers import act_gr, get_model
-    model = get_model(act_gr, nfs=[shape[0], 8, 16, 32, 64], norm=nn.BatchNorm2d).to(device)
+    from fastswa.nets.lsuv import lsuv
+    _,channels,height,width = xb.shape
+    model = get_model(act_gr, nfs=[channels, 8, 16, 32, 64], norm=nn.BatchNorm2d).to(device)
     with torch.no_grad(): out = model.eval()(xb[:1]).shape
     model.train()
-    if out != (1, 10): raise ValueError(f'the convnet of this command takes images of 17 to 32 pixels; these are {shape[1]}×{shape[2]}')
+    if out != (1, 10):
+        raise ValueError(f'the convnet of this command takes images of 17 to 32 pixels; these are {height}×{width}')
     if init == 'kaiming': model.apply(partial(init_weights, leaky=0.1))
     if init == 'lsuv': lsuv(model, xb)
     return model
@@ -81,75 +82,72 @@ def train(
 ):
     """Train the convnet of the fast.ai course with BatchNorm, and watch averages of its weights beside it.
 
-    Prints a table with a row per set of weights and epoch, and writes history.csv (that table), weights.safetensors (every set of
-    weights, as raw/NAME, swa/NAME, ema/NAME) and curves.png (accuracy and loss over the epochs)."""
-    names = [] if averages == 'none' else [_one_of('averages', a.strip(), ['swa', 'ema', 'none']) for a in averages.split(',')]
-    if len(set(names)) < len(names): raise ValueError(f'--averages names one twice: {averages}')
-    _one_of('sched', sched, ['constant', 'onecycle'])
-    _one_of('init', init, ['kaiming', 'lsuv', 'default'])
-    for k, v in dict(epochs=epochs, bs=bs).items(): _positive(k, v, 'a whole number above 0')
-    _positive('lr', lr)
-    if not 0 <= momentum < 1: raise ValueError(f'--momentum must be from 0 to below 1; got {momentum}')
-    if not 0 <= seed < 2**32: raise ValueError(f'--seed must be from 0 to 4294967295; got {seed}')
-    device,out = _device(device),_out(out)
+    Prints a table with a row per set of weights and epoch, and writes history.csv (that table), weights.safetensors
+    (every set of weights, as raw/NAME, swa/NAME, ema/NAME) and curves.png (accuracy and loss over the epochs)."""
+    averages = averages.replace(' ', '')
+    settings = dict(epochs=epochs, lr=lr, sched=sched, averages=averages, init=init, bs=bs, momentum=momentum,
+                    seed=seed)
+    device,out = _check(**settings, device=device, out=out)
 
     import torch.nn.functional as F
     from torch import optim
     from torcheval.metrics import MulticlassAccuracy
     from fastswa.callbacks.basics import DeviceCB
     from fastswa.callbacks.metrics import MetricsCB
-    from fastswa.core import set_seed
-    from fastswa.training.learner import TrainLearner
     from fastswa.callbacks.progress import ProgressCB
     from fastswa.callbacks.schedule import BatchSchedCB
-    from fastswa.callbacks.swa import BNUpdateCB
-    from fastswa.callbacks.swa import EMACB, SWACB
+    from fastswa.callbacks.swa import EMACB, SWACB, BNUpdateCB
+    from fastswa.core import set_seed
+    from fastswa.training.learner import TrainLearner
 
     set_seed(seed)
-    dls,shape = _loaders(data, bs, device)
-    model = _model(init, shape, next(iter(dls.valid))[0], device)
+    dls = _loaders(data, bs, device)
+    model = _model(init, next(iter(dls.valid))[0], device)
     cbs = [DeviceCB(device), MetricsCB(accuracy=MulticlassAccuracy()), ProgressCB()]
-    cbs += [dict(swa=SWACB, ema=EMACB)[name](apply=False) for name in names] + [BNUpdateCB()]*bool(names)
-    if sched == 'onecycle': cbs.append(BatchSchedCB(partial(optim.lr_scheduler.OneCycleLR, max_lr=lr, cycle_momentum=False)))
+    if averages != 'none':
+        cbs += [dict(swa=SWACB, ema=EMACB)[name](apply=False) for name in averages.split(',')]
+        cbs.append(BNUpdateCB())
+    if sched == 'onecycle':
+        cbs.append(BatchSchedCB(partial(optim.lr_scheduler.OneCycleLR, max_lr=lr, cycle_momentum=False)))
     learn = TrainLearner(model, dls, F.cross_entropy, lr, cbs, partial(optim.SGD, momentum=momentum))
     set_seed(seed)
     print(f'{len(dls.train.dataset):,} images to train on, {len(dls.valid.dataset):,} to validate, on {device}')
     learn.fit(epochs)
     _report(learn)
-    _write(learn, out, dict(data=data, epochs=epochs, lr=lr, sched=sched, averages=averages, init=init, bs=bs, momentum=momentum,
-                            seed=seed))
+    _write(learn, out, dict(settings, data=data))
     return learn
 
 # %% ../nbs/90_cli.ipynb #00000009
 def _report(learn):
-    "Print the last row of each set of weights, and its distance from the raw ones"
+    "Print the last row of each set of weights, and its distance from the raw ones in percentage points"
+    from fastswa.core import Table
     last = {r['weights']: r['accuracy'] for r in learn.history if r['train'] == 'eval'}
-    print('\nweights  accuracy  against raw')
-    for name in ('raw', *learn.averages):
-        gain = '' if name == 'raw' else f'{100*(last[name] - last["raw"]):+11.2f} points'
-        print(f'{name:<9}{last[name]:8.4f}{gain}')
+    table = Table(formats={'accuracy': '.4f'})
+    for name, accuracy in last.items():
+        gain = '' if name == 'raw' else f'{100*(accuracy - last["raw"]):+.2f} points'
+        table.add({'weights': name, 'accuracy': accuracy, 'against raw': gain})
+    print(f'\n{table.text()}')
 
 def _write(learn, out, settings):
     "Write history.csv, weights.safetensors and curves.png"
     import matplotlib.pyplot as plt
-    from safetensors.torch import save_file
+    from fastswa.averaging.interchange import write_tensors
     from fastswa.plot import plot_history
-    weights = {}
-    for name in ('raw', *learn.averages):
-        with learn.using(name) as m: weights |= {f'{name}/{k}': v.detach().cpu().clone().contiguous() for k, v in m.state_dict().items()}
+    names = ['raw', *learn.averages]
+    weights = {f'{name}/{k}': v for name in names for k, v in learn.module(name).state_dict().items()}
     plot_history(learn.history)
     with written(out/'history.csv') as h, written(out/'weights.safetensors') as w, written(out/'curves.png') as c:
         with open(h, 'w', newline='') as f:
             rows = csv.DictWriter(f, list(learn.history[-1]))
             rows.writeheader()
             rows.writerows(learn.history)
-        save_file(weights, w, dict(settings=json.dumps(settings)))
+        write_tensors(weights, w, dict(settings=json.dumps(settings)))
         plt.savefig(c, dpi=150)
     plt.close()
     print(f'\nWritten to {out}: history.csv, weights.safetensors, curves.png')
 
 # %% ../nbs/90_cli.ipynb #0000000b
-_HELP = '''usage: fastswa COMMAND [OPTION ...]
+_HELP = """usage: fastswa COMMAND [OPTION ...]
 
 Weight averaging for PyTorch: SWA, EMA and their relatives.
 
@@ -161,38 +159,30 @@ Every command tells its options with --help; none is needed:
   fastswa train --data toy --epochs 3       the same without any files
   fastswa train --sched onecycle            a rate that goes down to zero
 
-fastswa --version prints the version.'''
+fastswa --version prints the version."""
 
-class _Wrong(Exception): pass
+def _fail(message): raise ValueError(message)
 
-def _fail(message): raise _Wrong(message)
-
-def _parse(argv):
-    if not argv or argv[0] in ('-h', '--help'): return None, _HELP
-    if argv[0] == '--version':
-        from fastswa import __version__
-        return None, __version__
-    if argv[0] != 'train': _fail(f'there is no command {argv[0]!r}; there is: train')
+def _run(command='--help', *options):
+    if command in ('-h', '--help'): return print(_HELP)
+    if command == '--version': return print(__version__)
+    if command != 'train': _fail(f'there is no command {command!r}; there is: train')
     parser = anno_parser(train, prog='fastswa train')
     parser.error = _fail
-    options = vars(parser.parse_args(argv[1:]))
-    return {k: v for k, v in options.items() if k not in ('pdb', 'xtra')}, None
+    values = vars(parser.parse_args(options))
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *args, **kwargs: _say(message, 0)
+        train(**{k: v for k, v in values.items() if k not in ('pdb', 'xtra')})
 
 def main(
     argv=None, # the command line without the program; None: that of the process
 ) -> int: # exit status
     "The `fastswa` command. Exit status: 0 done, 1 failed, 2 wrong value, 130 interrupted"
-    try:
-        options,text = _parse(sys.argv[1:] if argv is None else argv)
-        if text: print(text)
-        else:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *args, **kwargs: _say(message, 0)
-                train(**options)
-        return 0
-    except (_Wrong, ValueError, FileNotFoundError) as e: return _say(e, 2)
+    try: _run(*(sys.argv[1:] if argv is None else argv))
+    except (ValueError, FileNotFoundError) as e: return _say(e, 2)
     except (FloatingPointError, OSError) as e: return _say(e, 1)
     except KeyboardInterrupt: return _say('interrupted; nothing was written', 130)
+    return 0
 
 def _say(message, status):
     print('fastswa:', ' '.join(str(message).split()), file=sys.stderr)

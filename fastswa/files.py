@@ -6,7 +6,7 @@
 __all__ = ['written', 'check_folder']
 
 # %% ../nbs/01_files.ipynb #00000002
-import os, tempfile
+import os, secrets, tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,39 +15,37 @@ from pathlib import Path
 def written(
     path, # the file to be
 ):
-    "A temporary path to write to, which becomes `path` at the end of the block, once it is on the disk, or is removed if the block fails"
-    path = Path(path)
+    """A temporary path to write to, which becomes `path` at the end of the block, once it is on the disk
+
+    If the block fails, what was written is removed, and `path` is as it was. IsADirectoryError for a folder,
+    FileNotFoundError where there is none to write into."""
+    path = Path(path).expanduser()
     if path.is_dir(): raise IsADirectoryError(f'{path} is a folder: give the path of the file in it')
     if not path.parent.is_dir(): raise FileNotFoundError(f'there is no folder {path.parent} for {path.name}')
-    fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
-    os.close(fd)
+    # some writers look at the ending, and torch's takes no hidden file without one
+    tmp = path.with_name(f'.{path.stem}-{secrets.token_hex(4)}{path.suffix or ".tmp"}')
     try:
-        yield Path(tmp)
-        os.chmod(tmp, 0o666 & ~_umask())
+        yield tmp
         _flush(tmp)
         os.replace(tmp, path)
         with suppress(OSError): _flush(path.parent)      # not every network folder can
-    finally: Path(tmp).unlink(missing_ok=True)
+    finally: tmp.unlink(missing_ok=True)
 
 def check_folder(
     path, # the folder
 ) -> Path:
     "The folder, made if need be and found writable; OSError if it cannot be"
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path): pass
-    except OSError as e: raise type(e)(e.errno, f'a folder that can be written to is needed; {path}: {e.strerror}') from e
+    except OSError as e:
+        raise type(e)(e.errno, f'a folder that can be written to is needed; {path}: {e.strerror}') from e
     return path
 
 def _flush(path):
     "Have the system write what it still holds of a file, or the names in a folder"
-    if os.name == 'nt': return                   # Windows flushes neither by a handle that only reads
+    if os.name == 'nt': return      # Windows flushes neither by a handle that only reads
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -16,8 +16,7 @@ from fastswa.core import set_seed
 from fastswa.callbacks.schedule import OneCycleCB
 from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.swa import BNUpdateCB
-from fastswa.callbacks.swa import EMACB, SWACB
+from fastswa.callbacks.swa import EMACB, SWACB, BNUpdateCB
 from helpers import Hits
 
 N_EPOCHS,STEPS = 4,8
@@ -35,17 +34,22 @@ class Data:
 
 def net():
     set_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(54, 4))
+    return nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(),
+                         nn.Linear(54, 4))
 
 
-def learner(*cbs, dls=None, opt_func=partial(optim.AdamW, weight_decay=0.1), cls=TrainLearner, model=None, lr=0.01):
+adamw = partial(optim.AdamW, weight_decay=0.1)
+
+
+def learner(*cbs, dls=None, opt_func=adamw, cls=TrainLearner, model=None, lr=0.01):
     return cls(model or net(), dls or Data(), F.cross_entropy, lr, cbs, opt_func)
 
 
 def the_run():
     "AdamW, one cycle, dropout, shuffling, augmentation, EMA and SWA"
-    return learner(OneCycleCB(), AugmentCB(RandFlip()), EMACB(half_life='0.5ep', apply=False), SWACB(start='0.3dur', every='0.05dur', apply=False),
-                   BNUpdateCB(valid_batches=3), MetricsCB(hits=Hits()), RecorderCB(lr=lambda cb: cb.pg['lr']))
+    averages = [EMACB(half_life='0.5ep', apply=False), SWACB(start='0.3dur', every='0.05dur', apply=False)]
+    return learner(OneCycleCB(), AugmentCB(RandFlip()), *averages, BNUpdateCB(valid_batches=3), MetricsCB(hits=Hits()),
+                   RecorderCB(lr=lambda cb: cb.pg['lr']))
 
 
 def result(learn):
@@ -54,9 +58,11 @@ def result(learn):
     sets = dict(raw=learn.model.state_dict(), **{k: a.weights for k, a in learn.averages.items()})
     res = {f'{name}/{k}': raw(v) for name, d in sets.items() for k, v in d.items()}
     for n, p in learn.model.named_parameters():
-        for k, v in learn.opt.state.get(p, {}).items(): res[f'opt/{n}/{k}'] = raw(torch.as_tensor(v)) if not isinstance(v, list) else len(v)
-    res |= dict(history=learn.history, groups=[{k: v for k, v in g.items() if k != 'params'} for g in learn.opt.param_groups],
-                steps=learn.opt_steps, random=torch.rand(3).tolist(), n={k: a.n for k, a in learn.averages.items()})
+        for k, v in learn.opt.state.get(p, {}).items():
+            res[f'opt/{n}/{k}'] = len(v) if isinstance(v, list) else raw(torch.as_tensor(v))
+    groups = [{k: v for k, v in g.items() if k != 'params'} for g in learn.opt.param_groups]
+    res |= dict(history=learn.history, groups=groups, steps=learn.opt_steps, random=torch.rand(3).tolist(),
+                n={k: a.n for k, a in learn.averages.items()})
     return res | {f'recs/{i}': cb.recs for i, cb in enumerate(learn.cbs) if hasattr(cb, 'recs')}
 
 

@@ -1,4 +1,4 @@
-"`update_bn` on any layer, batch, wrapper and fault, against float64 NumPy; layers of others take part, here and in the averages"
+"`update_bn` on any layer, batch, wrapper and fault, against float64 NumPy; layers of others take part too"
 import copy
 import warnings
 import weakref
@@ -25,7 +25,8 @@ from helpers import ctrl_c
 
 def mlp(seed=0, **kw):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, **kw), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2), nn.BatchNorm1d(2, **kw))
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, **kw), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2),
+                         nn.BatchNorm1d(2, **kw))
 
 
 def inputs(n=24, seed=0, shape=(3,), mean=1., std=2.):
@@ -81,7 +82,8 @@ def hooks(net): return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for
 
 
 @settings(max_examples=40)
-@given(sizes=st.lists(st.integers(2, 9), min_size=1, max_size=7), n_batches=st.none() | st.integers(1, 9), seed=st.integers(0, 99),
+@given(sizes=st.lists(st.integers(2, 9), min_size=1, max_size=7), n_batches=st.none() | st.integers(1, 9),
+       seed=st.integers(0, 99),
        dtype=st.sampled_from([torch.float32, torch.float64]), ordered=st.booleans())
 def test_any_cut_of_any_data(sizes, n_batches, seed, dtype, ordered):
     net, x = mlp(seed).to(dtype), inputs(sum(sizes), seed)
@@ -105,7 +107,9 @@ def test_unshuffled_data():
 
 @pytest.mark.parametrize('mean, std', [(1e4, 1e-2), (1e3, 1), (-1e6, 1e2), (0, 1e-12)])
 def test_no_cancellation(mean, std):
-    "In fp32 E[x²] - E[x]² would be off by more than the variance; what is left is the rounding of a batch's mean, as running_mean is rounded"
+    """In fp32 E[x²] - E[x]² would be off by more than the variance
+
+    What is left is the rounding of a batch's mean, as running_mean is rounded."""
     rtol = 1e-5 + (np.spacing(np.float32(abs(mean)))/2/std)**2
     x = inputs(2048, shape=(3, 4), mean=mean, std=std)
     m = nn.BatchNorm1d(3)
@@ -129,14 +133,17 @@ def test_a_layer_in_half_precision():
     assert m.running_var.dtype is torch.bfloat16
     assert_stats(m, *stats(x), rtol=2**-8)
     was = bn_state(m := nn.BatchNorm1d(2, dtype=torch.float16))
-    with pytest.raises(ValueError, match='BatchNorm1d.*too large for torch.float16'): update_bn(m, [inputs(8, shape=(2,), std=1e3).half()])
+    with pytest.raises(ValueError, match='BatchNorm1d.*too large for torch.float16'):
+        update_bn(m, [inputs(8, shape=(2,), std=1e3).half()])
     assert_same(bn_state(m), was)
 
 
 LAYERS = dict(
     bn1d_nc=(nn.BatchNorm1d(3), (3,)), bn1d_ncl=(nn.BatchNorm1d(3), (3, 5)), bn2d=(nn.BatchNorm2d(3), (3, 4, 5)),
-    bn3d=(nn.BatchNorm3d(3), (3, 2, 4, 5)), sync=(nn.SyncBatchNorm(3), (3, 4)), plain=(nn.BatchNorm2d(3, affine=False), (3, 4, 4)),
-    no_momentum=(nn.BatchNorm2d(3, momentum=None), (3, 4, 4)), in1d=(nn.InstanceNorm1d(3, track_running_stats=True), (3, 5)),
+    bn3d=(nn.BatchNorm3d(3), (3, 2, 4, 5)), sync=(nn.SyncBatchNorm(3), (3, 4)),
+    plain=(nn.BatchNorm2d(3, affine=False), (3, 4, 4)),
+    no_momentum=(nn.BatchNorm2d(3, momentum=None), (3, 4, 4)),
+    in1d=(nn.InstanceNorm1d(3, track_running_stats=True), (3, 5)),
     in2d=(nn.InstanceNorm2d(3, affine=True, track_running_stats=True), (3, 4, 5)),
     in3d=(nn.InstanceNorm3d(3, track_running_stats=True), (3, 2, 4, 5)))
 
@@ -216,7 +223,8 @@ def test_a_layer_that_gets_no_input_keeps_what_it_has():
             self.used, self.unused, self.fused, self.padding = (nn.BatchNorm1d(3) for _ in range(4))
             self.padding.stats_input = lambda x: x[:0]
         def forward(self, x):
-            x = F.batch_norm(self.padding(x), self.fused.running_mean, self.fused.running_var, training=self.fused.training)
+            x = F.batch_norm(self.padding(x), self.fused.running_mean, self.fused.running_var,
+                             training=self.fused.training)
             return self.used(x*3)
     net, x = marked(Skips()), inputs()
     was = bn_state(net)
@@ -256,6 +264,21 @@ def test_dropout_within_a_layer_is_off_too_and_no_random_number_is_drawn():
     normed = [(b - b.mean(0))/np.sqrt(b.var(0) + 1e-5) for b in x.double().numpy().reshape(3, 8, 3)]
     assert_stats(net[2], *stats(np.concatenate(normed)), atol=1e-5)
     assert all(m.training for m in net.modules())
+
+
+def test_layers_that_merge_weights_in_eval_mode_have_them_apart_again():
+    "As LoRA's do in their `train()`. Wrong: a flag that says train mode, and weights that are still merged"
+    class Merging(nn.Linear):
+        merged = False
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+    net = nn.Sequential(Merging(3, 3), nn.BatchNorm1d(3))
+    update_bn(net, [inputs()])
+    assert net[0].training and not net[0].merged
+    net.eval()
+    update_bn(net, [inputs()])
+    assert not net[0].training and net[0].merged
 
 
 def test_frozen_layers_normalise_by_what_they_have():
@@ -345,7 +368,8 @@ def test_a_loader_and_a_generator():
 def test_forward_gets_the_plain_module_and_the_batch_as_it_is():
     net, seen = mlp(), []
     batch = object()
-    update_bn(nn.DataParallel(net), [batch], forward=lambda m, b: seen.append((m is net, b is batch, m(inputs()).requires_grad)))
+    update_bn(nn.DataParallel(net), [batch],
+              forward=lambda m, b: seen.append((m is net, b is batch, m(inputs()).requires_grad)))
     assert seen == [(True, True, False)]
 
 
@@ -395,7 +419,8 @@ def test_whatever_is_raised_nothing_has_changed(exc, where):
 
 @pytest.mark.parametrize('data, exc, says', [
     ([], ValueError, 'there is no data'), (iter(()), ValueError, 'there is no data'), (3, TypeError, 'iterable'),
-    ([torch.full((8, 3), float('inf'))], ValueError, 'the inputs of 1 are not finite'), ([{'y': torch.ones(8, 3)}], TypeError, 'y'),
+    ([torch.full((8, 3), float('inf'))], ValueError, 'the inputs of 1 are not finite'),
+    ([{'y': torch.ones(8, 3)}], TypeError, 'y'),
     ([torch.ones(1, 3)], ValueError, 'more than 1 value')])
 def test_data_of_no_use(data, exc, says):
     net = marked(mlp())
@@ -406,7 +431,8 @@ def test_data_of_no_use(data, exc, says):
 
 
 @pytest.mark.parametrize('args, kw, exc, says', [
-    (('loader', 'model'), {}, TypeError, r'update_bn\(module, data\); got str'), (('model', ['x']), dict(n_batches=-1), ValueError, 'got -1'),
+    (('loader', 'model'), {}, TypeError, r'update_bn\(module, data\); got str'),
+    (('model', ['x']), dict(n_batches=-1), ValueError, 'got -1'),
     (('model', ['x']), dict(momenta={}), ValueError, 'not both')])
 def test_arguments(args, kw, exc, says):
     net = mlp()
@@ -438,7 +464,8 @@ def test_ctrl_c_at_any_line(what):
         net, call = fresh()
         _, interrupted = ctrl_c(call, FILES, at)
         assert interrupted, f'line {at} of {total}'
-        assert_same(bn_state(net), was if momenta(net) == before and torch.equal(net[1].running_mean, was['1.running_mean']) else done[0])
+        untouched = momenta(net) == before and torch.equal(net[1].running_mean, was['1.running_mean'])
+        assert_same(bn_state(net), was if untouched else done[0])
         assert momenta(net) in (before, done[1]) if what == 'data' else momenta(net) == before, f'line {at} of {total}'
         assert (hooks(net), [m.training for m in net.modules()]) == (0, modes), f'line {at} of {total}'
         assert compiles(), f'line {at} of {total}: torch.compile is off for everybody'
@@ -452,7 +479,8 @@ def test_momenta_by_name():
     kept = update_bn(net)
     assert kept == {'1': 0.25, '5': 0.5} and momenta(net) == [None, None]
     for b in inputs().split(8): net[1](net[0](b))
-    assert_stats(net[1], *np.mean([stats(net[0](b)) for b in inputs().split(8)], axis=0))        # torch's mean of variances: batches of one size
+    assert_stats(net[1], *np.mean([stats(net[0](b)) for b in inputs().split(8)],
+                                  axis=0))        # torch's mean of variances: batches of one size
     other = mlp(1)
     update_bn(other, momenta={'5': 0.7})
     assert momenta(other) == [0.1, 0.7]
@@ -533,7 +561,8 @@ def test_compiled_models_are_not_compiled_anew(what):
     layers = bn_layers(run)
     assert list(layers) == names
     plain = mlp()
-    for layer, expected in zip(layers.values(), by_numpy(plain, x.split(8))): assert_stats(layer, *expected, rtol=1e-4, atol=1e-5)
+    for layer, expected in zip(layers.values(), by_numpy(plain, x.split(8))):
+        assert_stats(layer, *expected, rtol=1e-4, atol=1e-5)
     run(x[:8])
     assert len(compiled) == n and (n or what == 'in place')
     torch.compiler.reset()
@@ -636,7 +665,8 @@ def test_counters_of_layers_of_others_come_back():
 def test_callbacks_know_it():
     g = torch.Generator().manual_seed(0)
     batches = [(torch.randn(8, 5, 3, generator=g) + 1, torch.randint(2, (8,), generator=g)) for _ in range(6)]
-    learn = TrainLearner(Text(), SimpleNamespace(train=batches, valid=batches[:2]), F.cross_entropy, 0.3, [EMACB(), BNUpdateCB()],
+    learn = TrainLearner(Text(), SimpleNamespace(train=batches, valid=batches[:2]), F.cross_entropy, 0.3,
+                         [EMACB(), BNUpdateCB()],
                          partial(optim.SGD, momentum=0.9))
     learn.fit(1)
     x = torch.cat([x for x, _ in batches])

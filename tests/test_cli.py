@@ -58,7 +58,8 @@ def test_weights_are_those_of_the_table(demo):
         model = get_model(act_gr, norm=nn.BatchNorm2d).cpu()
         model.load_state_dict({k.removeprefix(f'{name}/'): v for k, v in saved.items() if k.startswith(f'{name}/')})
         with torch.no_grad(): right = (model.eval()(x).argmax(1) == y).float().mean().item()
-        assert right == pytest.approx(accuracy, abs=1e-6 if name == 'raw' else 0.02)     # 640 images: all batches are in both
+        # 640 images: all batches are in both
+        assert right == pytest.approx(accuracy, abs=1e-6 if name == 'raw' else 0.02)
 
 
 def test_same_seed_same_run(demo, tmp_path):
@@ -66,18 +67,21 @@ def test_same_seed_same_run(demo, tmp_path):
     assert (tmp_path/'history.csv').read_text() == (demo/'history.csv').read_text()
 
 
-@pytest.mark.parametrize('options', ['--averages none', '--averages ema --sched onecycle', '--init lsuv --momentum 0', '--init default'])
+@pytest.mark.parametrize('options', [
+    '--averages none', '--averages ema --sched onecycle', '--init lsuv --momentum 0', '--init default'])
 def test_options(options, tmp_path, capsys):
     assert main(['train', *f'--data toy --epochs 1 --bs 64 --out {tmp_path} {options}'.split()]) == 0
     assert 'weights  accuracy' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('options, says', [
-    ('--data nonesuch', 'fashion_mnist, mnist, toy'), ('--epochs -1', 'above 0; got -1'), ('--epochs two', "'two'"),
-    ('--lr 0', 'above 0'), ('--lr nan', 'above 0'), ('--sched cosine', 'constant, onecycle'), ('--averages swa,sma', 'swa, ema, none'),
-    ('--averages ema,ema', 'twice'), ('--init magic', 'kaiming, lsuv, default'), ('--bs 0', 'above 0'), ('--momentum 1', 'below 1'),
-    ('--seed -1', '4294967295'), ('--device tpu9', 'auto, cpu'), ('--device cuda:99', 'auto, cpu'), ('--out /proc/none/x', 'written to'),
-    ('--colour red', '--colour')])
+    ('--data nonesuch', 'fashion_mnist, mnist, toy'), ('--epochs -1', '1 or more; got -1'), ('--epochs two', "'two'"),
+    ('--lr 0', 'above 0'), ('--lr nan', 'above 0'), ('--sched cosine', "'constant' or 'onecycle'; got 'cosine'"),
+    ('--averages swa,sma', "'swa', 'ema', 'swa,ema', 'ema,swa' or 'none'; got 'swa,sma'"),
+    ('--averages ema,ema', "or 'none'; got 'ema,ema'"), ('--averages none,ema', "or 'none'; got 'none,ema'"),
+    ('--init magic', "'kaiming', 'lsuv' or 'default'"), ('--bs 0', '1 or more; got 0'), ('--momentum 1', 'below 1'),
+    ('--seed -1', '4294967295'), ('--device tpu9', 'auto, cpu'), ('--device cuda:99', 'auto, cpu'),
+    ('--out /proc/none/x', 'written to'), ('--colour red', '--colour')])
 def test_wrong_values(options, says, tmp_path, capsys):
     "One line on stderr, exit status 2, nothing written"
     os.chdir(tmp_path)

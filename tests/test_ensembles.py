@@ -1,4 +1,4 @@
-"LatestAverage, SWAG, PostHocEMA and soups: any sequence of events, against float64; nothing of the raw model is ever touched"
+"LatestAverage, SWAG, PostHocEMA and soups: any sequence of events, against float64; the raw model is never touched"
 import copy
 import io
 import warnings
@@ -45,7 +45,8 @@ def check(kind, avg, seen):
         else: right = x.mean(0)
         np.testing.assert_allclose(v.double().numpy(), right, rtol=1e-4, atol=1e-4)
     if 'swag' in kind and len(seen) > 1:
-        for k, v in avg.variance.items(): np.testing.assert_allclose(v.double().numpy(), of(seen, k).var(0), rtol=1e-3, atol=1e-4)
+        for k, v in avg.variance.items():
+            np.testing.assert_allclose(v.double().numpy(), of(seen, k).var(0), rtol=1e-3, atol=1e-4)
         assert same(avg.sample(scale=0), avg.mean)
     if kind == 'posthoc' and len(avg.steps) > 1:
         for k, v in avg.reconstruct(0.2).items():
@@ -54,11 +55,13 @@ def check(kind, avg, seen):
             np.testing.assert_allclose(v.double().numpy(), right, rtol=1e-4, atol=1e-4)
 
 
-ops = st.lists(st.sampled_from(['step', 'update', 'other', 'apply', 'fail', 'reload', 'replace', 'nan', 'look']), min_size=5, max_size=30)
+ops = st.lists(st.sampled_from(['step', 'update', 'other', 'apply', 'fail', 'reload', 'replace', 'nan', 'look']),
+               min_size=5, max_size=30)
 
 
 @settings(max_examples=80)
-@given(kind=st.sampled_from(list(kinds)), ops=ops, norm=st.booleans(), tied=st.sampled_from([None, 'shared', 'transposed']),
+@given(kind=st.sampled_from(list(kinds)), ops=ops, norm=st.booleans(),
+       tied=st.sampled_from([None, 'shared', 'transposed']),
        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 def test_any_sequence(kind, ops, norm, tied, dtype):
     g = torch.Generator().manual_seed(0)
@@ -104,7 +107,8 @@ def test_what_is_kept_follows_the_module(kind):
     "Snapshots in the layout, order or dtype of tensors that the module no longer has would be mixed up or frozen"
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3))
     avg, g, seen = kinds[kind](net), torch.Generator().manual_seed(0), []
-    for change in (lambda: None, net.double, lambda: net.to(memory_format=torch.channels_last), lambda: None, net.float):
+    for change in (lambda: None, net.double, lambda: net.to(memory_format=torch.channels_last),
+                   lambda: None, net.float):
         change()
         for _ in range(2):
             with torch.no_grad():
@@ -227,7 +231,8 @@ def test_complex_weights_have_the_variance_of_both_parts():
         with torch.no_grad(): net.w.copy_(torch.randn(1, dtype=torch.complex64, generator=g)*(1 + 2j))
         swag.update()
         seen.append(net.w.item())
-    np.testing.assert_allclose(swag.variance['w'].real.item(), np.var(seen), rtol=1e-4)      # numpy's of complex numbers
+    np.testing.assert_allclose(swag.variance['w'].real.item(), np.var(seen),
+                               rtol=1e-4)      # numpy's of complex numbers
     drawn = [swag.sample(1., g)['w'].item() for _ in range(2000)]
     np.testing.assert_allclose(np.var(drawn), np.var(seen), rtol=0.1)
 
@@ -359,14 +364,15 @@ def test_fit_agrees_with_every_step_of_the_run():
         c, residual = fit(steps, [power(sigma_rel=s).exponent for s in stored], power(sigma_rel=wanted).exponent)
         np.testing.assert_allclose(c.sum(), 1, rtol=1e-6)
         np.testing.assert_allclose(np.linalg.norm(P@c.ravel() - p)/np.linalg.norm(p), residual, rtol=1e-5, atol=1e-9)
-        D = P[:, :-1] - P[:, -1:]                                                # nothing along these can make it smaller
+        D = P[:, :-1] - P[:, -1:]      # nothing along these can make it smaller
         assert np.abs(D.T@(P@c.ravel() - p)).sum() <= 1e-7*np.linalg.norm(p)*np.linalg.norm(P), (steps, stored, wanted)
 
 
 def test_posthoc_of_a_million_steps_is_finite_and_sums_to_one():
     "Powers of a million overflow, and those of their reciprocal vanish"
     for stored in ((0.05, 0.1), (0.002, 0.28)):
-        c, residual = fit([10**4*i for i in range(1, 101)], [power(sigma_rel=s).exponent for s in stored], power(sigma_rel=0.07).exponent)
+        c, residual = fit([10**4*i for i in range(1, 101)], [power(sigma_rel=s).exponent for s in stored],
+                          power(sigma_rel=0.07).exponent)
         assert np.isfinite(c).all() and 0 < residual < 1
         np.testing.assert_allclose(c.sum(), 1, rtol=1e-8)
 
@@ -391,7 +397,8 @@ def test_posthoc_folder_of_a_run_that_was_taken_up_again(tmp_path):
     assert again.steps == [5, 10, 14]
     assert [p.name for p in sorted(tmp_path.iterdir())] == ['ema-00000005.pt', 'ema-00000010.pt', 'ema-00000014.pt']
     (tmp_path/'ema-00000005.pt').unlink()
-    with pytest.raises(ValueError, match='ema-00000005.pt'): PostHocEMA(net, every=7, folder=tmp_path).load_state_dict(saved)
+    with pytest.raises(ValueError, match='ema-00000005.pt'):
+        PostHocEMA(net, every=7, folder=tmp_path).load_state_dict(saved)
 
 
 def test_posthoc_snapshots_are_copies_on_the_cpu_with_ties(tmp_path):
@@ -403,7 +410,8 @@ def test_posthoc_snapshots_are_copies_on_the_cpu_with_ties(tmp_path):
         walked(avg, net, 3)
         assert same(then, avg.reconstruct(0.15, step=8))
         new = avg.reconstruct(0.15)
-        assert torch.equal(new['b.weight'], new['a.weight'].t()) and new['b.weight'].data_ptr() == new['a.weight'].data_ptr()
+        assert torch.equal(new['b.weight'], new['a.weight'].t())
+        assert new['b.weight'].data_ptr() == new['a.weight'].data_ptr()
 
 
 def test_posthoc_variances_are_not_negative():
@@ -436,7 +444,8 @@ def test_greedy_soup_takes_all_that_do_no_harm():
     soup = greedy_soup(iter(states), lambda s: 1)
     assert soup.used == [0, 1, 2, 3] and soup.scores == [1]*4 and soup.score == 1
     assert same(soup.weights, uniform_soup(states)) and soup.weights['n'] == 0
-    with pytest.raises(ValueError, match='soup of states'): greedy_soup(states, lambda s: 1 if s['w'] % 1 == 0 else float('nan'))
+    with pytest.raises(ValueError, match='soup of states'):
+        greedy_soup(states, lambda s: 1 if s['w'] % 1 == 0 else float('nan'))
 
 
 def test_soups_of_half_precision_do_not_round_on_the_way():

@@ -1,4 +1,4 @@
-"Averages in and out: parity with torch, timm, torch-ema and ema-pytorch, and dicts averaged by hand. The three libraries are optional"
+"Averages in and out: parity with torch, timm, torch-ema and ema-pytorch (these three optional); dicts averaged by hand"
 import copy
 import importlib.util
 from pathlib import Path
@@ -66,7 +66,8 @@ def test_the_swa_loop_of_the_torch_documentation():
     "swa_start, SWALR, update_bn: torch's loop, and ours beside it that is handed over for the last step of all"
     net, data, swa_start = plain_net(), batches(5), 4
     opt = optim.SGD(net.parameters(), 0.3)
-    scheduler, swa_scheduler = optim.lr_scheduler.CosineAnnealingLR(opt, T_max=12), SWALR(opt, swa_lr=0.05, anneal_epochs=3)
+    scheduler = optim.lr_scheduler.CosineAnnealingLR(opt, T_max=12)
+    swa_scheduler = SWALR(opt, swa_lr=0.05, anneal_epochs=3)
     theirs, ours = AveragedModel(net), Average(net, equal())
     for i in range(12):
         for _ in train(net, data, opt): pass
@@ -86,7 +87,8 @@ def test_the_swa_loop_of_the_torch_documentation():
 def test_the_ema_loop_of_the_torch_documentation():
     "get_ema_multi_avg_fn and use_buffers: BatchNorm's floats are as ours, its counter is the trap"
     net = plain_net()
-    theirs, ours = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True), Average(net, ema(decay=0.9))
+    theirs = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    ours = Average(net, ema(decay=0.9))
     for _ in train(net, batches(40)):
         theirs.update_parameters(net)
         ours.update()
@@ -96,7 +98,8 @@ def test_the_ema_loop_of_the_torch_documentation():
     assert alone[1].num_batches_tracked == 40
 
 
-rules = {'equal': equal(), 'ema': ema(decay=0.8), 'power': power(3.), 'half_life': ema(half_life=4), 'ratio': ema(decay=0.9, warmup='ratio'),
+rules = {'equal': equal(), 'ema': ema(decay=0.8), 'power': power(3.), 'half_life': ema(half_life=4),
+         'ratio': ema(decay=0.9, warmup='ratio'),
          'warmup': ema(decay=0.9, warmup='power'), 'callable': lambda n: 1/(n + 3)}
 
 
@@ -198,7 +201,8 @@ def test_another_architecture_is_refused_by_name():
     was = copy.deepcopy(ours.weights)
     other = AveragedModel(nn.Sequential(nn.Linear(4, 5), nn.Identity(), nn.ReLU(), nn.Linear(6, 3), nn.Linear(1, 1)))
     with pytest.raises(ValueError) as e: from_averaged_model(ours, other)
-    for text in '1.weight is missing', '4.bias is not in the model', '0.weight is (5, 4) instead of (6, 4)': assert text in str(e.value)
+    for text in '1.weight is missing', '4.bias is not in the model', '0.weight is (5, 4) instead of (6, 4)':
+        assert text in str(e.value)
     close(ours.weights, was)
     assert ours.n == 1
 
@@ -227,11 +231,13 @@ def test_a_part_of_the_weights():
 def other_state(): return Net(5).state_dict()
 
 
-def averaged_names(average): return [k for k in average.source.state_dict() if k.split('.')[-1] not in ('steps', 'num_batches_tracked')]
+def averaged_names(average):
+    return [k for k in average.source.state_dict() if k.split('.')[-1] not in ('steps', 'num_batches_tracked')]
 
 
 def test_timm_by_hand():
-    checkpoint = dict(epoch=3, arch='net', state_dict=Net().state_dict(), optimizer={}, version=2, state_dict_ema=other_state(), metric=0.9)
+    checkpoint = dict(epoch=3, arch='net', state_dict=Net().state_dict(), optimizer={}, version=2,
+                      state_dict_ema=other_state(), metric=0.9)
     for state in (checkpoint, other_state(), {f'module.{k}': v for k, v in other_state().items()},
                   {f'module.module._orig_mod.{k}': v for k, v in other_state().items()}):
         average = Average(Net(), ema(decay=0.99))
@@ -258,12 +264,17 @@ def test_a_model_with_a_part_called_module():
 @pytest.mark.parametrize('load, state, match', [
     (load_timm_ema, dict(state_dict={}, epoch=1), "no 'state_dict_ema'"),
     (load_timm_ema, dict(state_dict_ema={'first.weight': torch.ones(6, 4)}), 'first.bias is missing'),
-    (load_timm_ema, dict(state_dict_ema=other_state() | {'head.weight': torch.ones(1)}), 'head.weight is not in the model'),
-    (load_timm_ema, dict(state_dict_ema=other_state() | {'bn.running_var': torch.ones(5)}), r'bn.running_var is \(5,\) instead of \(6,\)'),
-    (load_torch_ema, dict(shadow_params=[torch.ones(1)], num_updates=3), 'has 1 tensors; the model has 6 parameters, 5 of which'),
-    (load_torch_ema, dict(shadow_params=[torch.ones(4)]*6, num_updates=3), r'first.weight is \(4,\) instead of \(6, 4\)'),
+    (load_timm_ema, dict(state_dict_ema=other_state() | {'head.weight': torch.ones(1)}),
+     'head.weight is not in the model'),
+    (load_timm_ema, dict(state_dict_ema=other_state() | {'bn.running_var': torch.ones(5)}),
+     r'bn.running_var is \(5,\) instead of \(6,\)'),
+    (load_torch_ema, dict(shadow_params=[torch.ones(1)], num_updates=3),
+     'has 1 tensors; the model has 6 parameters, 5 of which'),
+    (load_torch_ema, dict(shadow_params=[torch.ones(4)]*6, num_updates=3),
+     r'first.weight is \(4,\) instead of \(6, 4\)'),
     (load_ema_pytorch, dict(shadow_params=[]), "no names that begin with 'ema_model.'"),
-    (load_ema_pytorch, {'ema_model.x': torch.ones(1), 'initted': torch.tensor(True), 'step': torch.tensor(3)}, 'frozen is missing')])
+    (load_ema_pytorch, {'ema_model.x': torch.ones(1), 'initted': torch.tensor(True), 'step': torch.tensor(3)},
+     'frozen is missing')])
 def test_what_does_not_fit_is_refused_and_changes_nothing(load, state, match):
     average = Average(Net(), ema(decay=0.9))
     average.update()
@@ -347,7 +358,7 @@ def test_torch_ema_goes_on_here(use_num_updates):
 
 @pytest.mark.parametrize('every, after', [(1, 0), (3, 5), (10, 100)])
 def test_ema_pytorch_goes_on_here(every, after):
-    "With an update at each step the warm-up goes on, too; its decay forgets `update_every`, so else only a constant one does"
+    "With an update at each step the warm-up goes on, too; its decay forgets `update_every`, so else a constant does"
     ema_pytorch = pytest.importorskip('ema_pytorch')
     net = plain_net()
     beta = 0.9 if every == 1 else 1e-6          # the smallest decay: reached at once
@@ -387,7 +398,8 @@ def test_the_running_mean_is_the_mean(dtype, n, empty):
         np.testing.assert_allclose(v.double(), np.mean([s[k].double().numpy() for s in seen], 0), rtol=1e-4, atol=1e-5)
         assert v.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     assert all(copy_params(net, params).values())
-    close(dict(net.named_parameters()), {k: v.to(dtype) for k, v in params.items() if k != 'tied.weight'}, rtol=0, atol=0)
+    close(dict(net.named_parameters()), {k: v.to(dtype) for k, v in params.items() if k != 'tied.weight'}, rtol=0,
+          atol=0)
 
 
 def test_the_same_as_an_average():
@@ -423,7 +435,8 @@ def test_whatever_expands_can_be_copied(value):
     assert net.first.weight.eq(3).all() and torch.equal(net.first.bias, was)
 
 
-@pytest.mark.parametrize('value', [torch.ones(6), torch.ones(4, 6), torch.ones(1, 6, 4), torch.ones(0, 4), torch.ones(2, 4)])
+@pytest.mark.parametrize('value', [torch.ones(6), torch.ones(4, 6), torch.ones(1, 6, 4), torch.ones(0, 4),
+                                   torch.ones(2, 4)])
 def test_what_does_not_expand_is_refused_before_anything_is_written(value):
     net = Net()
     was = copy.deepcopy(net.state_dict())
@@ -511,7 +524,8 @@ def test_tied_values_must_agree():
     net, value = Net(), torch.randn(6, 6)
     assert copy_params(net, {'last.weight': value, 'tied.weight': value.double()})['tied.weight']
     assert torch.equal(net.last.weight, value)
-    with pytest.raises(ValueError, match='last.weight and tied.weight'): copy_params(net, {'last.weight': value, 'tied.weight': 0})
+    with pytest.raises(ValueError, match='last.weight and tied.weight'):
+        copy_params(net, {'last.weight': value, 'tied.weight': 0})
     assert torch.equal(net.last.weight, value)
 
 

@@ -16,67 +16,76 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from ..core import to_device, uninterrupted, unwrap
 from .tensors import stat_buffers
+from ..core import check_whole, set_modes, to_device, uninterrupted, unwrap
 
 # %% ../../nbs/averaging/05_batchnorm.ipynb #00000005
 def bn_layers(
     module:nn.Module, # a model, compiled or wrapped ones too
 ) -> dict: # name in the plain model → layer
     "The layers that keep running statistics; ValueError if one has no shape yet"
-    found = {f'{name}.'.replace('_orig_mod.', '')[:-1]: m for name, m in unwrap(module).named_modules() if stat_buffers(m)}
-    for name, m in found.items():
-        if is_lazy(m.running_mean): raise ValueError(f'{_called(name, m)} has no shape yet: run a batch through the lazy module first')
-    return found
+    layers = {f'{name}.'.replace('_orig_mod.', '')[:-1]: m for name, m in unwrap(module).named_modules()
+              if stat_buffers(m)}
+    for name, m in layers.items():
+        if is_lazy(m.running_mean):
+            raise ValueError(f'{name or type(m).__name__} has no shape yet: run a batch through the lazy module first')
+    return layers
 
-def _called(name, layer): return name or type(layer).__name__
+def _buffers(module):
+    "Layer, its buffer's key, and the buffer's name in the plain model"
+    return [(m, k, f'{name}.{k}'.lstrip('.')) for name, m in bn_layers(module).items() for k in stat_buffers(m)]
 
-def bn_state(module) -> dict: # name of the buffer → a copy of it
+def bn_state(
+    module:nn.Module, # a model, compiled or wrapped ones too
+) -> dict: # name of the buffer → a copy of it
     "Copies of all running statistics, which `load_bn_state` puts back"
-    return {f'{name}.{k}'.lstrip('.'): getattr(m, k).clone() for name, m in bn_layers(module).items() for k in stat_buffers(m)}
+    return {name: getattr(m, k).clone() for m, k, name in _buffers(module)}
 
-def load_bn_state(module, state):
-    "Put statistics from `bn_state` back, in place"
-    for name, m in bn_layers(module).items():
-        for k in stat_buffers(m): getattr(m, k).copy_(state[f'{name}.{k}'.lstrip('.')])
+def load_bn_state(
+    module:nn.Module, # the model, or one with the same layers
+    state:dict, # from `bn_state`
+):
+    "Put statistics back, in place"
+    for m, k, name in _buffers(module): getattr(m, k).copy_(state[name])
 
 # %% ../../nbs/averaging/05_batchnorm.ipynb #00000008
 def _wide(t): return t.to(torch.float32 if t.device.type == 'mps' else torch.float64)
 
-def _counts(layer, args, kwargs):
-    "What of a layer's input counts"
-    if hasattr(layer, 'stats_input'): return layer.stats_input(*args, **kwargs)
-    return args[0] if args else next(iter(kwargs.values()))
-
 class _Pool:
     "Count, mean and sum of squared deviations per channel of all inputs so far"
-    def __init__(self): self.n,self.inputs,self.mean,self.m2 = 0,0,0.,0.
+    def __init__(self):
+        self.n = self.inputs = 0
+        self.mean = self.squares = 0.
 
     def __call__(self, layer, args, kwargs):
-        x = _counts(layer, args, kwargs).detach()                       # (N, C) or (N, C, …)
+        "A forward pre-hook"
+        if hasattr(layer, 'stats_input'): x = layer.stats_input(*args, **kwargs)
+        else: x = args[0] if args else next(iter(kwargs.values()))
         if not x.numel(): return
-        self.add(layer, x.float() if x.dtype in (torch.half, torch.bfloat16) else x)
+        self.add(layer, x.detach().to(torch.promote_types(x.dtype, torch.float32)))      # (N, C) or (N, C, …)
         self.inputs += 1
 
     def add(self, layer, x):
         var,mean = map(_wide, torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=0))
         n = x.numel()//x.shape[1]
-        delta,total = mean - self.mean,self.n + n
+        total = self.n + n
+        delta = mean - self.mean
         self.mean = self.mean + delta*(n/total)
-        self.m2 = self.m2 + var*n + delta**2*(self.n*n/total)
+        self.squares = self.squares + var*n + delta**2*(self.n*n/total)
         self.n = total
 
     def var(self):
         "The unbiased variance, as in torch"
-        return self.m2/max(self.n - 1, 1)
+        return self.squares/max(self.n - 1, 1)
 
     def put(self, layer, name):
         "Write the pooled statistics into a layer; ValueError if they are not finite"
-        for buffer, value in ((layer.running_mean, self.mean), (layer.running_var, self.var())):
+        for k, value in zip(stat_buffers(layer), (self.mean, self.var(), torch.tensor(self.inputs))):
+            buffer = getattr(layer, k)
             buffer.copy_(value.view_as(buffer))
             if not buffer.isfinite().all():
-                raise ValueError(f'the inputs of {_called(name, layer)} are not finite, or their statistics too large for {buffer.dtype}')
-        for k in stat_buffers(layer)[2:]: getattr(layer, k).fill_(self.inputs)
+                raise ValueError(f'the inputs of {name or type(layer).__name__} are not finite, '
+                                 f'or their statistics too large for {buffer.dtype}')
 
 class _InstancePool(_Pool):
     "Count of samples, mean of their means, sum of their variances"
@@ -85,14 +94,14 @@ class _InstancePool(_Pool):
         var,mean = map(_wide, torch.var_mean(x, dim=[*range(2, x.ndim)]))      # (N, C)
         total = self.n + len(x)
         self.mean = self.mean*(self.n/total) + mean.sum(0)/total
-        self.m2 = self.m2 + var.sum(0)
+        self.squares = self.squares + var.sum(0)
         self.n = total
 
-    def var(self): return self.m2/self.n
+    def var(self): return self.squares/self.n
 
 # %% ../../nbs/averaging/05_batchnorm.ipynb #00000009
 def outputs(module, batch):
-    "What a module makes of a batch: a tensor, a tuple or list whose first element goes in, or a dict that goes in by name"
+    "What a module makes of a batch: of a tensor, of the first element of a tuple or list, of a dict by its names"
     batch = to_device(batch, next((t.device for t in chain(module.parameters(), module.buffers())), 'cpu'))
     if isinstance(batch, Mapping): return module(**batch)
     return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
@@ -107,56 +116,57 @@ def update_bn(
     momenta:dict|None=None, # what a call without data returned: puts these momenta back
     forward=None, # called with the plain module and a batch just as it comes, for models that take other inputs
 ) -> dict|None: # without data: the momenta by name
-    """Recompute the running statistics of a model over `data`, each layer's from exactly the inputs it got in this one pass.
+    """Recompute the running statistics of a model over `data`, each layer's from exactly the inputs it got.
 
-    Dropout is off, the layers normalise by batch. A layer in eval mode within a module in train mode is frozen and left alone; of a
-    module in eval mode every layer takes part. A layer that gets no input keeps what it has; where no layer takes part, the data is not
-    read. Raises ValueError if there is no data, or inputs are not finite; whatever goes wrong, statistics and momenta are then as before.
+    Dropout is off, the layers normalise by batch. A layer in eval mode within a module in train mode is frozen and left
+    alone; of a module in eval mode every layer takes part. A layer that gets no input keeps what it has; where no layer
+    takes part, the data is not read. Raises ValueError if there is no data, or inputs are not finite; whatever goes
+    wrong, statistics and momenta are then as before.
+
     Without data: resets the statistics and sets momentum to None, so that each layer averages what it gets from now on;
     `update_bn(module, momenta=…)` ends that. (torch's InstanceNorm cannot do so: it is left alone.)"""
     if not isinstance(module, nn.Module):
         raise TypeError(f'the module comes first, then the data: update_bn(module, data); got {type(module).__name__}')
-    if n_batches is not None and n_batches < 1: raise ValueError(f'n_batches must be 1 or more, or None; got {n_batches}')
+    check_whole('n_batches', n_batches, none=True)
     if data is not None and momenta is not None: raise ValueError('give data or momenta, not both')
-    plain = unwrap(module)
-    everything = bn_layers(plain)
+    model = unwrap(module)
+    everything = bn_layers(model)
     if momenta is not None: return _set_momenta(everything, momenta)
-    layers = {name: m for name, m in everything.items() if m.training or not plain.training}
-    kept,before,modes,undo = bn_state(plain),_momenta(everything),{m: m.training for m in plain.modules()},ExitStack()
-    def tidy():
-        undo.close()
-        for m, mode in modes.items(): m.training = mode
+    layers = {name: m for name, m in everything.items() if m.training or not model.training}
+    old_state = bn_state(model)
+    old_momenta = {name: m.momentum for name, m in everything.items()}
+    undo = ExitStack()
+    undo.callback(set_modes, {m: m.training for m in model.modules()})
     try:
         if data is None: return _reset(layers)
-        if layers: _recompute(plain, layers, islice(data, n_batches), forward or outputs, kept, undo)
-        with uninterrupted(): tidy()
+        if layers: _recompute(model, layers, islice(data, n_batches), forward or outputs, old_state, undo)
+        with uninterrupted(): undo.close()
     except BaseException:
         with uninterrupted():
-            tidy()
-            load_bn_state(plain, kept)
-            _set_momenta(everything, before)
+            undo.close()
+            load_bn_state(model, old_state)
+            _set_momenta(everything, old_momenta)
         raise
 
-def _recompute(plain, layers, data, forward, kept, undo):
-    pools,n = {name: _InstancePool() if isinstance(m, _InstanceNorm) else _Pool() for name, m in layers.items()},0
-    plain.eval()
+def _recompute(model, layers, data, forward, old_state, undo):
+    pools = {name: _InstancePool() if isinstance(m, _InstanceNorm) else _Pool() for name, m in layers.items()}
+    model.eval()
     with uninterrupted():
         for name, m in layers.items():
-            m.training = True                                           # not m.train(): it may hold dropout
+            m.training = True      # not m.train(): it may hold dropout
             undo.callback(m.register_forward_pre_hook(pools[name], with_kwargs=True).remove)
         # compiled parts of a model run uncompiled: the hooks would have them compiled anew
         if 'torch._dynamo' in sys.modules: undo.enter_context(torch.compiler.set_stance('force_eager'))
-    for n, batch in enumerate(data, 1): forward(plain, batch)
+    n = 0
+    for n, batch in enumerate(data, 1): forward(model, batch)
     if n == 0: raise ValueError('there is no data: not one batch to take the statistics from')
-    load_bn_state(plain, kept)                                          # the forward passes moved all that are in train mode
+    load_bn_state(model, old_state)      # the forward passes moved those of all layers in train mode
     for name, m in layers.items():
         if pools[name].n: pools[name].put(m, name)
 
-def _momenta(layers): return {name: m.momentum for name, m in layers.items()}
-
 def _reset(layers):
     layers = {name: m for name, m in layers.items() if not isinstance(m, _InstanceNorm)}      # for which None means 0
-    momenta = _momenta(layers)
+    momenta = {name: m.momentum for name, m in layers.items()}
     for m in layers.values():
         m.reset_running_stats()
         m.momentum = None

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from .average import Average
-from ..core import uninterrupted
 from .tensors import check_same
+from ..core import check_whole, uninterrupted
 
 # %% ../../nbs/averaging/07_ensembles.ipynb #00000006
 def average_of(average, weights):
     "An `Average` for the same module that has these weights: for its `applied`"
-    res = Average(average.source, dtype=average.dtype, include=average._selection.include, exclude=average._selection.exclude)
+    chosen = average._selection
+    res = Average(average.source, dtype=average.dtype, include=chosen.include, exclude=chosen.exclude)
     res.load_state_dict(dict(n=1, skipped=0, rule=repr(res.rule), weights=weights))
     return res
 
@@ -37,10 +38,13 @@ class KeepsSnapshots(Average):
             super()._follow(old, new)
             self._kept = kept
 
-    def state_dict(self): return dict(super().state_dict(), **{self._key: [self._selection.by_name(v) for v in self._kept]})
+    def state_dict(self):
+        kept = [self._selection.by_name(v) for v in self._kept]
+        return dict(super().state_dict(), **{self._key: kept})
 
     def load_state_dict(self, state):
-        if self._key not in state: raise ValueError(f'the saved average is no {type(self).__name__}: it has no {self._key}')
+        if self._key not in state:
+            raise ValueError(f'the saved average is no {type(self).__name__}: it has no {self._key}')
         self.verify()
         kept = [self._selection.in_order(d, 'the saved average') for d in state[self._key]]
         super().load_state_dict(state)
@@ -55,15 +59,14 @@ class latest:
 
 # %% ../../nbs/averaging/07_ensembles.ipynb #00000009
 class LatestAverage(KeepsSnapshots):
-    "The mean of the `k` newest snapshots (LAWA), arXiv 2209.14981; keeps `k + 1` copies of the weights; `update` waits for a GPU"
+    "The mean of the `k` newest snapshots (LAWA), arXiv 2209.14981; keeps `k + 1` copies; `update` waits for a GPU"
     _key = 'snapshots'
     def __init__(self,
         module:nn.Module, # the model whose weights are averaged
         k:int=5, # snapshots in the mean
         **kwargs, # for `Average`: `dtype`, `device`, `include`, `exclude`, `check_finite`
     ):
-        if not isinstance(k, int) or k < 1: raise ValueError(f'k must be a whole number of snapshots, 1 or more; got {k!r}')
-        self.k = k
+        self.k = check_whole('k', k)
         super().__init__(module, latest(k), **kwargs)
 
     def update(self,
@@ -78,12 +81,12 @@ class LatestAverage(KeepsSnapshots):
             with uninterrupted():
                 oldest = self._kept.pop(0) if len(self._kept) == self.k else None
                 self._kept.append(self._copies(values, oldest))
-                self._mean()
+                self._compute_mean()
                 self._count()
         return self._taken
 
     @torch.no_grad()
-    def _mean(self):
+    def _compute_mean(self):
         first,*others = self._kept
         self._avg = self._copies(first, self._avg)
         for i, other in enumerate(others, 2): torch._foreach_lerp_(self._avg, other, 1/i)
@@ -91,27 +94,27 @@ class LatestAverage(KeepsSnapshots):
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self._kept = self._kept[-self.k:]
-        if self._kept: self._mean()
+        if self._kept: self._compute_mean()
 
 # %% ../../nbs/averaging/07_ensembles.ipynb #00000012
 def uniform_soup(
     states, # an iterable of `state_dict`s of one architecture
 ) -> dict: # such a state
-    """The mean of models, summed in float64; arXiv 2203.05482. What is no floating-point tensor is the first one's.
+    """The mean of models, summed in float64 on the CPU; arXiv 2203.05482. Integers and the like are those of the first.
 
-    Raises ValueError that lists the names and shapes in which states differ. BatchNorm's statistics do not fit the mean of weights:
-    recompute them with `update_bn`."""
-    total,n = {},0
+    Raises ValueError that lists the names and shapes in which states differ. BatchNorm's statistics do not fit the
+    mean of weights: recompute them with `update_bn`."""
+    first = None
     for n, state in enumerate(states, 1):
         tensors = {k: v.detach() for k, v in state.items() if torch.is_tensor(v)}
-        if n == 1: first,ours = state,tensors
+        if first is None:
+            first,ours = state,tensors
+            total = {k: torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float64), device='cpu')
+                     for k, v in tensors.items() if v.is_floating_point() or v.is_complex()}
         check_same(ours, tensors, f'state {n - 1}')
-        for k, v in tensors.items():
-            if not (v.is_floating_point() or v.is_complex()): continue
-            v = v.to(torch.promote_types(v.dtype, torch.float32 if v.device.type == 'mps' else torch.float64))
-            total[k] = total[k].add_(v) if k in total else v.clone()
-    if n == 0: raise ValueError('a soup needs at least one state')
-    return {k: (total[k]/n).to(v.dtype) if k in total else deepcopy(v) for k, v in first.items()}
+        for k, t in total.items(): t += tensors[k].cpu()
+    if first is None: raise ValueError('a soup needs at least one state')
+    return {k: (total[k]/n).to(v) if k in total else deepcopy(v) for k, v in first.items()}
 
 class Soup(NamedTuple):
     "What `greedy_soup` made"
@@ -121,25 +124,25 @@ class Soup(NamedTuple):
     scores: list # of each state alone
 
 def _score(evaluate, state, what):
-    res = float(evaluate(state))
-    if math.isnan(res): raise ValueError(f'evaluate gave NaN for {what}')
-    return res
+    score = float(evaluate(state))
+    if math.isnan(score): raise ValueError(f'evaluate gave NaN for {what}')
+    return score
 
 def greedy_soup(
     states, # an iterable of `state_dict`s of one architecture
     evaluate, # called with a state; the higher what it returns, the better
 ) -> Soup: # weights, used, score, scores
-    """A mean of models, from the best one on: each joins that does not lower the score; arXiv 2203.05482, recipe 1.
+    """A mean of models, from the best on: each joins that does not lower the score; arXiv 2203.05482, recipe 1.
 
-    Raises ValueError where names or shapes differ, or a score is NaN. `evaluate` should measure on held-out data, and recompute
-    BatchNorm's statistics with `update_bn` first."""
+    Raises ValueError where names or shapes differ, or a score is NaN. `evaluate` should measure on held-out data,
+    and recompute BatchNorm's statistics with `update_bn` first."""
     states = list(states)
     scores = [_score(evaluate, s, f'state {i}') for i, s in enumerate(states)]
     order = sorted(range(len(states)), key=lambda i: -scores[i])
-    soup,used = uniform_soup(states[i] for i in order[:1]),order[:1]
-    best = scores[used[0]]
+    soup = Soup(uniform_soup(states[i] for i in order[:1]), order[:1], max(scores, default=None), scores)
     for i in order[1:]:
-        new = uniform_soup(states[j] for j in [*used, i])
-        score = _score(evaluate, new, f'the soup of states {[*used, i]}')
-        if score >= best: soup,used,best = new,[*used, i],score
-    return Soup(soup, used, best, scores)
+        used = [*soup.used, i]
+        weights = uniform_soup(states[j] for j in used)
+        score = _score(evaluate, weights, f'the soup of states {used}')
+        if score >= soup.score: soup = Soup(weights, used, score, scores)
+    return soup

@@ -16,9 +16,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .rules import ema, equal
-from ..core import local, uninterrupted, unwrap
+from .tensors import find_tensors, some_names
+from ..core import check_whole, local, uninterrupted, unwrap
 from ..files import written
-from .tensors import find_tensors
 
 # %% ../../nbs/averaging/10_interchange.ipynb #00000006
 def _params(module):
@@ -27,12 +27,12 @@ def _params(module):
     if not res: raise ValueError(f'{type(module).__name__} has no floating-point parameters')
     return res
 
-def _wide(t): return torch.promote_types(t.dtype, torch.float32)
+def _mean_dtype(t): return torch.promote_types(t.dtype, torch.float32)
 
 @torch.inference_mode(False)      # an inference tensor could not be updated later
 @torch.no_grad()
 def _copies(params):
-    new = {id(p): p.clone().to(_wide(p)) for p in params.values()}
+    new = {id(p): p.clone().to(_mean_dtype(p)) for p in params.values()}
     return {name: new[id(p)] for name, p in params.items()}
 
 def _shape(t): return tuple(t.shape) if torch.is_tensor(t) else t
@@ -43,9 +43,9 @@ def _differ(ours, theirs):
             for k, t in ours.items() if k not in theirs or _shape(theirs[k]) != _shape(t)]
 
 def _refuse(what, wrong):
-    if wrong: raise ValueError(f'{what}: ' + ', '.join(wrong[:8]) + ', …'*(len(wrong) > 8))
+    if wrong: raise ValueError(f'{what}: {some_names(wrong)}')
 
-def _fits(t, p): return t.ndim <= p.ndim and all(a in (1, b) for a, b in zip(reversed(t.shape), reversed(p.shape)))
+def _expands(t, p): return t.ndim <= p.ndim and all(a in (1, b) for a, b in zip(reversed(t.shape), reversed(p.shape)))
 
 @torch.no_grad()
 def copy_params(
@@ -54,17 +54,17 @@ def copy_params(
 ) -> dict: # without `params`: name → copy; else: name → was it copied?
     """Copies of all parameters, fp32 or wider, without gradient; or copy such a dict back into the module.
 
-    A value may have any shape that expands to the parameter's. Raises ValueError, and copies nothing, where one does not, or where tied
-    weights are given two different values."""
+    A value may have any shape that expands to the parameter's. Raises ValueError, and copies nothing, where one does
+    not, or where tied weights are given two different values."""
     live = _params(module)
     if params is None: return _copies(live)
     values = {name: torch.as_tensor(params[name]) for name in live if name in params}
     _refuse('these do not fit the module', [f'{name} is {_shape(v)}, which does not expand to {_shape(live[name])}'
-                                            for name, v in values.items() if not _fits(v, live[name])])
-    first = {id(live[name]): name for name in reversed(values)}
-    tied = [(name, first[id(live[name])]) for name in values if first[id(live[name])] != name]
-    _refuse('tied weights cannot take two values', [f'{b} and {a}' for a, b in tied
-                                                    if (values[a].to(live[a]) != values[b].to(live[a])).any()])
+                                            for name, v in values.items() if not _expands(v, live[name])])
+    first = {id(live[name]): name for name in reversed(values)}      # among the names of one tensor
+    tied = [(first[id(live[name])], name) for name in values]
+    _refuse('tied weights cannot take two values', [f'{a} and {b}' for a, b in tied if a != b
+                                                    and (values[a].to(live[a]) != values[b].to(live[a])).any()])
     with uninterrupted():
         for name, v in values.items(): live[name].copy_(v)
     return {name: name in values for name in live}
@@ -75,11 +75,13 @@ def avg_params(
     module:nn.Module, # a model, compiled or wrapped ones too
     params:dict, # from `copy_params(module)`, or empty; it is changed, its tensors in place
 ) -> int: # how many sets of weights are in the mean
-    """Bring the parameters into the running mean in `params`, and count them in `params['.n']`; without that key, 1 was there.
+    """Bring the parameters into the running mean in `params`, and count them in `params['.n']` (1 if that is missing).
 
-    A half-precision mean in the dict is replaced by one in fp32. Weights with NaN or infinity are left out, with a warning.
-    Raises ValueError, and changes nothing, where a parameter is missing or a shape differs; other keys are left alone."""
-    live,n = _params(module),int(params.get('.n', 1 if params else 0))
+    A half-precision mean in the dict is replaced by one in fp32. Weights with NaN or infinity are left out, with a
+    warning. Raises ValueError, and changes nothing, where a parameter is missing or a shape differs; other keys are
+    left alone."""
+    live = _params(module)
+    n = int(params.get('.n', 1 if params else 0))
     if params:
         _refuse('the dict does not fit the module', _differ(live, params))
         _refuse("these are the module's own tensors, not copies: begin with copy_params(module)",
@@ -89,38 +91,41 @@ def avg_params(
         warnings.warn('the weights hold NaN or infinity: they are left out of the mean')
         return n
     if not params: params.update(_copies(live))
-    for k in live: params[k] = params[k].to(_wide(params[k]))
+    for k in live: params[k] = params[k].to(_mean_dtype(params[k]))
+    once = {params[k].data_ptr(): (params[k], p) for k, p in live.items()}      # tied ones
     with uninterrupted():
-        for mean, p in {params[k].data_ptr(): (params[k], p) for k, p in live.items()}.values():      # tied ones once
-            mean.lerp_(p.to(mean), 1/(n + 1))
+        for mean, p in once.values(): mean.lerp_(p.to(mean), 1/(n + 1))
         params['.n'] = n + 1
     return n + 1
 
 # %% ../../nbs/averaging/10_interchange.ipynb #00000016
-def _toward(rule, avg, new, n):
-    counts = not (avg.is_floating_point() or avg.is_complex())      # what counts is copied
-    return new if counts else avg.lerp(new.to(avg.dtype), rule(int(n)))
+def _avg_fn(rule, avg, new, n):
+    "What `AveragedModel` calls for each tensor"
+    if not (avg.is_floating_point() or avg.is_complex()): return new      # a counter
+    return avg.lerp(new.to(avg.dtype), rule(int(n)))
 
-def _torch_rule(rule):
+def _as_torch(rule):
     "What `AveragedModel` is to be given so that it follows our rule"
     if isinstance(rule, equal): return {}
     if isinstance(rule, ema) and rule.constant: return dict(multi_avg_fn=get_ema_multi_avg_fn(1 - rule(1)))
-    return dict(avg_fn=partial(_toward, rule))
+    return dict(avg_fn=partial(_avg_fn, rule))
 
 def to_averaged_model(
     average, # an `Average` with at least one snapshot
 ) -> AveragedModel: # on its own, in eval mode
-    """The average as torch's `AveragedModel`, whose `update_parameters` goes on by the same rule; its buffers then follow the model's.
+    """The average as torch's `AveragedModel`, whose `update_parameters` goes on by the same rule.
 
-    It holds the average in the average's own dtype: fp32 for half-precision weights. RuntimeError if there is no snapshot yet, ValueError
-    if the average leaves some parameters out, which torch's cannot."""
+    It holds the average in the average's own dtype: fp32 for half-precision weights. Its buffers follow the model's
+    from then on. RuntimeError if there is no snapshot yet, ValueError if the average leaves some parameters out, which
+    torch's cannot."""
     module,weights = average.module(),average.weights
     left_out = [name for name in _params(module) if name not in weights]
     _refuse('an AveragedModel averages every parameter, this average leaves out', left_out)
     other = [(d, k, weights[name]) for name, (d, k) in find_tensors(module).items()
              if name in weights and d[k].dtype != weights[name].dtype]
     for d, k, t in other: d[k].data = t.detach().clone()
-    res = AveragedModel(nn.Module(), **(dict(avg_fn=partial(_toward, average.rule)) if other else _torch_rule(average.rule)))
+    options = dict(avg_fn=partial(_avg_fn, average.rule)) if other else _as_torch(average.rule)
+    res = AveragedModel(nn.Module(), **options)
     res.module = module
     res.n_averaged.fill_(average.n)
     return res.eval()
@@ -129,10 +134,11 @@ def to_averaged_model(
 def _load(average, n, tensors, what):
     "Put named tensors into an average; `tensors` may hold other things from the module's `state_dict` too"
     average.verify()
-    ours,known = average._selection.tensors,{name.replace('_orig_mod.', '') for name in average.source.state_dict()}
-    _refuse(f'{what} does not fit the model', _differ(ours, tensors) + [f'{k} is not in the model' for k in tensors if k not in known])
-    chosen = {k: tensors[k] for k in ours}
-    average.load_state_dict(dict(n=n, skipped=0, rule=repr(average.rule), weights=chosen))
+    ours = average._selection.tensors
+    known = {name.replace('_orig_mod.', '') for name in average.source.state_dict()}
+    strange = [f'{k} is not in the model' for k in tensors if k not in known]
+    _refuse(f'{what} does not fit the model', _differ(ours, tensors) + strange)
+    average.load_state_dict(dict(n=n, skipped=0, rule=repr(average.rule), weights={k: tensors[k] for k in ours}))
 
 def from_averaged_model(
     average, # an `Average` to be filled
@@ -140,21 +146,22 @@ def from_averaged_model(
 ):
     "Go on from torch's average, by this one's own rule; ValueError that lists the names and shapes that differ"
     theirs = unwrap(averaged_model) if isinstance(averaged_model, nn.Module) else averaged_model
-    if not isinstance(theirs, AveragedModel): raise TypeError(f'an AveragedModel is needed; got {type(theirs).__name__}')
+    if not isinstance(theirs, AveragedModel):
+        raise TypeError(f'an AveragedModel is needed; got {type(theirs).__name__}')
     tensors = {name: d[k] for name, (d, k) in find_tensors(theirs.module).items()}
     _load(average, int(theirs.n_averaged), tensors, 'the AveragedModel')
 
 # %% ../../nbs/averaging/10_interchange.ipynb #0000001f
 def _count(average, n, where):
     "`n`, or 1 where the rule weighs every snapshot after the first alike"
-    if n is None and not getattr(average.rule, 'constant', False):
-        raise ValueError(f'{where} does not say how many snapshots there are, and {average.rule} depends on it: give n=')
-    if n is not None and n < 1: raise ValueError(f'n must be 1 or more; got {n}')
-    return 1 if n is None else n
+    if n is not None: return check_whole('n', n)
+    if getattr(average.rule, 'constant', False): return 1
+    raise ValueError(f'{where} does not say how many snapshots there are, and {average.rule} depends on it: give n=')
 
-def _plain(state, average):
+def _plain_names(state, average):
     "`state` by the names of the plain model: without prefixes that all its names have and the model's have not"
-    names,state = set(find_tensors(average.source)),{k.replace('_orig_mod.', ''): v for k, v in state.items()}
+    names = set(find_tensors(average.source))
+    state = {k.replace('_orig_mod.', ''): v for k, v in state.items()}
     while state and not names <= set(state) and all(k.startswith('module.') for k in state):
         state = {k.removeprefix('module.'): v for k, v in state.items()}
     return state
@@ -166,8 +173,9 @@ def load_timm_ema(
 ):
     "Go on from an average by timm; ValueError that lists the names and shapes that differ"
     if 'state_dict' in checkpoint and 'state_dict_ema' not in checkpoint:
-        raise ValueError(f"the checkpoint was saved without an average: it has no 'state_dict_ema', but {', '.join(checkpoint)}")
-    state = _plain(checkpoint.get('state_dict_ema', checkpoint), average)
+        raise ValueError("the checkpoint was saved without an average: it has no 'state_dict_ema', "
+                         f'but {", ".join(checkpoint)}')
+    state = _plain_names(checkpoint.get('state_dict_ema', checkpoint), average)
     _load(average, _count(average, n, 'timm'), state, 'the average of timm')
 
 # %% ../../nbs/averaging/10_interchange.ipynb #00000021
@@ -177,17 +185,18 @@ def load_torch_ema(
     n:int|None=None, # snapshots in it; None: its `num_updates` and the one it began with
 ):
     "Go on from an average by torch-ema; ValueError if the number of its tensors, or a shape, is not the model's"
-    _refuse('this is no state of torch-ema', [f'{k} is missing' for k in ('shadow_params', 'num_updates') if k not in state])
-    found = {name: d[k] for name, (d, k) in find_tensors(average.source).items()}
-    params,shadow = [*average.source.parameters()],state['shadow_params']
+    missing = [k for k in ('shadow_params', 'num_updates') if k not in state]
+    _refuse('this is no state of torch-ema, without', missing)
+    shadow = state['shadow_params']
+    params = list(average.source.parameters())
     trained = [p for p in params if p.requires_grad]
     chosen = params if len(shadow) == len(params) else trained
     if len(shadow) != len(chosen):
         raise ValueError(f'the average of torch-ema has {len(shadow)} tensors; the model has {len(params)} parameters, '
                          f'{len(trained)} of which require gradients')
     theirs = {id(p): t for p, t in zip(chosen, shadow)}
+    tensors = {name: theirs.get(id(d[k]), d[k]) for name, (d, k) in find_tensors(average.source).items()}
     if n is None and state['num_updates'] is not None: n = state['num_updates'] + 1
-    tensors = {k: theirs.get(id(t), t) for k, t in found.items()}
     _load(average, _count(average, n, 'torch-ema'), tensors, 'the average of torch-ema')
 
 # %% ../../nbs/averaging/10_interchange.ipynb #00000023
@@ -199,12 +208,13 @@ def load_ema_pytorch(
 ):
     "Go on from an average by ema-pytorch, empty if it is; ValueError that lists the names and shapes that differ"
     theirs = {k.removeprefix('ema_model.'): v for k, v in state.items() if k.startswith('ema_model.')}
-    if not theirs: raise ValueError(f"the state has no names that begin with 'ema_model.'; it has {', '.join([*state][:8])}")
-    _refuse('this is no state of ema-pytorch', [f'{k} is missing' for k in ('initted', 'step') if k not in state])
-    if update_every < 1: raise ValueError(f'update_every must be 1 or more; got {update_every}')
+    if not theirs:
+        raise ValueError(f"the state has no names that begin with 'ema_model.'; it has {some_names(list(state))}")
+    _refuse('this is no state of ema-pytorch, without', [k for k in ('initted', 'step') if k not in state])
+    check_whole('update_every', update_every)
     last = int(state['step']) - 1
     n = 1 + max(0, last//update_every - max(0, update_after_step)//update_every) if state['initted'] else 0
-    _load(average, n, _plain(theirs, average), 'the average of ema-pytorch')
+    _load(average, n, _plain_names(theirs, average), 'the average of ema-pytorch')
 
 # %% ../../nbs/averaging/10_interchange.ipynb #00000029
 def write_tensors(
@@ -224,6 +234,7 @@ def save_safetensors(
     """Write the module's `state_dict` with the average in it, in the average's dtype, and its `n` and rule as metadata.
 
     BatchNorm statistics are the averaged ones; where they were recomputed, the model that holds them is to be saved."""
-    if average.sharded: raise RuntimeError('no process holds the whole of a sharded model: gather the weights, then save them')
+    if average.sharded:
+        raise RuntimeError('no process holds the whole of a sharded model: gather the weights, then save them')
     state = {k.replace('_orig_mod.', ''): v for k, v in average.source.state_dict().items()} | average.weights
     write_tensors(state, path, dict(n=str(average.n), rule=repr(average.rule)))

@@ -6,7 +6,6 @@
 __all__ = ['power_profile', 'PostHocEMA']
 
 # %% ../../nbs/averaging/09_posthoc.ipynb #00000002
-from numbers import Integral
 from pathlib import Path
 
 import numpy as np, torch
@@ -15,13 +14,15 @@ from torch import nn
 from .average import Average
 from .snapshots import move
 from .ensembles import average_of
-from ..files import written
 from .rules import power
+from ..core import check_whole
+from ..files import written
 
 # %% ../../nbs/averaging/09_posthoc.ipynb #00000005
 def shares(gammas, first, last):
     "The share of each step after `first`, up to `last`, in the power averages at step `last`: (steps, gammas)"
-    t,e = np.arange(first + 1., last + 1)[:, None],1 + np.asarray(gammas)
+    t = np.arange(first + 1., last + 1)[:, None]
+    e = 1 + np.asarray(gammas)
     with np.errstate(divide='ignore'): return (t/last)**e*-np.expm1(e*np.log1p(-1/t))
 
 # %% ../../nbs/averaging/09_posthoc.ipynb #00000006
@@ -39,20 +40,23 @@ def fit(
     gamma, # exponent of the one that is wanted
 ) -> tuple: # coefficients (steps, gammas), relative L2 error of the profile that they give
     "The combination of stored profiles, with coefficients that sum to 1, nearest to another profile"
-    rows = []
+    n,rows = steps[-1],[]
     for first, last in zip([0, *steps], steps):
         r = np.linalg.qr(shares([*gammas, gamma], first, last), mode='r')
-        decay = [np.zeros(len(gammas)) if s < last else (last/s)**(1 + np.asarray(gammas)) for s in steps]
-        rows.append(np.column_stack([*[r[:, :-1]*d for d in decay], r[:, -1]*(last/steps[-1])**(1 + gamma)]))
+        # a later average holds the same profile, shrunk; an earlier one has nothing here
+        shrunk = [np.zeros(len(gammas)) if s < last else (last/s)**(1 + np.asarray(gammas)) for s in steps]
+        rows.append(np.column_stack([*(r[:, :-1]*d for d in shrunk), r[:, -1]*(last/n)**(1 + gamma)]))
     *stored,target = np.concatenate(rows).T
+    # the last coefficient is what the others leave of 1
     *others,newest = stored
     y = np.linalg.lstsq(np.stack(others, 1) - newest[:, None], target - newest)[0] if others else np.zeros(0)
     coefs = np.append(y, 1 - y.sum())
-    return coefs.reshape(len(steps), -1), float(np.linalg.norm(coefs@stored - target)/np.linalg.norm(target))
+    error = np.linalg.norm(coefs@stored - target)/np.linalg.norm(target)
+    return coefs.reshape(len(steps), -1), float(error)
 
 # %% ../../nbs/averaging/09_posthoc.ipynb #0000000d
-class PostHocEMA(Average):
-    "Averages by `power`, whose snapshots give the average by any other `sigma_rel` after training; arXiv 2312.02696, sec. 3.2"
+class StoresSnapshots(Average):
+    "Averages by `power`, and snapshots of them in memory or in files"
     def __init__(self,
         module:nn.Module, # the model whose weights are averaged
         sigma_rels=(0.05, 0.1), # windows of the averages that are stored, as shares of the run
@@ -63,10 +67,9 @@ class PostHocEMA(Average):
     ):
         rules = [power(sigma_rel=s) for s in sigma_rels]
         if not rules: raise ValueError('sigma_rels must hold at least one')
-        self.sigma_rels,self.every = tuple(map(float, sigma_rels)),every
-        self.folder = None if folder is None else Path(folder)
-        if every is not None and not (isinstance(every, Integral) and every > 0):
-            raise ValueError(f'every must be a whole number above 0, or None; got {every!r}')
+        self.sigma_rels = tuple(map(float, sigma_rels))
+        self.every = check_whole('every', every, none=True)
+        self.folder = None if folder is None else Path(folder).expanduser()
         self._others = [Average(module, rule, **kwargs) for rule in rules[1:]]
         super().__init__(module, rules[0], **kwargs)
         if self.folder is not None:
@@ -86,19 +89,22 @@ class PostHocEMA(Average):
     def _files(self): return {int(p.stem[4:]): p for p in self.folder.glob('ema-*.pt') if p.stem[4:].isdigit()}
 
     def _checked(self, stored):
-        "Stored snapshots in order; ValueError if files are missing, or the newest is of another model or other `sigma_rels`"
+        "Stored snapshots in order; ValueError for missing files, and if the newest is of another model or `sigma_rels`"
         missing = [str(s) for s in stored.values() if isinstance(s, Path) and not s.is_file()]
         if missing: raise ValueError(f'snapshots are missing: {", ".join(missing[:8])}')
         if stored: self._read(stored[max(stored)])
         return dict(sorted(stored.items()))
 
+    def _check_sigma_rels(self, state, what):
+        if tuple(state.get('sigma_rels', ())) != self.sigma_rels:
+            raise ValueError(f'{what} has sigma_rels {state.get("sigma_rels")}; this one has {self.sigma_rels}')
+
     def _read(self, stored):
-        "The averages in a snapshot, each in the order of `live`"
-        d = torch.load(stored, map_location='cpu', mmap=True, weights_only=True) if isinstance(stored, Path) else stored
-        what = str(stored) if isinstance(stored, Path) else 'the snapshot'
-        if tuple(d['sigma_rels']) != self.sigma_rels:
-            raise ValueError(f'{what} is of sigma_rels {tuple(d["sigma_rels"])}, not {self.sigma_rels}')
-        return [self._selection.in_order(w, what) for w in d['weights']]
+        "The averages in a snapshot, each in the order of the selection"
+        what = stored if isinstance(stored, Path) else 'the snapshot'
+        if isinstance(stored, Path): stored = torch.load(stored, map_location='cpu', mmap=True, weights_only=True)
+        self._check_sigma_rels(stored, what)
+        return [self._selection.in_order(w, what) for w in stored['weights']]
 
     def _now(self): return dict(n=self.n, sigma_rels=self.sigma_rels, weights=[a.weights for a in self.averages])
 
@@ -110,7 +116,8 @@ class PostHocEMA(Average):
         self.check_new()
         for a in self.averages: a._ready()
         move(self.averages, self._values(module), [1]*len(self.sigma_rels))
-        if self.every and self._taken % self.every == 0 and self.n and self.n % self.every == 0: self.store()      # `n` waits for a GPU
+        # `n` waits for a GPU: it is read only where a snapshot may be due
+        if self.every and self._taken % self.every == 0 and self.n and self.n % self.every == 0: self.store()
         return self._taken
 
     def check_new(self):
@@ -123,31 +130,52 @@ class PostHocEMA(Average):
     def store(self):
         "Store a snapshot of the averages as they are now, as `update` does every so many times"
         self._need()
-        n,now = self.n,self._now()
-        if n in self._stored: return
+        if self.n in self._stored: return
+        now = self._now()
         if self.folder is None:
             weights = [self._copies(self._selection.in_order(w), device='cpu') for w in now['weights']]
-            self._stored[n] = dict(now, weights=[self._selection.by_name(v) for v in weights])
+            self._stored[self.n] = dict(now, weights=[self._selection.by_name(v) for v in weights])
             return
         for step, p in self._files().items():
-            if step not in self._stored: p.unlink()      # of a run that was given up for the state from which this one went on
-        with written(path := self.folder/f'ema-{n:08}.pt') as tmp: torch.save(now, tmp)
-        self._stored[n] = path
+            if step not in self._stored: p.unlink()      # of a run that went on from an earlier state once more
+        path = self.folder/f'ema-{self.n:08}.pt'
+        with written(path) as tmp: torch.save(now, tmp)
+        self._stored[self.n] = path
 
     @property
     def steps(self) -> list:
         "The steps for which averages can be reconstructed: those of the stored snapshots, and the present one"
-        return sorted({*self._stored, *([self.n] if self.n else [])})
+        return sorted({*self._stored, self.n} - {0})
 
+    def state_dict(self):
+        stored = {n: s.name if isinstance(s, Path) else s for n, s in self._stored.items()}
+        others = [a.state_dict() for a in self._others]
+        return dict(super().state_dict(), sigma_rels=self.sigma_rels, others=others, stored=stored)
+
+    def load_state_dict(self, state):
+        self._check_sigma_rels(state, 'the saved average')
+        files = [s for s in state['stored'].values() if isinstance(s, str)]
+        if files and self.folder is None:
+            raise ValueError(f'the snapshots are files ({files[0]}, …): give their folder')
+        stored = self._checked({n: self.folder/s if isinstance(s, str) else s for n, s in state['stored'].items()})
+        super().load_state_dict(state)
+        for a, s in zip(self._others, state['others'], strict=True): a.load_state_dict(s)
+        self._stored = stored
+
+# %% ../../nbs/averaging/09_posthoc.ipynb #7d1c0a52
+class PostHocEMA(StoresSnapshots):
+    "Averages by `power` whose snapshots give that of any other `sigma_rel` afterwards; arXiv 2312.02696, sec. 3.2"
     def _fit(self, sigma_rel, step):
-        gamma,steps = power(sigma_rel=sigma_rel).exponent,self.steps
+        gamma = power(sigma_rel=sigma_rel).exponent
+        steps = self.steps
         if len(steps) < 2:
             raise RuntimeError(f'a reconstruction needs two snapshots or more; there is {len(steps) or "none"} '
                                f'after {self.n} updates, with every={self.every}')
-        if step is not None and step not in steps:
-            raise ValueError(f'no snapshot is of step {step}; {len(steps)} are, from {steps[0]} to {steps[-1]}, see `steps`')
+        if step not in (None, *steps):
+            raise ValueError(f'no snapshot is of step {step}; {len(steps)} are, '
+                             f'from {steps[0]} to {steps[-1]}, see `steps`')
         steps = [s for s in steps if step is None or s <= step]
-        return steps, *fit(steps, [power(sigma_rel=s).exponent for s in self.sigma_rels], gamma)
+        return steps, *fit(steps, [a.rule.exponent for a in self.averages], gamma)
 
     def residual(self,
         sigma_rel:float, # the window, above 0 and below 0.2887
@@ -163,18 +191,17 @@ class PostHocEMA(Average):
     ) -> dict: # name → tensor, on the CPU
         """The average by `power(sigma_rel=…)` at a step, from the snapshots up to it; `residual` says how near.
 
-        BatchNorm's statistics are those of the newest average, as coefficients may be negative: recompute them. Raises ValueError
-        for a `sigma_rel` or `step` that there is not, RuntimeError if there are fewer than two snapshots."""
+        BatchNorm's statistics are those of the newest average, as coefficients may be negative: recompute them. Raises
+        ValueError for a `sigma_rel` or `step` that there is not, RuntimeError if there are fewer than two snapshots."""
         self.verify()
         steps,coefs,_ = self._fit(sigma_rel, step)
-        total = None
-        for s, cs in zip(steps, coefs):
-            for c, values in zip(cs, self._read(self._stored[s] if s in self._stored else self._now())):
-                values = [v.to('cpu', torch.promote_types(v.dtype, torch.float64)) for v in values]
-                if total is None: total = [torch.zeros_like(v) for v in values]
-                torch._foreach_add_(total, values, alpha=float(c))
-        total = [t if p else v for t, v, p in zip(total, values, self._selection.params)]
-        return self._selection.by_name(self._copies(total, device='cpu'))
+        total = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float64), device='cpu')
+                 for t in self._selection.live]
+        for s, row in zip(steps, coefs):
+            for c, values in zip(row.tolist(), self._read(self._stored[s] if s in self._stored else self._now())):
+                for t, v in zip(total, values): t.add_(v.cpu(), alpha=c)
+        res = [t if is_param else v for t, v, is_param in zip(total, values, self._selection.params)]
+        return self._selection.by_name(self._copies(res, device='cpu'))
 
     def using(self,
         sigma_rel:float, # the window, above 0 and below 0.2887
@@ -182,18 +209,3 @@ class PostHocEMA(Average):
     ):
         "A context: inside it the module holds the reconstruction; after it, whatever happened, its own weights"
         return average_of(self, self.reconstruct(sigma_rel, step)).applied()
-
-    def state_dict(self):
-        stored = {n: s.name if isinstance(s, Path) else s for n, s in self._stored.items()}
-        others = [a.state_dict() for a in self._others]
-        return dict(super().state_dict(), sigma_rels=self.sigma_rels, others=others, stored=stored)
-
-    def load_state_dict(self, state):
-        if tuple(state.get('sigma_rels', ())) != self.sigma_rels:
-            raise ValueError(f'the saved average has sigma_rels {state.get("sigma_rels")}; this one has {self.sigma_rels}')
-        files = [s for s in state['stored'].values() if isinstance(s, str)]
-        if files and self.folder is None: raise ValueError(f'the snapshots are files ({files[0]}, …): give their folder')
-        stored = self._checked({n: self.folder/s if isinstance(s, str) else s for n, s in state['stored'].items()})
-        super().load_state_dict(state)
-        for a, s in zip(self._others, state['others'], strict=True): a.load_state_dict(s)
-        self._stored = stored

@@ -8,16 +8,15 @@ __all__ = ['SWAG']
 # %% ../../nbs/averaging/08_swag.ipynb #00000002
 import math, warnings
 from collections.abc import Iterator
-from numbers import Real
 
 import torch
 from torch import nn
 
 from .batchnorm import bn_layers, outputs, update_bn
-from ..core import keep_modes, keep_rng, loader_generators, uninterrupted
 from .ensembles import KeepsSnapshots, average_of
 from .holding import holding_as_before
 from .rules import equal
+from ..core import check_number, check_whole, keep_modes, keep_rng, loader_generators, uninterrupted
 
 # %% ../../nbs/averaging/08_swag.ipynb #00000006
 def probabilities(module, batches, forward, activation):
@@ -29,15 +28,15 @@ def probabilities(module, batches, forward, activation):
 
 # %% ../../nbs/averaging/08_swag.ipynb #00000007
 class SWAG(KeepsSnapshots):
-    "A Gaussian around the SWA solution, arXiv 1902.02476; keeps `rank + 2` copies of the weights; `update` waits for a GPU"
+    "A Gaussian around the SWA solution, arXiv 1902.02476; keeps `rank + 2` copies; `update` waits for a GPU"
     _key = 'moments'
     def __init__(self,
         module:nn.Module, # the model whose weights are averaged
         rank:int=20, # deviations to keep, of the newest snapshots; 0: variances only
         **kwargs, # for `Average`: `dtype`, `device`, `include`, `exclude`, `check_finite`
     ):
-        if not isinstance(rank, int) or rank < 0 or rank == 1: raise ValueError(f'rank must be 0, or 2 or more; got {rank!r}')
-        self.rank = rank
+        if rank == 1: raise ValueError('rank must be 0, or 2 or more; got 1')
+        self.rank = check_whole('rank', rank, 0)
         super().__init__(module, equal(), **kwargs)
 
     def update(self,
@@ -48,14 +47,16 @@ class SWAG(KeepsSnapshots):
         with uninterrupted():
             before = self.n
             super().update(module)
-            if self.n > before: self._move(self._values(module))
+            if self.n > before: self._update_moments(self._values(module))
         return self.n
 
     @torch.no_grad()
-    def _move(self, values):
-        d = self._copies(values, self._kept.pop(1) if self.rank and len(self._kept) > self.rank else None)
+    def _update_moments(self, values):
+        "The sum of squares, which comes first in `_kept`, and the newest deviations"
+        oldest = self._kept.pop(1) if self.rank and len(self._kept) > self.rank else None
+        d = self._copies(values, oldest)
         torch._foreach_sub_(d, self._avg)
-        if not self._kept: self._kept = [self._copies(d)]                # zeros: the first snapshot is the mean
+        if not self._kept: self._kept = [self._copies(d)]      # zeros: the first snapshot is the mean
         else: torch._foreach_addcmul_(self._kept[0], d, [t.conj() for t in d], value=self.n/(self.n - 1))
         if self.rank: self._kept.append(d)
 
@@ -83,19 +84,21 @@ class SWAG(KeepsSnapshots):
         scale:float=0.5, # of the variance: 0.5 is eq. 1 of the paper, 0 gives the mean
         generator:torch.Generator|None=None, # to draw from; None: the global one
     ) -> dict: # name → tensor
-        """Weights drawn from the Gaussian; tied ones are drawn once. RuntimeError if there are fewer than two snapshots.
+        """Weights drawn from the Gaussian; tied ones are drawn once.
 
-        BatchNorm's statistics are those of the mean, which fit no sample: recompute them with `update_bn`."""
-        if not (isinstance(scale, Real) and 0 <= scale < math.inf): raise ValueError(f'scale must be 0 or more; got {scale!r}')
+        BatchNorm's statistics are those of the mean, which fit no sample: recompute them with `update_bn`.
+        RuntimeError if there are fewer than two snapshots."""
+        check_number('scale', scale, include_low=True)
         self._need_two()
-        res,(m2,*columns) = self._copies(self._selection.in_order(self.weights)),self._kept
-        device = generator.device if generator else m2[0].device
+        squares,*deviations = self._kept
+        res = self._copies(self._selection.in_order(self.weights))
+        device = generator.device if generator else squares[0].device
         def normal(*shape, **kw): return torch.randn(*shape, device=device, generator=generator, **kw)
-        z2 = (normal(len(columns))/math.sqrt(max(len(columns) - 1, 1))).tolist()
-        for i, (r, t) in enumerate(zip(res, m2)):
+        z2 = (normal(len(deviations))/math.sqrt(max(len(deviations) - 1, 1))).tolist()
+        for i, (r, t) in enumerate(zip(res, squares)):
             if not self._selection.params[i]: continue
             noise = (t/self.n).sqrt()*normal(t.shape, dtype=t.dtype).to(t.device)
-            for d, z in zip(columns, z2): noise.add_(d[i], alpha=z)
+            for d, z in zip(deviations, z2): noise.add_(d[i], alpha=z)
             r.add_(noise, alpha=math.sqrt(scale))
         return self._selection.by_name(res)
 
@@ -109,21 +112,24 @@ class SWAG(KeepsSnapshots):
         forward=None, # called with module and batch as it comes, for models that take other inputs
         activation=nn.Softmax(dim=1), # of the outputs, where axis 1 is the classes; `nn.Identity()` for regression
     ) -> torch.Tensor: # (N, …) on the CPU
-        "The mean of what `n` sampled models predict, in eval mode; the module and the random state are afterwards as before"
-        if not isinstance(n, int) or n < 1: raise ValueError(f'n must be a whole number of samples, 1 or more; got {n!r}')
+        "The mean of what `n` sampled models predict, in eval mode; module and random state are afterwards as before"
+        check_whole('n', n)
         if bn_data is None and bn_layers(self.source):
             warnings.warn('the model has BatchNorm, whose statistics fit no sample: give training batches as bn_data')
         if isinstance(bn_data, Iterator):
-            raise ValueError(f'bn_data is gone through for each sample: give a list or loader; got a {type(bn_data).__name__}')
+            raise ValueError('bn_data is gone through for each sample: give a list or loader; '
+                             f'got a {type(bn_data).__name__}')
         from tqdm import tqdm
-        loaders,other = [*loader_generators(batches), *loader_generators(bn_data)],average_of(self, self.weights)
-        # one Ctrl-C can cut one of them short
+        sampled = average_of(self, self.weights)
+        loaders = [*loader_generators(batches), *loader_generators(bn_data)]
+        # twice, and around what keeps the same for each sample: one Ctrl-C can cut one of them short
         with holding_as_before(self.source), keep_rng(*loaders), keep_rng(*loaders), keep_modes(self.source):
-            batches,means = list(batches),None
+            batches = list(batches)
             if not batches: raise ValueError('there are no batches to predict')
+            means = None
             for i in tqdm(range(n), 'samples', leave=False, disable=None):
-                other._copies(other._selection.in_order(self.sample(scale, generator)), other._avg)
-                with other.applied() as module:
+                sampled._copies(sampled._selection.in_order(self.sample(scale, generator)), sampled._avg)
+                with sampled.applied() as module:
                     if bn_data is not None: update_bn(module, bn_data, forward=forward)
                     new = probabilities(module, batches, forward, activation)
                 means = [m.lerp_(p, 1/(i + 1)) for m, p in zip(means, new)] if means else new

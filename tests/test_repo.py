@@ -32,6 +32,13 @@ def test_readme_is_the_index_notebook():
     render = runpy.run_path(str(root/'tools'/'readme.py'))['render']
     assert (root/'README.md').read_text(encoding='utf-8') == render(), 'run `make readme`'
 
+def test_lines_are_short():
+    "At most 120 columns, in all that the notebooks export and in what is written by hand"
+    files = (o for o in sorted((root/'fastswa').rglob('*.py')) if o.name != '_modidx.py')
+    lines = [(o, i, l) for o in files for i, l in enumerate(o.read_text(encoding='utf-8').splitlines(), 1)]
+    lines = [(o, i, l) for o, i, l in lines if not re.match(r"(__all__ = \[| +)'\w+', ", l)]      # nbdev writes these
+    assert [f'{o.relative_to(root)}:{i}: {len(l)}' for o, i, l in lines if len(l) > 120] == []
+
 def links(file):
     "Targets of the links and pictures in a Markdown file, or in the text of a notebook, that are paths"
     text = file.read_text(encoding='utf-8')

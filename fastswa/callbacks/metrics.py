@@ -41,7 +41,8 @@ class MetricsCB(Callback):
         for m in ms:
             name = getattr(m, '__name__', type(m).__name__)
             if name in metrics:
-                raise ValueError(f'two metrics are called {name}: name them, MetricsCB(one={name}(…), other={name}(…))')
+                raise ValueError(f'two metrics are called {name}: name them, '
+                                 f'MetricsCB(one={name}(…), other={name}(…))')
             metrics[name] = m
         for name, m in metrics.items(): _check_metric(name, m)
         self.metrics = metrics

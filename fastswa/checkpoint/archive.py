@@ -17,7 +17,7 @@ from ..files import written
 
 # %% ../../nbs/checkpoint/00_archive.ipynb #00000005
 _FORMAT = 'fastswa checkpoint'
-_VERSION = 1
+_VERSION = 2
 
 def write_checkpoint(
     state:dict, # what is to be in it; plain

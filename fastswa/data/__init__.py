@@ -1,11 +1,11 @@
-"Data sets of images, their loaders, and functions on batches of images; a module is imported when a name of it is asked for"
+"Data sets of images, their loaders, and functions on batches of images; a module is imported when it is needed"
 from importlib import import_module
 
 _NAMES = dict(
     loaders=['BatchLoader', 'DataLoaders', 'collate_device', 'collate_dict', 'inplace'],
     sources=['fashion_mnist', 'load_data', 'mnist', 'toy_images'],
-    transforms=['RandCopy', 'RandCrop', 'RandErase', 'RandFlip', 'cutmix', 'mixup', 'rand_copy', 'rand_crop', 'rand_erase',
-                'rand_flip'])
+    transforms=['RandCopy', 'RandCrop', 'RandErase', 'RandFlip', 'cutmix', 'mixup', 'rand_copy', 'rand_crop',
+                'rand_erase', 'rand_flip'])
 __all__ = sorted(name for names in _NAMES.values() for name in names)
 
 def __getattr__(name):      # `datasets` takes a second to import, which functions on batches do not need

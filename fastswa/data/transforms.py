@@ -173,7 +173,7 @@ class RandFlip(_RandomTransform):
     def __init__(self, p:float=0.5, generator=None):
         super().__init__(rand_flip, generator, p=check_share('p', p))
 
-# %% ../../nbs/data/02_transforms.ipynb #32f83f69
+# %% ../../nbs/data/02_transforms.ipynb #0000001c
 def check_mix(classes, alpha, p):
     "Raises ValueError for options that neither `mixup` nor `cutmix` takes"
     check_whole('classes', classes, none=True)
@@ -184,7 +184,7 @@ def _partners(x, alpha, p, generator):
     "The share that each image keeps, (N,), and the index of its partner"
     u, v, chance = _random(torch.rand, x, generator, (3, len(x)), dtype=torch.float32)
     w, c = u**(1/alpha), torch.cos(2*math.pi*v)
-    share = (1 + c*((1 - w)/(w + (1 - w)*c*c)).sqrt())/2        # the formula times √w, so that nothing is divided by 0
+    share = (1 + c*((1 - w)/(w + (1 - w)*c*c)).sqrt())/2      # times √w, so that nothing is divided by 0
     share = torch.where(chance < p, share.clamp(0, 1), 1.)
     return share, _random(torch.randperm, x, generator, len(x))
 
@@ -193,7 +193,7 @@ def _blend(a, share, other):
     dtype = torch.promote_types(a.dtype, torch.float32)
     return torch.lerp(a[other].to(dtype), a.to(dtype), share.to(dtype).view(-1, *[1]*(a.ndim - 1))).to(a.dtype)
 
-# %% ../../nbs/data/02_transforms.ipynb #51ab44ad
+# %% ../../nbs/data/02_transforms.ipynb #00000020
 def _class_probs(x, y, classes):
     "Targets as probabilities of classes, (N, classes); raises ValueError if `y` are no targets of `x`"
     if len(y) != len(x): raise ValueError(f'{len(x)} images have {len(y)} targets')

@@ -40,7 +40,7 @@ class HasLearnCB(Callback):
     def before_fit(self, learn): self.learn = learn
     def cleanup_fit(self, learn): self.learn = None
 
-# %% ../../nbs/callbacks/00_basics.ipynb #00000016
+# %% ../../nbs/callbacks/00_basics.ipynb #00000009
 class RecorderCB(HasLearnCB):
     "Record values of each training batch: `cb.pg` is the first parameter group, `cb.learn` the learner"
     order,role = Stage.measure + 10,'watches'

@@ -10,11 +10,10 @@ import difflib, warnings
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 
-import numpy as np
 import torch
 from torch.optim import LBFGS, Optimizer
 
-from ..core import map_tensors, unwrap
+from ..core import map_tensors, plain, unwrap
 
 # %% ../../nbs/training/03_optim.ipynb #00000006
 # set by users, schedulers and this library; all else in a group is the optimizer's own, such as Prodigy's `d`
@@ -247,11 +246,6 @@ def _check_opt(opt):
         raise TypeError('an optimizer with state_dict, load_state_dict and param_groups is needed; '
                         f'got {type(opt).__name__}')
 
-def _plain(x):
-    "`x` with NumPy's numbers as Python's, as `torch.load(weights_only=True)` wants them"
-    if isinstance(x, np.generic): return x.item()
-    if type(x) is dict: return {k: _plain(v) for k, v in x.items()}
-    return type(x)(map(_plain, x)) if type(x) in (list, tuple) else x
 
 def _names(model, opt):
     "For each group of the optimizer, the names of its parameters"
@@ -270,7 +264,7 @@ def opt_state(
     state,names,params = opt.state_dict(),_names(model, opt),_params(model)
     groups = [dict(g, param_names=ns) for g, ns in zip(state['param_groups'], names)]
     kinds = {n: dict(shape=list(params[n].shape), dtype=str(params[n].dtype)) for ns in names for n in ns}
-    return _plain(dict(state, param_groups=groups, optimizer=type(opt).__name__, params=kinds))
+    return plain(dict(state, param_groups=groups, optimizer=type(opt).__name__, params=kinds), strict=False)
 
 # %% ../../nbs/training/03_optim.ipynb #00000020
 def _saved_names(names, rename):

@@ -17,7 +17,8 @@ from torch import nn, optim
 from ..averaging.averages import Averages
 from ..averaging.holding import restore_raw
 from ..core import Clock, later, map_tensors, unwrap
-from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepException, as_list, check_cbs, with_cbs
+from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepException
+from .events import as_list, check_cbs, with_cbs
 from .optim import HasOptimizer
 from .sandbox import essentials, keep_random_state, sandbox
 

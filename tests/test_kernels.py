@@ -59,8 +59,8 @@ def masked(monkeypatch):
 
 def net():
     torch.manual_seed(0)
-    loose = nn.Linear(200, 200, bias=False)
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), loose)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2),
+                         nn.Linear(200, 200, bias=False))               # loose
 
 
 def walk(model, n=8, bad=(), value=nan):

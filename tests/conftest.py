@@ -1,7 +1,8 @@
 import os
 import warnings
 
-if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')      # side by side, and for the processes they start
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')            # side by side, and for the processes they start
 
 import hypothesis
 import pytest

@@ -1,4 +1,4 @@
-"What test files share: toy data, small nets, learners on them, copies of tensors, memory, Ctrl-C at any line, new processes"
+"What test files share: toy data, small nets, learners on them, copies of tensors, memory, Ctrl-C anywhere, processes"
 import io
 import os
 import signal
@@ -32,7 +32,8 @@ def net(seed=0, norm=True, dropout=None):
     "A perceptron for `data()`: linear, BatchNorm (or Identity), ReLU, (dropout,) linear"
     torch.manual_seed(seed)
     drop = [] if dropout is None else [nn.Dropout(dropout)]
-    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.ReLU(), *drop, nn.Linear(8, 3))
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.ReLU(), *drop,
+                         nn.Linear(8, 3))
 
 
 def learner(*cbs, model=None, dls=None, cls=TrainLearner, lr=0.3, **kw):
@@ -64,7 +65,8 @@ def image_data(n=56, bs=8, valid=20):
 def image_net():
     "A convolution, BatchNorm, ReLU, dropout and a linear layer, for `image_data()`"
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 3))
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(),
+                         nn.Linear(64, 3))
 
 
 def image_learner(*cbs, model=None, dls=None, cls=TrainLearner, lr=0.05, opt_func=partial(optim.SGD, momentum=0.9)):
@@ -131,7 +133,8 @@ class TiedNet(nn.Module):
     def step(self, generator):
         "A step of a random walk"
         with torch.no_grad():
-            for p in {p.data_ptr(): p for p in floats(self).values()}.values(): p += torch.randn(p.shape, generator=generator).to(p)
+            for p in {p.data_ptr(): p for p in floats(self).values()}.values():
+                p += torch.randn(p.shape, generator=generator).to(p)
             self.steps += 1
 
 
@@ -188,7 +191,8 @@ class Trail(Callback):
 def memory(f):
     "Bytes that torch held at most during `f`, and after it, beyond those before"
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
-    events = sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns())
+    events = sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'),
+                    key=lambda e: e.start_ns())
     now = top = 0
     for e in events:
         now += e.nbytes()

@@ -18,9 +18,11 @@ from fastswa.averaging.rules import ema, equal
 from helpers import TiedNet, copied, ctrl_c, floats, net, one, same
 
 
-rules = st.one_of(st.just(equal()), st.floats(0, 1).map(lambda d: ema(decay=d)), st.floats(0.1, 50).map(lambda h: ema(half_life=h)),
+rules = st.one_of(st.just(equal()), st.floats(0, 1).map(lambda d: ema(decay=d)),
+                  st.floats(0.1, 50).map(lambda h: ema(half_life=h)),
                   st.sampled_from(['ratio', 'power']).map(lambda w: ema(decay=0.99, warmup=w)))
-ops = st.lists(st.sampled_from(['step', 'update', 'apply', 'fail', 'reload', 'replace', 'nan']), min_size=5, max_size=30)
+ops = st.lists(st.sampled_from(['step', 'update', 'apply', 'fail', 'reload', 'replace', 'nan']),
+               min_size=5, max_size=30)
 
 
 @settings(max_examples=60)
@@ -123,7 +125,8 @@ def test_an_average_made_before_the_model_moved():
 def test_averages_of_half_precision_are_kept_in_fp32(dtype):
     """500 snapshots of which the last 400 are 1: their mean is 0.8
 
-    Kept in bf16 it would be 0.57 (the control), or stand still; loading keeps fp32, too (measured with torch, timm, torch-ema)"""
+    Kept in bf16 it would be 0.57 (the control), or stand still; loading keeps fp32, too (measured with torch, timm,
+    torch-ema)"""
     model, control = one(dtype=dtype), torch.zeros((), dtype=dtype)
     model.other = nn.Parameter(torch.zeros(2))                             # mixed dtypes, on which others raise
     avg = Average(model)
@@ -222,7 +225,8 @@ def test_a_real_dtype_for_complex_weights():
     try: avg = Average(model, dtype=torch.float64)
     except (ValueError, TypeError): return
     avg.update()
-    assert avg.weights['c'].dtype is torch.complex128 and torch.equal(avg.weights['c'], torch.full((2,), 1 + 2j, dtype=torch.complex128))
+    assert avg.weights['c'].dtype is torch.complex128
+    assert torch.equal(avg.weights['c'], torch.full((2,), 1 + 2j, dtype=torch.complex128))
 
 
 # --- snapshots
@@ -251,19 +255,24 @@ def test_counts_are_ints():
 
 
 STALE = dict(
-    double=lambda m: m.double(), half=lambda m: m.half(), channels_last=lambda m: m.to(memory_format=torch.channels_last),
+    double=lambda m: m.double(), half=lambda m: m.half(),
+    channels_last=lambda m: m.to(memory_format=torch.channels_last),
     assign=lambda m: m.load_state_dict(copied(m.state_dict()), assign=True),
     data=lambda m: setattr(m.conv.weight, 'data', m.conv.weight.data*2),
-    transposed=lambda m: setattr(m.square.weight, 'data', m.square.weight.data.t()), moved=lambda m: m.to('meta').to_empty(device='cpu'),
-    module=lambda m: setattr(m, 'square', nn.Linear(4, 4)), parameter=lambda m: setattr(m.norm, 'bias', nn.Parameter(torch.ones(3))),
-    buffer=lambda m: setattr(m.norm, 'running_mean', torch.ones(3)), untied=lambda m: setattr(m, 'twin', nn.Linear(4, 4)),
-    tied=lambda m: setattr(m, 'square', m.twin), frozen=lambda m: m.requires_grad_(False), shared=lambda m: m.share_memory())
+    transposed=lambda m: setattr(m.square.weight, 'data', m.square.weight.data.t()),
+    moved=lambda m: m.to('meta').to_empty(device='cpu'),
+    module=lambda m: setattr(m, 'square', nn.Linear(4, 4)),
+    parameter=lambda m: setattr(m.norm, 'bias', nn.Parameter(torch.ones(3))),
+    buffer=lambda m: setattr(m.norm, 'running_mean', torch.ones(3)),
+    untied=lambda m: setattr(m, 'twin', nn.Linear(4, 4)),
+    tied=lambda m: setattr(m, 'square', m.twin), frozen=lambda m: m.requires_grad_(False),
+    shared=lambda m: m.share_memory())
 
 
 @pytest.mark.parametrize('change', STALE)
 @pytest.mark.parametrize('several', [False, True])
 def test_tensors_exchanged_at_any_time(change, several):
-    """Between the second and the third of six snapshots: none of them may come from tensors that the model no longer has
+    """Between the second and the third of six snapshots: none may come from tensors that the model no longer has
 
     A list of tensors that was prepared once goes stale, and the average stands still (measured)"""
     torch.manual_seed(0)
@@ -326,7 +335,8 @@ def test_steps_out_of_range(steps, first):
     if not first: avg.update()
     n = avg.n
     nn.init.constant_(model.weight, 1.)
-    for update in (lambda: avg.update(steps=steps), lambda: update_all([avg], steps=[steps]), lambda: avg.update(one(), steps=steps)):
+    for update in (lambda: avg.update(steps=steps), lambda: update_all([avg], steps=[steps]),
+                   lambda: avg.update(one(), steps=steps)):
         with pytest.raises((ValueError, TypeError)): update()
         assert avg.n == n and (first or avg.weights['weight'].item() == 0)
 
@@ -344,7 +354,8 @@ def test_as_many_steps_as_averages(steps):
 def test_weights_out_of_range(weight, elsewhere):
     "What a rule gives is checked before anything moves, in all averages that are updated together"
     model, other = one(), one()
-    kw = dict(dtype=torch.float64) if elsewhere == 'another dtype' else dict(check_finite=False) if elsewhere == 'unchecked' else {}
+    options = {'another dtype': dict(dtype=torch.float64), 'unchecked': dict(check_finite=False)}
+    kw = options.get(elsewhere, {})
     good, bad = Average(model), Average(other if elsewhere == 'another' else model, lambda n: weight, **kw)
     update_all([good, bad])
     nn.init.constant_(model.weight, 1.), nn.init.constant_(other.weight, 1.)
@@ -379,7 +390,8 @@ def test_ctrl_c_at_any_line_of_an_update(what):
         got, _ = run(at)
         for a, b, c in zip(got, before, after):
             expected = copied((c if a.n == 2 else b).weights)
-            for k, v in a.weights.items(): torch.testing.assert_close(v, expected[k].to(v), msg=f'line {at} of {total}: {k}, n = {a.n}')
+            for k, v in a.weights.items():
+                torch.testing.assert_close(v, expected[k].to(v), msg=f'line {at} of {total}: {k}, n = {a.n}')
 
 
 # --- swapping
@@ -416,7 +428,7 @@ def test_a_swap_that_fails_mixes_nothing(where, monkeypatch):
         for p in model.parameters(): p += 1
     avg.update()
     raw, weights = copied(model.state_dict()), copied(avg.weights)
-    def local(t):                                                          # 4 to keep the raw weights, 4 to swap, 4 to swap back
+    def local(t):                                            # 4 to keep the raw weights, 4 to swap, 4 to swap back
         calls.append(1)
         if len(calls) == where: raise torch.OutOfMemoryError('no memory')
         return real(t)
@@ -469,7 +481,8 @@ def test_a_model_that_was_changed_while_it_held_the_average(change):
     for k, v in m.state_dict().items():
         if (change, k) != ('tied', 'c.weight'): assert torch.equal(v, raw[k].to(v.dtype)), k
     for k, v in avg.weights.items():
-        if (change, k) != ('tied', 'c.weight'): torch.testing.assert_close(v, weights[k].to(v.dtype), rtol=1e-6, atol=1e-7)
+        if (change, k) != ('tied', 'c.weight'):
+            torch.testing.assert_close(v, weights[k].to(v.dtype), rtol=1e-6, atol=1e-7)
 
 
 def test_an_average_that_is_applied_stops_all():
@@ -535,7 +548,7 @@ WRAPPERS = dict(compiled=torch.compile, parallel=nn.DataParallel, both=lambda m:
 
 @pytest.mark.parametrize('wrap', WRAPPERS)
 def test_wrapped_models(wrap):
-    """Plain names, whichever of the two is wrapped; another architecture is an error in every place, and names what differs
+    """Plain names, whichever of the two is wrapped; another architecture is an error that names what differs
 
     Elsewhere nothing matches behind `_orig_mod.` or `module.`, and nobody says so (senpai#2899)"""
     wrap, model = WRAPPERS[wrap], net()
@@ -548,7 +561,8 @@ def test_wrapped_models(wrap):
     other = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 4))
     state = Average(other)
     state.update()
-    for wrong in (lambda: avg.update(other), lambda: avg.copy_to(wrap(other)), lambda: avg.load_state_dict(state.state_dict())):
+    for wrong in (lambda: avg.update(other), lambda: avg.copy_to(wrap(other)),
+                  lambda: avg.load_state_dict(state.state_dict())):
         with pytest.raises(ValueError, match=r'3\.weight is missing'): wrong()
     assert avg.n == 3
 
@@ -556,10 +570,13 @@ def test_wrapped_models(wrap):
 @pytest.mark.parametrize('f, says', [
     (lambda: Average(nn.Linear(1, 1), dtype=torch.int64), 'dtype must be a floating-point'),
     (lambda: Average(nn.Linear(1, 1), dtype='float32'), "got 'float32'"),
-    (lambda: Average(nn.Linear(1, 1), include=['weight', 'wieght']), "'wieght' matches no weights; there are weight, bias"),
+    (lambda: Average(nn.Linear(1, 1), include=['weight', 'wieght']),
+     "'wieght' matches no weights; there are weight, bias"),
     (lambda: Average(nn.Linear(1, 1), exclude='hed.*'), "'hed.*' matches no weights"),
     (lambda: Average(nn.Linear(1, 1)).update(5), 'takes a module; got 5'),
-    (lambda: Average(nn.Linear(1, 1)).load_state_dict(nn.Linear(1, 1).state_dict()), 'no state of an average.* n, skipped, rule, weights missing'),
-    (lambda: Average(nn.Linear(1, 1)).load_state_dict(dict(n=-3, skipped=0, rule='equal()', weights={})), 'n must be a whole number, 0 or more; got -3')])
+    (lambda: Average(nn.Linear(1, 1)).load_state_dict(nn.Linear(1, 1).state_dict()),
+     'no state of an average.* n, skipped, rule, weights missing'),
+    (lambda: Average(nn.Linear(1, 1)).load_state_dict(dict(n=-3, skipped=0, rule='equal()', weights={})),
+     'n must be a whole number, 0 or more; got -3')])
 def test_bad_input_is_named_at_once(f, says):
     with pytest.raises((ValueError, TypeError), match=says): f()

@@ -78,7 +78,8 @@ def test_position_is_in_batches_and_decay_in_steps():
         averages.step(stepped=stepped)
         if not stepped: continue
         exact = float(i) if exact is None else 2**-0.4*exact + (1 - 2**-0.4)*i      # 4 of 10 batches to the half-life
-        if i + 1 >= 10: seen.append(i)                                              # 0.1dur is below the 4 batches of a step
+        if i + 1 >= 10:
+            seen.append(i)                                               # 0.1dur is below the 4 batches of a step
     assert averages['swa'].weights['weight'].item() == pytest.approx(np.mean(seen))
     assert averages['ema'].weights['weight'].item() == pytest.approx(exact, rel=1e-6)
 
@@ -90,7 +91,7 @@ def fitted(*cbs, model=None):
 
 
 def test_a_model_holds_what_it_holds_when_its_learner_is_gone():
-    "Wrong: the model flips back to its raw weights in the midst of whatever uses it by then, as the learner is collected"
+    "Wrong: the model flips back to its raw weights in the midst of what uses it by then, as the learner is collected"
     def train():
         learn = fitted()
         return learn.model, copied(learn.model.state_dict()), copied(learn.averages.weights('raw'))
@@ -111,7 +112,8 @@ def test_a_cell_that_is_run_again_trains_from_the_raw_weights():
         order = 99
         def before_fit(self, learn): start.update(copied(learn.averages.weights('raw')), held=learn.weights)
     start = {}
-    with pytest.warns(UserWarning, match="held its 'ema' weights: training starts from its raw ones"): second.fit(1, cbs=Start())
+    with pytest.warns(UserWarning, match="held its 'ema' weights: training starts from its raw ones"):
+        second.fit(1, cbs=Start())
     assert start.pop('held') == 'raw' and same(start, raw)
 
 
@@ -208,7 +210,10 @@ def test_a_module_of_a_set_of_weights_stands_alone():
 def test_averages_that_are_due_together_read_the_weights_once(monkeypatch):
     from fastswa.averaging import snapshots
     moved, real = [], snapshots._move
-    monkeypatch.setattr(snapshots, '_move', lambda averages, *args: (moved.append(len(averages)), real(averages, *args))[1])
+    def counted(averages, *args):
+        moved.append(len(averages))
+        return real(averages, *args)
+    monkeypatch.setattr(snapshots, '_move', counted)
     model = net()
     averages = Averages(model)
     for name, every in (('a', '1ba'), ('b', '2ba'), ('c', '1ba')): averages.add(name, ema(0.9), every=every)

@@ -1,4 +1,4 @@
-"Each callback of the library, as a user would write it: nothing stays replaced, errors come through, order does not matter"
+"Each callback of the library, as a user would write it: nothing stays replaced, errors come through, any order will do"
 import random
 from functools import cache, partial
 from types import SimpleNamespace
@@ -43,16 +43,26 @@ def eager(graph, inputs): return graph.forward
 
 # each callback of the library, as a user would write it; those that need a folder get it
 EVERY = dict(
-    device=lambda tmp: DeviceCB('cpu'), transform=lambda tmp: BatchTransformCB(lambda b: b), metrics=lambda tmp: MetricsCB(hits=Hits()),
-    recorder=lambda tmp: RecorderCB(lr=lambda cb: cb.pg['lr']), progress=lambda tmp: ProgressCB(view=LogView), batches=lambda tmp: one_cycle(),
-    epochs=lambda tmp: EpochSchedCB(lr_scheduler.ReduceLROnPlateau), one_cycle=lambda tmp: OneCycleCB(), wsd=lambda tmp: WarmupStableDecayCB('1ba', '2ba'),
-    ema=lambda tmp: EMACB(), swa=lambda tmp: SWACB('3ba', '1ba', swa_lr=0.01, anneal='3ba'), lawa=lambda tmp: LAWACB(2, '2ba'),
-    swag=lambda tmp: SWAGCB(start='2ba', every='2ba'), post_hoc=lambda tmp: PostHocEMACB(every='3ba'), switch=lambda tmp: SwitchEMACB(decay=0.9, switch='3ba'),
-    bn_update=lambda tmp: [EMACB(name='for bn'), BNUpdateCB()], hooks=lambda tmp: HooksCallback(append_stats), stats=lambda tmp: ActivationStats(every=2, grads=True),
-    compiled=lambda tmp: CompileCB(backend=eager), channels_last=lambda tmp: ChannelsLastCB(), early=lambda tmp: EarlyStoppingCB(),
-    bf16=lambda tmp: MixedPrecisionCB(), fp16=lambda tmp: MixedPrecisionCB('fp16'), accumulation=lambda tmp: GradAccumCB(2),
-    clipping=lambda tmp: GradClipCB(norm=1.), guard=lambda tmp: NaNGuardCB(), closure=lambda tmp: ClosureCB(), mixup=lambda tmp: MixUpCB(3),
-    cutmix=lambda tmp: CutMixCB(3), augment=lambda tmp: AugmentCB(RandFlip()), checkpoint=lambda tmp: CheckpointCB(tmp/'checkpoints', best='loss'),
+    device=lambda tmp: DeviceCB('cpu'), transform=lambda tmp: BatchTransformCB(lambda b: b),
+    metrics=lambda tmp: MetricsCB(hits=Hits()),
+    recorder=lambda tmp: RecorderCB(lr=lambda cb: cb.pg['lr']), progress=lambda tmp: ProgressCB(view=LogView),
+    batches=lambda tmp: one_cycle(),
+    epochs=lambda tmp: EpochSchedCB(lr_scheduler.ReduceLROnPlateau), one_cycle=lambda tmp: OneCycleCB(),
+    wsd=lambda tmp: WarmupStableDecayCB('1ba', '2ba'),
+    ema=lambda tmp: EMACB(), swa=lambda tmp: SWACB('3ba', '1ba', swa_lr=0.01, anneal='3ba'),
+    lawa=lambda tmp: LAWACB(2, '2ba'),
+    swag=lambda tmp: SWAGCB(start='2ba', every='2ba'), post_hoc=lambda tmp: PostHocEMACB(every='3ba'),
+    switch=lambda tmp: SwitchEMACB(decay=0.9, switch='3ba'),
+    bn_update=lambda tmp: [EMACB(name='for bn'), BNUpdateCB()], hooks=lambda tmp: HooksCallback(append_stats),
+    stats=lambda tmp: ActivationStats(every=2, grads=True),
+    compiled=lambda tmp: CompileCB(backend=eager), channels_last=lambda tmp: ChannelsLastCB(),
+    early=lambda tmp: EarlyStoppingCB(),
+    bf16=lambda tmp: MixedPrecisionCB(), fp16=lambda tmp: MixedPrecisionCB('fp16'),
+    accumulation=lambda tmp: GradAccumCB(2),
+    clipping=lambda tmp: GradClipCB(norm=1.), guard=lambda tmp: NaNGuardCB(), closure=lambda tmp: ClosureCB(),
+    mixup=lambda tmp: MixUpCB(3),
+    cutmix=lambda tmp: CutMixCB(3), augment=lambda tmp: AugmentCB(RandFlip()),
+    checkpoint=lambda tmp: CheckpointCB(tmp/'checkpoints', best='loss'),
     csv=lambda tmp: CSVLoggerCB(tmp/'log.csv'), log=lambda tmp: LogCB(SimpleNamespace(log=lambda d: None), '2ba'))
 
 
@@ -67,7 +77,8 @@ def a_plain_learner():
 
 
 FIXED = 'model dls loss_func lr opt_func cbs own_cbs weights quiet in_fit'.split()
-ENDS = dict(well=None, error=At('after_backward', ZeroDivisionError(), 90), ctrl_c=At('after_batch', KeyboardInterrupt(), 90, training=False))
+ENDS = dict(well=None, error=At('after_backward', ZeroDivisionError(), 90),
+            ctrl_c=At('after_batch', KeyboardInterrupt(), 90, training=False))
 
 
 @pytest.mark.parametrize('ends', ENDS)
@@ -77,7 +88,8 @@ def test_nothing_of_the_learner_stays_replaced(name, ends, tmp_path):
     rec = RecorderCB(loss=lambda cb: cb.learn.loss.item())
     cbs = [rec, *filter(None, [ENDS[ends]])]
     learn, plain = learner(*cbs), a_plain_learner()
-    fixed, functions = {k: getattr(learn, k) for k in FIXED}, {k: v for cb in cbs for k, v in vars(cb).items() if callable(v)}
+    fixed = {k: getattr(learn, k) for k in FIXED}
+    functions = {k: v for cb in cbs for k, v in vars(cb).items() if callable(v)}
     if ends == 'well': learn.fit(1, cbs=made(name, tmp_path))
     else:
         with pytest.raises(type(ENDS[ends].exc)): learn.fit(1, cbs=made(name, tmp_path))
@@ -87,7 +99,8 @@ def test_nothing_of_the_learner_stays_replaced(name, ends, tmp_path):
     assert {k for k, v in vars(learn).items() if callable(v)} == {k for k, v in vars(plain).items() if callable(v)}
     assert functions == {k: v for cb in cbs for k, v in vars(cb).items() if callable(v)}
     for m in learn.model.modules():
-        assert 'forward' not in vars(m) and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        assert 'forward' not in vars(m)
+        assert not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 @pytest.mark.parametrize('order', [-100, 100])
@@ -95,7 +108,8 @@ def test_nothing_of_the_learner_stays_replaced(name, ends, tmp_path):
 def test_the_error_in_before_fit_is_the_one_to_see(name, order, tmp_path):
     "No cleanup fails for want of what before_fit would have set (that would be a warning), and the next fit is as any"
     learn, cbs = learner(), made(name, tmp_path)
-    with pytest.raises(ZeroDivisionError, match='the real error'): learn.fit(1, cbs=[*cbs, At('before_fit', ZeroDivisionError('the real error'), order)])
+    with pytest.raises(ZeroDivisionError, match='the real error'):
+        learn.fit(1, cbs=[*cbs, At('before_fit', ZeroDivisionError('the real error'), order)])
     assert not learn.in_fit and learn.opt_steps == 0
     if name in ('csv', 'checkpoint'): return
     learn.fit(1, cbs=cbs)
@@ -103,8 +117,10 @@ def test_the_error_in_before_fit_is_the_one_to_see(name, order, tmp_path):
 
 
 @pytest.mark.parametrize('make, exc', [
-    (lambda tmp: HooksCallback(append_stats, lambda m: False), ValueError), (lambda tmp: BatchSchedCB(lambda opt: 1/0), ZeroDivisionError),
-    (lambda tmp: EpochSchedCB(lambda opt: None), TypeError), (lambda tmp: CheckpointCB(tmp/'file'), OSError), (lambda tmp: CSVLoggerCB(tmp), OSError),
+    (lambda tmp: HooksCallback(append_stats, lambda m: False), ValueError),
+    (lambda tmp: BatchSchedCB(lambda opt: 1/0), ZeroDivisionError),
+    (lambda tmp: EpochSchedCB(lambda opt: None), TypeError), (lambda tmp: CheckpointCB(tmp/'file'), OSError),
+    (lambda tmp: CSVLoggerCB(tmp), OSError),
     (lambda tmp: WarmupStableDecayCB('5ba', '5ba'), ValueError), (lambda tmp: CompileCB(mode='quick'), Exception),
     (lambda tmp: [MetricsCB(a=Hits()), MetricsCB(a=Hits())], ValueError), (lambda tmp: [EMACB(), EMACB()], ValueError),
     (lambda tmp: [ClosureCB(), GradAccumCB(2)], ValueError)])
@@ -131,7 +147,8 @@ def test_a_search_leaves_no_trace_in_a_run_with(name, tmp_path):
         learn.fit(1)
         if search: learn.lr_find(max_steps=9, show=False)
         if name == 'checkpoint': learn.cbs[0].path = folder/'more'
-        averages = [{k: v.clone() for k, v in a.weights.items()} for a in learn.averages.values() if hasattr(a, 'weights')]
+        averages = [{k: v.clone() for k, v in a.weights.items()}
+                    for a in learn.averages.values() if hasattr(a, 'weights')]
         learn.fit(1)
         learn.restore()
         return state(learn), averages, learn.history, learn.opt_steps
@@ -140,20 +157,26 @@ def test_a_search_leaves_no_trace_in_a_run_with(name, tmp_path):
 
 
 def test_the_order_in_the_list_does_not_matter(tmp_path):
-    "Callbacks that depend on each other each have their own order: the same run, rows, records, logs and averages, bit for bit"
+    "Callbacks that depend on each other each have their own order: the same run, rows, logs and averages, bit for bit"
     def run(shuffle, folder):
-        rec, stats, logs = RecorderCB(lr=lambda cb: cb.pg['lr'], loss=lambda cb: cb.learn.loss.item()), ActivationStats(every=3, grads=True), []
-        cbs = [DeviceCB('cpu'), AugmentCB(RandFlip()), MixUpCB(3), ChannelsLastCB(), MetricsCB(hits=Hits()), rec, stats, GradAccumCB(2), MixedPrecisionCB(),
-               NaNGuardCB(), GradClipCB(norm=0.3), OneCycleCB(), EarlyStoppingCB('ema/hits'), EMACB(decay=0.8), SWACB('3ba', '2ba', apply=False), BNUpdateCB(),
-               ProgressCB(view=View), LogCB(SimpleNamespace(log=logs.append), '2ba'), CheckpointCB(folder, best='ema/hits')]
+        rec = RecorderCB(lr=lambda cb: cb.pg['lr'], loss=lambda cb: cb.learn.loss.item())
+        stats, logs = ActivationStats(every=3, grads=True), []
+        cbs = [DeviceCB('cpu'), AugmentCB(RandFlip()), MixUpCB(3), ChannelsLastCB(), MetricsCB(hits=Hits()), rec, stats,
+               GradAccumCB(2), MixedPrecisionCB(), NaNGuardCB(), GradClipCB(norm=0.3), OneCycleCB(),
+               EarlyStoppingCB('ema/hits'), EMACB(decay=0.8), SWACB('3ba', '2ba', apply=False), BNUpdateCB(),
+               ProgressCB(view=View), LogCB(SimpleNamespace(log=logs.append), '2ba'),
+               CheckpointCB(folder, best='ema/hits')]
         shuffle(cbs)
         learn = learner(*cbs)
         set_seed(1)
         learn.fit(2)
         averages = {f'{k} {n}': v for k, a in learn.averages.items() for n, v in a.weights.items()}
-        tensors = {**state(learn), **averages, 'lrs': torch.tensor(rec.recs['lr']), 'losses': torch.tensor(rec.recs['loss']),
-                   'stats': torch.stack([h.stats.means for h in stats]), 'grads': torch.stack([h.grads.stds for h in stats])}
-        return dict(sorted(tensors.items())), *(sorted(map(str, o)) for o in (learn.history, logs)), learn.weights, sorted(p.name for p in folder.iterdir())
+        tensors = {**state(learn), **averages,
+                   'lrs': torch.tensor(rec.recs['lr']), 'losses': torch.tensor(rec.recs['loss']),
+                   'stats': torch.stack([h.stats.means for h in stats]),
+                   'grads': torch.stack([h.grads.stds for h in stats])}
+        return (dict(sorted(tensors.items())), *(sorted(map(str, o)) for o in (learn.history, logs)), learn.weights,
+                sorted(p.name for p in folder.iterdir()))
     first = run(lambda cbs: None, tmp_path/'0')
     for i, shuffle in enumerate([list.reverse, *(random.Random(k).shuffle for k in range(4))]):
         tensors, *rest = run(shuffle, tmp_path/f'{i + 1}')

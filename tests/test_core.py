@@ -1,4 +1,4 @@
-"What the notebook of `core` cannot show: signals, which reach the main thread only, shells, and devices that come and go"
+"What the notebook of `core` cannot show: signals, which only the main thread gets, shells, devices that come and go"
 import signal
 import weakref
 
@@ -51,7 +51,8 @@ def test_the_device_is_asked_for_when_it_is_needed(monkeypatch):
     monkeypatch.setattr(torch.accelerator, 'is_available', lambda *args: True)
     monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda *args: torch.device('meta'))
     x = torch.ones(2)
-    got = [to_device(x), to_device([x])[0], collate_device([x]), next(get_model().parameters()), torch.empty(0, device=DeviceCB().device)]
+    got = [to_device(x), to_device([x])[0], collate_device([x]), next(get_model().parameters()),
+           torch.empty(0, device=DeviceCB().device)]
     assert {t.device.type for t in got} == {'meta'}
     monkeypatch.setattr(torch.accelerator, 'is_available', lambda *args: False)
     assert to_device(x).device.type == DeviceCB().device == 'cpu'

@@ -1,5 +1,5 @@
-"""Code in the manner of the fast.ai course's notebooks (learner, initialisation, accelerated SGD, ResNet and augmentation chapters) runs on
-`from fastswa.all import *`: the names and signatures it relies on"""
+"""Code in the manner of the fast.ai course's notebooks (learner, initialisation, accelerated SGD, ResNet and
+augmentation chapters) runs on `from fastswa.all import *`: the names and signatures it relies on"""
 from functools import partial
 
 import fastcore.all as fc
@@ -87,7 +87,8 @@ def test_accelerated_sgd_chapter(dls):
     learn.fit(2)
     rec.plot()
     assert len(rec.recs['lr']) == tmax and max(rec.recs['lr']) == pytest.approx(0.05)
-    learn = TrainLearner(get_model(), dls, F.cross_entropy, lr=0.01, cbs=[EpochSchedCB(partial(lr_scheduler.CosineAnnealingLR, T_max=2))])
+    sched = EpochSchedCB(partial(lr_scheduler.CosineAnnealingLR, T_max=2))
+    learn = TrainLearner(get_model(), dls, F.cross_entropy, lr=0.01, cbs=[sched])
     learn.fit(2)
     assert issubclass(BatchSchedCB, BaseSchedCB)
 
@@ -127,5 +128,6 @@ def test_all_brings_public_names_and_none_that_a_notebook_has_for_its_own():
     for package in ('averaging', 'callbacks', 'checkpoint', 'data', 'nets', 'training'):
         public = importlib.import_module(f'fastswa.{package}').__all__
         assert [n for n in public if not hasattr(fastswa.all, n)] == [], package
-    own = 'batch_size save load export plain reading style newest VERSION STEPS FORMAT say written opt model data dls learn'.split()
+    own = ('batch_size save load export plain reading style newest VERSION STEPS FORMAT say written '
+           'opt model data dls learn').split()
     assert [n for n in own if hasattr(fastswa.all, n)] == []

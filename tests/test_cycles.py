@@ -42,14 +42,15 @@ def fit(cb, opt='sgd', n_epochs=EPOCHS, n=N, lr=0.1, cbs=(), **kwargs):
 @pytest.mark.parametrize('max_lr', [None, 0.3])
 @pytest.mark.parametrize('opt', OPTS)
 def test_one_cycle_as_torch(opt, max_lr):
-    "torch's own schedule, told the highest rate of each group and the number of steps; momentum only where there is some"
+    "torch's own schedule, told the highest rate of each group and the number of steps; momentum where there is some"
     used, learn = fit(OneCycleCB(max_lr, pct_start=0.3), opt)
     p = list(linear().parameters())
     ref = OPTS[opt](p, 0.1)
     mults = [g.get('lr_mult', 1) for g in ref.param_groups]
     tops = [(max_lr or 0.1)*m for m in mults]
     has = [bool(moment(g)) for g in ref.param_groups]
-    moms = dict(cycle_momentum=False) if not any(has) else dict(max_momentum=[0.95*o for o in has], base_momentum=[0.85*o for o in has])
+    moms = dict(cycle_momentum=False)
+    if any(has): moms = dict(max_momentum=[0.95*o for o in has], base_momentum=[0.85*o for o in has])
     sched = S.OneCycleLR(ref, tops, N*EPOCHS, pct_start=0.3, div_factor=25, final_div_factor=4000, **moms)
     for lrs, ms in zip(used.lrs, used.moms, strict=True):
         assert lrs == pytest.approx([float(g['lr']) for g in ref.param_groups], rel=1e-6)
@@ -99,7 +100,9 @@ def test_wsd_against_a_plain_loop(opt, shape, f):
     np.testing.assert_allclose([float(g['lr']) for g in learn.opt.param_groups], [0.1*m for m in mults], rtol=1e-6)
 
 def test_wsd_times():
-    shares = lambda n, **kw: np.round(sched_rates(WarmupStableDecayCB(shape='linear', **kw), steps=n, lr=1.)[0]['lr'], 9).tolist()
+    def shares(n, **kw):
+        rates, = (g['lr'] for g in sched_rates(WarmupStableDecayCB(shape='linear', **kw), steps=n, lr=1.))
+        return np.round(rates, 9).tolist()
     assert shares(6, warmup='2ba', decay='2ba') == [0.5, 1, 1, 1, 1, 0.5]
     assert shares(4, warmup='0ba', decay='4ba') == [1, 0.75, 0.5, 0.25]              # no step at a rate of zero
     assert shares(4, warmup='2ba', decay='2ba', final=1) == [0.5, 1, 1, 1]
@@ -107,26 +110,32 @@ def test_wsd_times():
     assert two.tolist() == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.5]
 
 def test_wsd_errors():
-    with pytest.raises(ValueError, match='warmup and decay take 12 and 10 steps, together more than the 20 of this fit'):
-        fit(WarmupStableDecayCB('12ba', '2ep'))
-    for kw, match in ((dict(warmup='5'), "warmup must be a number with a unit.*got '5'"), (dict(decay='2dur'), 'decay must be between'),
-                      (dict(warmup='-1ba'), 'warmup must not be negative'), (dict(shape='exp'), "'1-sqrt', 'linear' or 'cosine'; got 'exp'"),
+    says = 'warmup and decay take 12 and 10 steps, together more than the 20 of this fit'
+    with pytest.raises(ValueError, match=says): fit(WarmupStableDecayCB('12ba', '2ep'))
+    for kw, match in ((dict(warmup='5'), "warmup must be a number with a unit.*got '5'"),
+                      (dict(decay='2dur'), 'decay must be between'),
+                      (dict(warmup='-1ba'), 'warmup must not be negative'),
+                      (dict(shape='exp'), "'1-sqrt', 'linear' or 'cosine'; got 'exp'"),
                       (dict(final=-0.1), 'final must be a number from 0 to 1; got -0.1'), (dict(final='0'), "got '0'")):
         with pytest.raises(ValueError, match=match): WarmupStableDecayCB(**kw)
 
 @pytest.mark.parametrize('kw, match', [
-    (dict(max_lr=0), 'max_lr must be a number above 0, or None; got 0'), (dict(max_lr=math.nan), 'got nan'), (dict(max_lr=[0.1]), r'got \[0.1\]'),
+    (dict(max_lr=0), 'max_lr must be a number above 0, or None; got 0'), (dict(max_lr=math.nan), 'got nan'),
+    (dict(max_lr=[0.1]), r'got \[0.1\]'),
     (dict(max_lr=math.inf), 'got inf'), (dict(pct_start=1), 'pct_start must be a number from 0 to 0.999; got 1'),
-    (dict(div=0), 'div must be'), (dict(div_final=0.5), 'div_final must be a number, 1 or more; got 0.5'), (dict(moms=0.9), 'got 0.9'),
-    (dict(moms=(0.95, 0.85, 0.9)), 'the last the same as the first'), (dict(moms=(1., 0.5, 1.)), 'moms must be a number')])
+    (dict(div=0), 'div must be'), (dict(div_final=0.5), 'div_final must be a number, 1 or more; got 0.5'),
+    (dict(moms=0.9), 'got 0.9'), (dict(moms=(0.95, 0.85, 0.9)), 'the last the same as the first'),
+    (dict(moms=(1., 0.5, 1.)), 'moms must be a number')])
 def test_one_cycle_arguments(kw, match):
     with pytest.raises(ValueError, match=match): OneCycleCB(**kw)
 
 @pytest.mark.parametrize('cb', [OneCycleCB, WarmupStableDecayCB])
 def test_errors_of_the_fit(cb):
     endless = SimpleNamespace(train=(b for b in data().train), valid=None)
-    with pytest.raises(ValueError, match='the training loader has no length'): TrainLearner(linear(), endless, cbs=cb()).fit(1)
-    with pytest.raises(TypeError, match='not an Optimizer'): TrainLearner(linear(), data(), opt_func=NoOptimizer, cbs=cb()).fit(1)
+    with pytest.raises(ValueError, match='the training loader has no length'):
+        TrainLearner(linear(), endless, cbs=cb()).fit(1)
+    with pytest.raises(TypeError, match='not an Optimizer'):
+        TrainLearner(linear(), data(), opt_func=NoOptimizer, cbs=cb()).fit(1)
 
 # saved and resumed
 
@@ -153,7 +162,8 @@ def test_resume(make, other, match):
     new = other()
     with pytest.warns(UserWarning, match=match): fit(new, 'groups', cbs=[AtEpoch(0, give), AtEpoch(2, stop)])
     new = make()
-    with pytest.warns(UserWarning, match='another one'): fit(new, 'groups', n_epochs=6, cbs=[AtEpoch(0, give), AtEpoch(4, stop)])
+    with pytest.warns(UserWarning, match='another one'):
+        fit(new, 'groups', n_epochs=6, cbs=[AtEpoch(0, give), AtEpoch(4, stop)])
 
 # looking before the fit
 
@@ -170,9 +180,12 @@ def test_shown_is_used(cb, opt, fits):
     learn = TrainLearner(linear(), data(), lr=0.1, cbs=[used], opt_func=OPTS[opt])
     learn.fit(fits)
     used.lrs.clear()
-    before = None if learn.opt is None else [{k: v for k, v in g.items() if k != 'params'} for g in learn.opt.param_groups]
+    def options():
+        if learn.opt is None: return None
+        return [{k: v for k, v in g.items() if k != 'params'} for g in learn.opt.param_groups]
+    before = options()
     shown = sched_rates(cb, learn, EPOCHS, lr=0.05)
-    assert (None if learn.opt is None else [{k: v for k, v in g.items() if k != 'params'} for g in learn.opt.param_groups]) == before
+    assert options() == before
     learn.fit(EPOCHS, lr=0.05, cbs=cb)
     lrs = np.array([g['lr'] for g in shown]).T
     if isinstance(cb, EpochSchedCB): lrs = lrs.repeat(N, axis=0)
@@ -187,7 +200,8 @@ def test_looking_in_the_middle_of_a_fit():
 def test_sched_rates_errors():
     with pytest.raises(ValueError, match='how long is the fit'): sched_rates(OneCycleCB())
     with pytest.raises(ValueError, match='follows a metric'): sched_rates(BatchSchedCB(S.ReduceLROnPlateau), steps=3)
-    with pytest.raises(ValueError, match='n_epochs must be a whole number, 1 or more; got 0'): sched_rates(OneCycleCB(), n_epochs=0, steps=3)
+    with pytest.raises(ValueError, match='n_epochs must be a whole number, 1 or more; got 0'):
+        sched_rates(OneCycleCB(), n_epochs=0, steps=3)
     with pytest.raises(TypeError, match='cb must be a schedule'): sched_rates(S.StepLR, steps=3)
 
 def test_plot():
@@ -195,10 +209,12 @@ def test_plot():
     matplotlib.use('Agg')
     groups = [dict(params=[torch.zeros(1)], lr=0.1*2**-i, lr_mult=2.**-i, name=f'layer {i}') for i in range(9)]
     axes = OneCycleCB().plot(optim.AdamW(groups), 2, steps=50)
-    assert [ax.get_ylabel() for ax in axes] == ['learning rate', 'momentum'] and {ax.get_xlabel() for ax in axes} == {'optimizer step'}
+    assert [ax.get_ylabel() for ax in axes] == ['learning rate', 'momentum']
+    assert {ax.get_xlabel() for ax in axes} == {'optimizer step'}
     assert len(axes[0].lines) == 9 and len({tuple(l.get_color()) for l in axes[0].lines}) == 9
     assert [t.get_text() for t in axes[1].get_legend().get_texts()] == [f'layer {i}' for i in range(9)]
-    ax, = plot_sched(EpochSchedCB(partial(S.StepLR, step_size=2)), optim.SGD([dict(params=[torch.zeros(1)]) for _ in range(3)], 0.1), 6)
+    groups = [dict(params=[torch.zeros(1)]) for _ in range(3)]
+    ax, = plot_sched(EpochSchedCB(partial(S.StepLR, step_size=2)), optim.SGD(groups, 0.1), 6)
     line, = ax.lines                                             # the same curve three times is drawn once
     assert line.get_label() == 'group 0, rate × 1 and 2 more' and ax.get_xlabel() == 'epoch'
     assert line.get_ydata().tolist() == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.001])

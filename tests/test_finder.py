@@ -21,8 +21,10 @@ from helpers import Accumulate, image_learner, linear, regression
 
 N = 7     # steps in an epoch
 SCHEDS = dict(
-    batches=lambda: BatchSchedCB(partial(lr_scheduler.OneCycleLR, max_lr=0.1)), epochs=lambda: EpochSchedCB(lr_scheduler.ReduceLROnPlateau),
-    one_cycle=OneCycleCB, wsd=lambda: WarmupStableDecayCB('1ba', '2ba'), swa=lambda: SWACB('3ba', '1ba', swa_lr=0.01, anneal='3ba'))
+    batches=lambda: BatchSchedCB(partial(lr_scheduler.OneCycleLR, max_lr=0.1)),
+    epochs=lambda: EpochSchedCB(lr_scheduler.ReduceLROnPlateau),
+    one_cycle=OneCycleCB, wsd=lambda: WarmupStableDecayCB('1ba', '2ba'),
+    swa=lambda: SWACB('3ba', '1ba', swa_lr=0.01, anneal='3ba'))
 
 def noisy_net():
     torch.manual_seed(0)
@@ -39,7 +41,8 @@ class Breaks(Callback):
     def before_batch(self, learn):
         if self.armed and learn.iter == 2: raise self.exc
 
-LEARNERS = dict(sgd=partial(TrainLearner, opt_func=partial(optim.SGD, momentum=0.9)), adam=partial(TrainLearner, opt_func=optim.AdamW),
+LEARNERS = dict(sgd=partial(TrainLearner, opt_func=partial(optim.SGD, momentum=0.9)),
+                adam=partial(TrainLearner, opt_func=optim.AdamW),
                 momentum=MomentumLearner, bare=partial(Learner, cbs=TrainCB()))
 
 @pytest.mark.parametrize('kind', LEARNERS)
@@ -51,7 +54,8 @@ def test_finder_leaves_no_trace(kind, exc, first):
         x = torch.randn(60, 3)
         gen = torch.Generator().manual_seed(1)
         ds = TensorDataset(x, x.sum(1, keepdim=True))
-        dls = SimpleNamespace(train=DataLoader(ds, 10, shuffle=True, generator=gen), valid=DataLoader(ds, 20, shuffle=True))
+        dls = SimpleNamespace(train=DataLoader(ds, 10, shuffle=True, generator=gen),
+                              valid=DataLoader(ds, 20, shuffle=True))
         learn, breaks = LEARNERS[kind](noisy_net(), dls, lr=0.01), Breaks(exc)
         learn.cbs += [Noise(), breaks, BatchSchedCB(partial(lr_scheduler.OneCycleLR, max_lr=0.05))]
         learn.fit(first)
@@ -114,5 +118,6 @@ def test_a_search_uses_the_rates_it_tries(name):
     RatesSGD.rates = []
     learn = image_learner(SCHEDS[name](), opt_func=RatesSGD)
     found = learn.lr_find(max_steps=20, show=False)
-    assert RatesSGD.rates == pytest.approx([1e-5*1.3**i for i in range(len(RatesSGD.rates))]) and len(RatesSGD.rates) >= 19
+    assert RatesSGD.rates == pytest.approx([1e-5*1.3**i for i in range(len(RatesSGD.rates))])
+    assert len(RatesSGD.rates) >= 19
     assert found.lrs[:len(RatesSGD.rates)] == pytest.approx(RatesSGD.rates)

@@ -1,7 +1,7 @@
 """What can only be tested on a GPU: run with `pytest -m gpu tests/test_gpu.py`
 
-`set_sync_debug_mode('error')` makes every operation that waits for the GPU an error, except waiting for an event, which the check of the
-snapshot before needs with rules that depend on n. `test_kernels.py` has the same paths on the CPU."""
+`set_sync_debug_mode('error')` makes every operation that waits for the GPU an error, except waiting for an event, which
+the check of the snapshot before needs with rules that depend on n. `test_kernels.py` has the same paths on the CPU."""
 import copy
 import warnings
 
@@ -15,13 +15,15 @@ from fastswa.averaging.rules import ema, equal, power
 from helpers import floats
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
-RULES = dict(equal=equal(), ema=ema(decay=0.7), half=ema(half_life=3), ratio=ema(decay=0.9, warmup='ratio'), power=power(gamma=2.5))
+RULES = dict(equal=equal(), ema=ema(decay=0.7), half=ema(half_life=3), ratio=ema(decay=0.9, warmup='ratio'),
+             power=power(gamma=2.5))
 nan, inf = float('nan'), float('inf')
 
 
 def gpu_net(dtype=None, seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 512), nn.Linear(512, 4)).to('cuda', dtype)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 512), nn.Linear(512, 4))
+    return model.to('cuda', dtype)
 
 
 def walk(model, n=8, bad=(), value=nan):
@@ -54,7 +56,8 @@ def reference(model, rule, n, bad=(), value=nan):
 
 def close(avg, expected, tol=1e-5):
     assert list(avg.weights) == list(expected)
-    for k, v in avg.weights.items(): np.testing.assert_allclose(v.double().cpu().numpy(), expected[k], rtol=tol, atol=tol)
+    for k, v in avg.weights.items():
+        np.testing.assert_allclose(v.double().cpu().numpy(), expected[k], rtol=tol, atol=tol)
 
 
 @pytest.fixture
@@ -76,8 +79,10 @@ def test_the_alarm_rings(no_waiting):
     with pytest.raises(RuntimeError), no_waiting(): torch.ones(1, device='cuda').item()
 
 
-@pytest.mark.parametrize('options', [{}, dict(check_finite=False), dict(dtype=torch.float64), dict(dtype=torch.bfloat16),
-                                     dict(include='3.*'), dict(device='cpu'), dict(device='cpu', check_finite=False)], ids=str)
+@pytest.mark.parametrize('options', [{}, dict(check_finite=False), dict(dtype=torch.float64),
+                                     dict(dtype=torch.bfloat16), dict(include='3.*'), dict(device='cpu'),
+                                     dict(device='cpu', check_finite=False)],
+                         ids=str)
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16, torch.half], ids=str)
 @pytest.mark.parametrize('rule', RULES)
 def test_updates_do_not_wait(rule, dtype, options, no_waiting):
@@ -151,10 +156,13 @@ def test_a_fit_does_not_wait(no_waiting):
 
     g = torch.Generator().manual_seed(0)
     batches = [(torch.randn(32, 8, generator=g).cuda(), torch.randint(4, (32,), generator=g).cuda()) for _ in range(30)]
-    model, silent = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)), SimpleNamespace(log=lambda d: None)
-    cbs = [Alarm(), DeviceCB('cuda'), MetricsCB(accuracy=MulticlassAccuracy(device='cuda')), ProgressCB(view=View), EMACB(), SWACB(), BNUpdateCB(),
-           OneCycleCB(), GradAccumCB(2), GradClipCB(norm=1.), MixedPrecisionCB(), LogCB(silent, '100ba')]
-    learn = TrainLearner(model.cuda(), SimpleNamespace(train=batches, valid=batches), nn.functional.cross_entropy, 1e-3, cbs, torch.optim.AdamW)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    silent = SimpleNamespace(log=lambda d: None)
+    cbs = [Alarm(), DeviceCB('cuda'), MetricsCB(accuracy=MulticlassAccuracy(device='cuda')), ProgressCB(view=View),
+           EMACB(), SWACB(), BNUpdateCB(), OneCycleCB(), GradAccumCB(2), GradClipCB(norm=1.),
+           MixedPrecisionCB(), LogCB(silent, '100ba')]
+    dls = SimpleNamespace(train=batches, valid=batches)
+    learn = TrainLearner(model.cuda(), dls, nn.functional.cross_entropy, 1e-3, cbs, torch.optim.AdamW)
     try: learn.fit(2)
     finally: Alarm.stack.close()
     assert learn.opt_steps == 30
@@ -203,20 +211,22 @@ def test_several_agree_with_one_by_one():
 
 @pytest.mark.parametrize('dtype', [None, torch.float64])
 def test_dtypes_mixed_in_one_model(dtype):
+    dtypes = torch.float32, torch.float64, torch.bfloat16, torch.half, torch.float32
     model = nn.ParameterDict({f'p{i}': nn.Parameter(torch.ones(3, 2, device='cuda', dtype=d))
-                              for i, d in enumerate((torch.float32, torch.float64, torch.bfloat16, torch.half, torch.float32))})
+                              for i, d in enumerate(dtypes)})
     avg = Average(model, dtype=dtype)
     for v in (1., 2., 6.):
         with torch.no_grad():
             for p in model.values(): p.fill_(v)
         avg.update()
-    for v in avg.weights.values(): assert torch.allclose(v.double(), torch.full((3, 2), 3., dtype=torch.float64, device='cuda'))
+    for v in avg.weights.values():
+        assert torch.allclose(v.double(), torch.full((3, 2), 3., dtype=torch.float64, device='cuda'))
 
 
 def test_layouts():
     "A weight with gaps, an empty one, one in channels_last, and a snapshot in another layout than the average's"
-    tensors = dict(gap=torch.ones(4, 6)[:, ::2], none=torch.ones(0, 3), conv=torch.ones(4, 3, 2, 2), one=torch.tensor(1.),
-                   large=torch.ones(300, 3, 9, 9))
+    tensors = dict(gap=torch.ones(4, 6)[:, ::2], none=torch.ones(0, 3), conv=torch.ones(4, 3, 2, 2),
+                   one=torch.tensor(1.), large=torch.ones(300, 3, 9, 9))
     model = nn.ParameterDict({k: nn.Parameter(t) for k, t in tensors.items()}).cuda()
     model.gap.data = torch.ones(4, 6, device='cuda')[:, ::2]
     avg, other = Average(model), copy.deepcopy(model)
@@ -226,7 +236,8 @@ def test_layouts():
         with torch.no_grad():
             for p in m.values(): p.copy_(torch.arange(p.numel(), device='cuda').view(p.shape)*v)
         avg.update(m)
-    for v in avg.weights.values(): torch.testing.assert_close(v, torch.arange(v.numel(), device='cuda').view(v.shape)*3.)
+    for v in avg.weights.values():
+        torch.testing.assert_close(v, torch.arange(v.numel(), device='cuda').view(v.shape)*3.)
 
 
 def test_a_snapshot_from_another_device():

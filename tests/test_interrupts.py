@@ -15,7 +15,8 @@ from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
 from helpers import Hits, ctrl_c, image_learner
 
-FILES = 'fastswa/averaging/', 'fastswa/training/', 'fastswa/callbacks/', 'fastswa/core.py', '/contextlib.py'      # the code in whose lines Ctrl-C is pressed
+# the code in whose lines Ctrl-C is pressed
+FILES = 'fastswa/averaging/', 'fastswa/training/', 'fastswa/callbacks/', 'fastswa/core.py', '/contextlib.py'
 
 
 def data(n_train=4):
@@ -41,7 +42,8 @@ def same(a, b): return all(map(torch.equal, a, b))
 
 def is_of_the_run(now, run):
     "Parameters of some step, and the statistics of that step or, within the next one, of its forward pass"
-    return any(same(now[0], p) and (same(now[1], b) or same(now[1], after[1])) for (p, b), after in zip(run, [*run[1:], run[-1]]))
+    return any(same(now[0], p) and (same(now[1], b) or same(now[1], after[1]))
+               for (p, b), after in zip(run, [*run[1:], run[-1]]))
 
 
 @pytest.fixture(scope='module')
@@ -56,7 +58,7 @@ def raw_run():
 
 
 def test_ctrl_c_at_any_line_keeps_the_raw_weights(raw_run):
-    "An exchange that can be cut in two, or a restore that can be missed, leaves the model with weights of no step of the run"
+    "An exchange that can be cut in two, or a restore that can be missed, leaves weights of no step of the run"
     total, _ = ctrl_c(partial(watched().fit, 1), FILES)
     assert total > 500
     for at in range(1, total + 1, 7):
@@ -68,8 +70,10 @@ def test_ctrl_c_at_any_line_keeps_the_raw_weights(raw_run):
 
 
 LOOKS = dict(fit=(lambda learn: learn.fit(1), (True, False)), validate=(lambda learn: learn.validate(), (False,)),
-             get_preds=(lambda learn: learn.get_preds(), (False,)), lr_find=(lambda learn: learn.lr_find(max_steps=9, show=False), (True,)))
-EVENTS = 'before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_batch', 'after_epoch', 'cleanup_epoch', 'after_fit'
+             get_preds=(lambda learn: learn.get_preds(), (False,)),
+             lr_find=(lambda learn: learn.lr_find(max_steps=9, show=False), (True,)))
+EVENTS = ('before_fit', 'before_epoch', 'before_batch', 'after_predict', 'after_batch', 'after_epoch', 'cleanup_epoch',
+          'after_fit')
 
 
 @pytest.mark.usefixtures('strict')
@@ -90,7 +94,8 @@ def test_ctrl_c_comes_out_when_all_is_tidy(name, event, training):
     learn, seen = image_learner(Tidies(), EMACB(apply=False), Press(), MetricsCB(hits=Hits())), []
     modes = [m.training for m in learn.model.modules()]
     with pytest.raises(KeyboardInterrupt): LOOKS[name][0](learn)
-    assert seen == (['begun', KeyboardInterrupt] if name == 'fit' else [])               # what only looks leaves out what only watches
+    # what only looks leaves out what only watches
+    assert seen == (['begun', KeyboardInterrupt] if name == 'fit' else [])
     assert learn.weights == 'raw' and not learn.in_fit and learn.error is None and torch.is_grad_enabled()
     assert modes == [m.training for m in learn.model.modules()]
     Press.armed, steps = False, learn.opt_steps

@@ -1,7 +1,8 @@
-"""What a GPU does otherwise, here on the CPU: a flag masks the write and its count is read late, weights travel beside the computation
+"""What a GPU does otherwise, here on the CPU: a flag masks the write and its count is read late, weights travel beside
+the computation
 
-The two operators behind the mask exist on the CPU too. They are told to be used there, demand what they demand on a GPU, and
-every result is compared with the plain path, or with float64."""
+The two operators behind the mask exist on the CPU too. They are told to be used there, demand what they demand on a
+GPU, and every result is compared with the plain path, or with float64."""
 import copy
 import pickle
 import threading
@@ -19,8 +20,9 @@ from fastswa.averaging.rules import ema, equal, power
 from helpers import floats
 
 nan, inf = float('nan'), float('inf')
-RULES = dict(equal=equal(), ema=ema(decay=0.7), half=ema(half_life=3), still=ema(decay=1), ratio=ema(decay=0.9, warmup='ratio'),
-             warm=ema(decay=0.9, warmup='power'), gamma=power(gamma=2.5), sigma=power(sigma_rel=0.1), own=lambda n: 1/(n + 2))
+RULES = dict(equal=equal(), ema=ema(decay=0.7), half=ema(half_life=3), still=ema(decay=1),
+             ratio=ema(decay=0.9, warmup='ratio'), warm=ema(decay=0.9, warmup='power'), gamma=power(gamma=2.5),
+             sigma=power(sigma_rel=0.1), own=lambda n: 1/(n + 2))
 BAD = [(), (0,), (0, 1), (0, 2, 3), (3,), (1, 2), (2, 6), (0, 7), (7,), tuple(range(8))]
 
 
@@ -46,7 +48,8 @@ def masked(monkeypatch):
     def strict(tensors, ends, *args, **kw):
         assert len({t.dtype for t in (*tensors, *ends)}) == 1, '_fused_sgd_ takes tensors of one dtype on a GPU'
         for a, e in zip(tensors, ends, strict=True):
-            assert dense(a) and dense(e) and a.stride() == e.stride(), '_fused_sgd_ takes tensors of one dense layout on a GPU'
+            alike = dense(a) and dense(e) and a.stride() == e.stride()
+            assert alike, '_fused_sgd_ takes tensors of one dense layout on a GPU'
         fused(tensors, ends, *args, **kw)
     monkeypatch.setattr(torch, '_fused_sgd_', strict)
     monkeypatch.setattr(averaging, 'can_mask', lambda tensors: all(t.is_floating_point() for t in tensors))
@@ -56,7 +59,8 @@ def masked(monkeypatch):
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.Linear(200, 200, bias=False))    # the last is loose
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2),
+                         nn.Linear(200, 200, bias=False))               # loose
 
 
 def walk(model, n=8, bad=(), value=nan):
@@ -74,7 +78,8 @@ def walk(model, n=8, bad=(), value=nan):
 
 
 def outcome(avg, warned):
-    return dict(n=avg.n, skipped=avg.skipped, warned=len(warned), weights={k: v.clone() for k, v in avg.weights.items()} if avg.n else {})
+    return dict(n=avg.n, skipped=avg.skipped, warned=len(warned),
+                weights={k: v.clone() for k, v in avg.weights.items()} if avg.n else {})
 
 
 def run(make, bad=(), value=nan, n=8, at=lambda i, avg: None):
@@ -114,7 +119,8 @@ def test_equal_is_the_mean_of_the_good_ones(value, ready, masked, monkeypatch):
         with warnings.catch_warnings(record=True): avg.update()
         if i not in bad: seen.append({k: v.double().numpy().copy() for k, v in floats(model).items()})
     assert (avg.n, avg.skipped) == (4, 5)
-    for k, v in avg.weights.items(): np.testing.assert_allclose(v, np.mean([s[k] for s in seen], axis=0), rtol=1e-5, atol=1e-6)
+    for k, v in avg.weights.items():
+        np.testing.assert_allclose(v, np.mean([s[k] for s in seen], axis=0), rtol=1e-5, atol=1e-6)
 
 
 def test_a_constant_rule_never_waits(masked, monkeypatch):
@@ -126,7 +132,8 @@ def test_a_constant_rule_never_waits(masked, monkeypatch):
 
     def asked(self, *args): raise AssertionError('asked the device for a number')
     with monkeypatch.context() as m:
-        for name in ('item', 'tolist', '__bool__', '__int__', '__float__', '__index__'): m.setattr(torch.Tensor, name, asked)
+        for name in ('item', 'tolist', '__bool__', '__int__', '__float__', '__index__'):
+            m.setattr(torch.Tensor, name, asked)
         for _ in walk_quietly(model): update_all([avg, other])
         for _ in walk_quietly(model): avg.update()
     assert Lagging.waits == 0 and (avg.n, other.n) == (10, 6)
@@ -142,8 +149,8 @@ def walk_quietly(model, n=4):
 
 def test_a_look_between_updates_reads_what_is_late(masked):
     "n, weights, the state and the swap wait for the checks: a bad newest snapshot is in none of them"
-    for look in (lambda a: a.n, lambda a: a.skipped, lambda a: a.weights, lambda a: a.state_dict()['n'], lambda a: a.module(),
-                 lambda a: entered(a)):
+    for look in (lambda a: a.n, lambda a: a.skipped, lambda a: a.weights, lambda a: a.state_dict()['n'],
+                 lambda a: a.module(), lambda a: entered(a)):
         for bad in BAD[1:]:
             def at(i, avg, bad=bad, look=look):
                 if any(j not in bad for j in range(i + 1)): look(avg)
@@ -159,7 +166,8 @@ def test_saved_in_the_middle(rule, masked):
             state = copy.deepcopy(avg.state_dict())
             avg.update()                                  # one more that is forgotten, its check not read
             avg.load_state_dict(state)
-    assert_alike(run(lambda m: Average(m, RULES[rule]), (3, 4), at=reload), run(lambda m: Average(m, RULES[rule]), (3, 4)) | dict(warned=1))
+    make = lambda m: Average(m, RULES[rule])
+    assert_alike(run(make, (3, 4), at=reload), run(make, (3, 4)) | dict(warned=1))
 
 
 def test_reset_forgets_what_is_late(masked):
@@ -215,7 +223,8 @@ def test_dtypes_mixed_in_one_model(dtype, masked):
     for k, v in avg.weights.items(): torch.testing.assert_close(v.double(), ref[k], atol=tol, rtol=tol)
 
 
-def gap(): return nn.ParameterDict(dict(w=nn.Parameter(torch.zeros(4, 6)[:, ::2]), v=nn.Parameter(torch.zeros(2, 3).t())))
+def gap():
+    return nn.ParameterDict(dict(w=nn.Parameter(torch.zeros(4, 6)[:, ::2]), v=nn.Parameter(torch.zeros(2, 3).t())))
 
 
 def test_a_weight_with_gaps(masked):
@@ -305,7 +314,8 @@ def test_the_flags_do_not_follow_the_default_dtype(default):
     kept = torch.get_default_dtype()
     try:
         torch.set_default_dtype(default)
-        flag, late = kernels.bad_flag([torch.tensor([1., float('nan')], dtype=torch.float32)]), kernels.DelayedFlags('cpu')
+        flag = kernels.bad_flag([torch.tensor([1., float('nan')], dtype=torch.float32)])
+        late = kernels.DelayedFlags('cpu')
         for _ in range(300): late.add(flag)
     finally: torch.set_default_dtype(kept)
     assert late.read() == 300
@@ -377,7 +387,8 @@ def test_reset_and_load_forget_what_is_under_way(ferry):
     assert avg.n == 0
 
 
-@pytest.mark.parametrize('change', [lambda m: m.double(), lambda m: m.half(), lambda m: m.to(memory_format=torch.channels_last),
+@pytest.mark.parametrize('change', [lambda m: m.double(), lambda m: m.half(),
+                                    lambda m: m.to(memory_format=torch.channels_last),
                                     lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True)],
                          ids=['double', 'half', 'channels_last', 'assign'])
 @pytest.mark.parametrize('mixed', [False, True])

@@ -1,4 +1,4 @@
-"Promises of the learner that need more than a line to break: frozen layers, other optimizers, leftovers, workers, looking"
+"Promises of the learner that take more than a line to break: frozen layers, optimizers, leftovers, workers, looking"
 import copy
 import gc
 import sys
@@ -98,8 +98,9 @@ def test_another_learner_does_not_meet_the_momentum():
 
 @pytest.mark.parametrize('look', [
     lambda learn: learn.validate(), lambda learn: learn.get_preds(), lambda learn: learn.capture_preds(inps=True),
-    lambda learn: learn.summary(), lambda learn: learn.lr_find(max_steps=12, show=False), lambda learn: learn.validate('ema'),
-    lambda learn: learn.get_preds('ema')], ids=['validate', 'preds', 'capture', 'summary', 'lr_find', 'validate ema', 'preds ema'])
+    lambda learn: learn.summary(), lambda learn: learn.lr_find(max_steps=12, show=False),
+    lambda learn: learn.validate('ema'), lambda learn: learn.get_preds('ema')],
+    ids=['validate', 'preds', 'capture', 'summary', 'lr_find', 'validate ema', 'preds ema'])
 @pytest.mark.parametrize('cls', [TrainLearner, MomentumLearner])
 def test_looking_between_two_fits_changes_nothing(look, cls):
     def run(look):
@@ -144,7 +145,8 @@ def test_a_cancelled_batch_reaches_no_record(exc):
     rec = RecorderCB(lr=lambda cb: cb.pg['lr'])
     learn = learner(rec, Stop(), MetricsCB())
     learn.fit(1, valid=False)
-    assert len(rec.recs['lr']) == dict(CancelFitException=1, CancelEpochException=1, CancelBatchException=5)[exc.__name__]
+    steps = dict(CancelFitException=1, CancelEpochException=1, CancelBatchException=5)[exc.__name__]
+    assert len(rec.recs['lr']) == steps
     assert len(learn.history) == (exc is CancelBatchException)
 
 
@@ -198,13 +200,16 @@ def test_showing_a_batch_trains_nothing(monkeypatch):
 
 
 def test_an_error_before_backward_keeps_no_activations():
-    "Wrong: `learn.preds` and `learn.loss` hold the graph of the batch, and with it the memory, until the next fit (Lightning#3275)"
+    """Wrong: `learn.preds` and `learn.loss` hold the graph of the batch, and with it the memory, until the next fit
+
+    Lightning#3275"""
     kept = []
     class Fails(Callback):
         def after_loss(self, learn): raise ValueError('no more')
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
     model[0].register_forward_hook(lambda m, i, o: kept.append(weakref.ref(o)))
-    learn = TrainLearner(model, SimpleNamespace(train=[(torch.randn(4, 3), torch.randint(3, (4,)))], valid=None), F.cross_entropy, 0.1, Fails())
+    dls = SimpleNamespace(train=[(torch.randn(4, 3), torch.randint(3, (4,)))], valid=None)
+    learn = TrainLearner(model, dls, F.cross_entropy, 0.1, Fails())
     try: learn.fit(1)
     except ValueError: pass
     gc.collect()
@@ -238,7 +243,8 @@ class Alike(Callback):
 
 @pytest.mark.usefixtures('strict')
 @pytest.mark.parametrize('exc', [ZeroDivisionError(), KeyboardInterrupt(), CancelFitException()], ids=repr)
-@pytest.mark.parametrize('event', [None, 'before_fit', 'before_epoch', 'after_backward', 'after_epoch', 'after_fit', 'cleanup_fit'])
+@pytest.mark.parametrize('event', [None, 'before_fit', 'before_epoch', 'after_backward', 'after_epoch', 'after_fit',
+                                   'cleanup_fit'])
 def test_callbacks_of_one_fit_go_with_it(event, exc):
     "By identity, not by == (fastai2#255), and whatever ends the fit"
     kept = [Alike(), Alike()]
@@ -251,8 +257,10 @@ def test_callbacks_of_one_fit_go_with_it(event, exc):
 
 @pytest.mark.usefixtures('strict')
 @pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('look', [lambda learn: learn.fit(1), lambda learn: learn.validate(), lambda learn: learn.get_preds(),
-                                  lambda learn: learn.lr_find(max_steps=9, show=False)], ids=['fit', 'validate', 'get_preds', 'lr_find'])
+@pytest.mark.parametrize('look', [lambda learn: learn.fit(1), lambda learn: learn.validate(),
+                                  lambda learn: learn.get_preds(),
+                                  lambda learn: learn.lr_find(max_steps=9, show=False)],
+                         ids=['fit', 'validate', 'get_preds', 'lr_find'])
 def test_modes_return_after_a_failure(look, training):
     "Also where it is the validation that fails, or the model was wholly in eval mode"
     class Fails(Callback):
@@ -280,7 +288,8 @@ def test_a_traceback_gives_way():
     learn.model[0].register_forward_hook(lambda m, i, o: outs.append(weakref.ref(o)))
     refs = [weakref.ref(o) for o in (learn, learn.model)]
     try: learn.fit(1)
-    except ZeroDivisionError as e: sys.last_exc, sys.last_value, sys.last_traceback, sys.last_type = e, e, e.__traceback__, type(e)
+    except ZeroDivisionError as e:
+        sys.last_exc, sys.last_value, sys.last_traceback, sys.last_type = e, e, e.__traceback__, type(e)
     del learn
     gc.collect()
     assert all(r() is not None for r in refs)                    # or there would be nothing to let go of

@@ -1,4 +1,4 @@
-"What is logged is what happened: read back with other means, interrupted, resumed, and with everything around it failing"
+"What is logged is what happened: read back with other means, interrupted, resumed, and with all around it failing"
 import csv, os, subprocess, sys, threading, warnings
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +23,9 @@ from helpers import Accumulate, in_new_process
 class Error:
     "The mean absolute error"
     def reset(self): self.sum = self.n = 0
-    def update(self, preds, targets): self.sum, self.n = self.sum + (preds - targets).abs().sum().item(), self.n + targets.numel()
+    def update(self, preds, targets):
+        self.sum += (preds - targets).abs().sum().item()
+        self.n += targets.numel()
     def compute(self): return self.sum/self.n
     def state_dict(self): return dict(vars(self))
     def load_state_dict(self, d): vars(self).update(d)
@@ -37,7 +39,9 @@ class At(Callback):
     "Do something in batch `iter` of training epoch `epoch`, at one moment"
     def __init__(self, epoch, iter, f, event='after_batch', order=0):
         self.at, self.order = (epoch, iter), order
-        setattr(self, event, lambda learn: f(learn) if learn.training and (learn.epoch, learn.iter) == self.at else None)
+        def at_last(learn):
+            if learn.training and (learn.epoch, learn.iter) == self.at: f(learn)
+        setattr(self, event, at_last)
 
 class Losses(Callback):
     def before_fit(self, learn): self.seen = getattr(self, 'seen', [])
@@ -53,7 +57,8 @@ def learner(*cbs, seed=0, sizes=(10, 10, 10, 10, 3), noise=0., **kwargs):
     batches = [(x, x.sum(-1, keepdim=True) + 0.3) for x in xs]
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(noise), nn.Linear(4, 1))
-    return TrainLearner(model, SimpleNamespace(train=batches, valid=batches[:2]), lr=0.05, cbs=[Quiet(), *cbs], **kwargs)
+    dls = SimpleNamespace(train=batches, valid=batches[:2])
+    return TrainLearner(model, dls, lr=0.05, cbs=[Quiet(), *cbs], **kwargs)
 
 def fit(learn, *args, **kwargs):
     learn.fit(*args, **kwargs)
@@ -82,7 +87,8 @@ class Resuming(Callback):
     def __init__(self, epoch, history, steps): self.epoch, self.history, self.steps = epoch, history, steps
     def before_fit(self, learn): learn.epochs = range(self.epoch, learn.n_epochs)
     def before_batch(self, learn):
-        if self.steps is not None: learn.history, learn.opt_steps, self.steps = [dict(r) for r in self.history], self.steps, None
+        if self.steps is None: return
+        learn.history, learn.opt_steps, self.steps = [dict(r) for r in self.history], self.steps, None
 
 @pytest.fixture
 def strict():
@@ -176,7 +182,7 @@ def test_csv_row_of_a_fit_that_a_callback_ends(tmp_path, strict):
     assert kept.of('raw/loss') == [(5, learn.history[-1]['loss'])]
 
 def test_csv_columns_that_come_late(tmp_path, strict):
-    "A callback that completes the row after the logger's turn: the file has it when the fit has ended, and the row is not there twice"
+    "A callback that completes the row after the logger's turn: the file has it when the fit has ended, no row twice"
     class Late(Callback):
         order = 80
         def after_epoch(self, learn): learn.history[-1] = {**learn.history[-1], 'late': 1.5}
@@ -185,13 +191,15 @@ def test_csv_columns_that_come_late(tmp_path, strict):
     check(tmp_path/'log.csv', learn.history)
     assert len(kept.of('raw/loss')) == 2
 
-@pytest.mark.parametrize('content', [b'a,b\n1,2\n', b'not a table at all', b'\xff\xfe\x00', b'loss,epoch,train,weights\n', b'"', b'a\x00b\n1\n'])
+@pytest.mark.parametrize('content', [b'a,b\n1,2\n', b'not a table at all', b'\xff\xfe\x00',
+                                     b'loss,epoch,train,weights\n', b'"', b'a\x00b\n1\n'])
 def test_csv_leaves_what_is_not_its_own(tmp_path, content):
     path = tmp_path/'log.csv'
     path.write_bytes(content)
     learn = learner(CSVLoggerCB(path))
+    says = 'log.csv was not written by this run.*give another path, or remove it'
     for _ in range(2):
-        with pytest.raises(FileExistsError, match='log.csv was not written by this run.*give another path, or remove it'): learn.fit(2)
+        with pytest.raises(FileExistsError, match=says): learn.fit(2)
     assert learn.opt_steps == 0 and files(tmp_path) == ['log.csv'] and path.read_bytes() == content
     path.unlink()
     learn.fit(1)
@@ -265,8 +273,8 @@ def test_csv_of_another_run_when_resumed(tmp_path):
     learn = fit(learner(CSVLoggerCB(tmp_path/'other.csv'), CheckpointCB(folder)), 4, resume=folder)
     check(tmp_path/'other.csv', learn.history)
 
-@pytest.mark.parametrize('cb', [lambda p: CSVLoggerCB(p), lambda p: CSVLoggerCB(p/'log.csv'), lambda p: TensorBoardCB(p),
-                                lambda p: TensorBoardCB(p/'runs')])
+@pytest.mark.parametrize('cb', [lambda p: CSVLoggerCB(p), lambda p: CSVLoggerCB(p/'log.csv'),
+                                lambda p: TensorBoardCB(p), lambda p: TensorBoardCB(p/'runs')])
 def test_no_such_folder(tmp_path, cb):
     if isinstance(cb(tmp_path), TensorBoardCB): pytest.importorskip('tensorboard')
     path = tmp_path/'there'
@@ -309,15 +317,17 @@ def test_rows_have_the_values_of_the_history():
     learn.fit(2)
     for name in 'raw', 'ema', 'swa':
         for k in 'loss', 'error':
-            assert [v for _, v in kept.of(f'{name}/{k}')] == [r[k] for r in learn.history if r['weights'] == name and r['train'] == 'eval']
+            rows = [r for r in learn.history if r['weights'] == name and r['train'] == 'eval']
+            assert [v for _, v in kept.of(f'{name}/{k}')] == [r[k] for r in rows]
+    rows = [r for r in learn.history if r['train'] == 'train']
     for k, name in dict(loss='epoch_loss', error='error').items():
-        assert kept.of(f'train/{name}') == [(5*(i + 1), r[k]) for i, r in enumerate(o for o in learn.history if o['train'] == 'train')]
+        assert kept.of(f'train/{name}') == [(5*(i + 1), r[k]) for i, r in enumerate(rows)]
     assert all({'epoch', 'step'} <= set(d) for d in kept.dicts)
     steps = [d['step'] for d in kept.dicts]
     assert steps == sorted(steps)
 
-@pytest.mark.parametrize('every,want', [('1ba', range(1, 16)), ('0.5ep', [3, 5, 8, 10, 13, 15]), ('0.2dur', [3, 6, 9, 12, 15]),
-                                        ('100ba', [15]), ('0.3ba', range(1, 16))])
+@pytest.mark.parametrize('every,want', [('1ba', range(1, 16)), ('0.5ep', [3, 5, 8, 10, 13, 15]),
+                                        ('0.2dur', [3, 6, 9, 12, 15]), ('100ba', [15]), ('0.3ba', range(1, 16))])
 def test_every(every, want):
     kept = Kept()
     fit(learner(LogCB(kept, every=every)), 3)
@@ -363,7 +373,8 @@ def test_rate_is_that_of_the_step():
 def test_rate_that_is_a_tensor():
     kept = Kept()
     sgd = lambda params, lr: optim.SGD(params, torch.tensor(lr))
-    fit(learner(LogCB(kept, every='2ba'), BatchSchedCB(partial(lr_scheduler.ExponentialLR, gamma=0.5)), opt_func=sgd), 1)
+    sched = BatchSchedCB(partial(lr_scheduler.ExponentialLR, gamma=0.5))
+    fit(learner(LogCB(kept, every='2ba'), sched, opt_func=sgd), 1)
     np.testing.assert_allclose([v for _, v in kept.of('lr')], [0.05/2, 0.05/8, 0.05/16], rtol=1e-6)
 
 def test_optimizer_without_groups():
@@ -393,7 +404,8 @@ class Far(torch.Tensor):
     reads = 0
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.__float__, torch.Tensor.__bool__): cls.reads += 1
+        if func in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.__float__,
+                    torch.Tensor.__bool__): cls.reads += 1
         if func == torch.Tensor.device.__get__: return torch.device('cuda')
         return super().__torch_function__(func, types, args, kwargs or {})
 
@@ -462,10 +474,12 @@ def test_ctrl_c_in_the_logger():
 
 def test_what_is_left_is_logged_when_a_fit_is_interrupted():
     kept, losses = Kept(), Losses()
-    learn = learner(losses, LogCB(kept, every='2ba'), At(0, 4, raises(ZeroDivisionError()), 'after_predict'), sizes=[4]*6)
+    learn = learner(losses, LogCB(kept, every='2ba'), At(0, 4, raises(ZeroDivisionError()), 'after_predict'),
+                    sizes=[4]*6)
     with pytest.raises(ZeroDivisionError): learn.fit(1)
     assert [s for s, _ in kept.of('train/loss')] == [2, 4]
-    learn = learner(losses, LogCB(kept, every='100ba'), At(0, 4, raises(KeyboardInterrupt()), 'after_predict'), sizes=[4]*6)
+    learn = learner(losses, LogCB(kept, every='100ba'), At(0, 4, raises(KeyboardInterrupt()), 'after_predict'),
+                    sizes=[4]*6)
     losses.seen = []
     with pytest.raises(KeyboardInterrupt): learn.fit(1)
     step, value = kept.of('train/loss')[-1]
@@ -522,8 +536,9 @@ def test_with_a_checkpoint_every_log_is_that_of_a_run_that_was_not_stopped(tmp_p
     check(tmp_path/'log.csv', want.history)
     assert files(tmp_path) == ['ckpt', 'log.csv', 'whole']
     here = at[0]*5 + at[1] + 1
-    if at[1] == 4: here -= 1                                 # no checkpoint after the last batch of an epoch, but after its validation
-    seen = [d for d in first.dicts if d['step'] <= here and not (here % 3 and 'lr' in d and d['step'] == here)] + then.dicts
+    if at[1] == 4: here -= 1                 # no checkpoint after the last batch of an epoch, but after its validation
+    seen = [d for d in first.dicts
+            if d['step'] <= here and not (here % 3 and 'lr' in d and d['step'] == here)] + then.dicts
     assert seen == whole.dicts
 
 # TensorBoard
@@ -543,7 +558,8 @@ def test_tensorboard(tmp_path, strict):
     kept = Kept()
     class Vector(Error):
         def compute(self): return torch.ones(3)
-    learn = learner(EMACB(), MetricsCB(error=Error(), vector=Vector()), TensorBoardCB(tmp_path/'a'/'b', every='2ba'), LogCB(kept, every='2ba'))
+    learn = learner(EMACB(), MetricsCB(error=Error(), vector=Vector()), TensorBoardCB(tmp_path/'a'/'b', every='2ba'),
+                    LogCB(kept, every='2ba'))
     learn.fit(2)
     learn.fit(1)
     names = {k for d in kept.dicts for k in d} - {'step'}
@@ -569,7 +585,8 @@ def test_tensorboard_interrupted_and_resumed(tmp_path, strict):
 def test_tensorboard_is_in_the_file_before_a_kill(tmp_path):
     pytest.importorskip('tensorboard')
     code = ("import os, signal, test_loggers as t\n"
-            "t.learner(t.TensorBoardCB(%r, every='1ba'), t.At(0, 3, lambda learn: os.kill(os.getpid(), signal.SIGKILL), order=99)).fit(1)")
+            "kill = t.At(0, 3, lambda learn: os.kill(os.getpid(), signal.SIGKILL), order=99)\n"
+            "t.learner(t.TensorBoardCB(%r, every='1ba'), kill).fit(1)")
     p = subprocess.run([sys.executable, '-c', code % str(tmp_path)], cwd=os.path.dirname(__file__))
     assert p.returncode == -9
     assert [s for s, _ in scalars(tmp_path)['train/loss']] == [1, 2, 3, 4]
@@ -577,7 +594,8 @@ def test_tensorboard_is_in_the_file_before_a_kill(tmp_path):
 def test_tensorboard_folder_of_another_run(tmp_path):
     pytest.importorskip('tensorboard')
     fit(learner(TensorBoardCB(tmp_path)), 3)
-    with pytest.warns(UserWarning, match='give each run a folder'): learn = fit(learner(TensorBoardCB(tmp_path), seed=1), 2)
+    with pytest.warns(UserWarning, match='give each run a folder'):
+        learn = fit(learner(TensorBoardCB(tmp_path), seed=1), 2)
     assert scalars(tmp_path)['raw/loss'] == single((5*(i + 1), r['loss']) for i, r in enumerate(learn.history[1::2]))
 
 def test_tensorboard_that_cannot_write(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"What an average costs in memory: one fp32 copy of the weights it holds, and the largest tensor once more while it is swapped in"
+"What an average costs in memory: one fp32 copy of the weights it holds, and the largest tensor once more for the swap"
 import pytest
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ SLACK = 32*1024      # bytes: scalars, and the padding of allocations
 
 def large_net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 256), nn.BatchNorm1d(256), *(nn.Linear(256, 256) for _ in range(4)))
+    return nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 256), nn.BatchNorm1d(256),
+                         *(nn.Linear(256, 256) for _ in range(4)))
 
 
 def fp32_bytes(model): return 4*sum(t.numel() for t in floats(model).values())
@@ -27,7 +28,8 @@ def test_an_average_costs_one_fp32_copy(dtype):
     model = large_net().to(dtype)
     avg = Average(model, ema(decay=0.9))
     top, kept = memory(avg.update)
-    assert fp32_bytes(model) <= kept <= top <= fp32_bytes(model) + small_bytes(model) + SLACK      # the buffer for the small tensors stays too
+    # the buffer for the small tensors stays too
+    assert fp32_bytes(model) <= kept <= top <= fp32_bytes(model) + small_bytes(model) + SLACK
     top, kept = memory(avg.update)
     piece = 0 if dtype is torch.float32 else 4*2**20       # half precision is widened piece by piece
     assert kept <= SLACK and top <= piece + SLACK

@@ -18,7 +18,7 @@ class AveragesCB(Callback):
     def before_fit(self, learn): learn.averages.add('ema', ema(decay=0.9))
     def after_step(self, learn): learn.averages.update_due()
 
-LIMIT = 120                                                  # seconds: only so that a process that hangs comes to an end
+LIMIT = 120                                                 # seconds: only so that a process that hangs comes to an end
 
 class Clock:
     "Time that passes where a test says so"
@@ -61,8 +61,9 @@ def popen(epochs, wait=False, **kwargs):
 def in_terminal(epochs, interrupt_at=None):
     "What the run writes into a terminal; Ctrl-C is pressed once `interrupt_at` has appeared, and the run waits for it"
     master, slave = pty.openpty()
-    p = popen(epochs, interrupt_at is not None, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL, start_new_session=True,
-              preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))   # its own terminal: Ctrl-C reaches it, and nobody else
+    # its own terminal: Ctrl-C reaches it, and nobody else
+    p = popen(epochs, interrupt_at is not None, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL,
+              start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
     os.close(slave)
     seen, until = b'', time.monotonic() + LIMIT
     while time.monotonic() < until:
@@ -91,7 +92,7 @@ def test_terminal():
     assert code == 0 and len(lines) == 7                     # a header and six rows: the bars are gone
     assert lines[0].split() == ['loss', 'epoch', 'train', 'weights', 'time']
     assert [o.split()[1:4] for o in lines[1:4]] == [['0', 'train', 'raw'], ['0', 'eval', 'raw'], ['0', 'eval', 'ema']]
-    for column in range(5):                                  # numbers end where their header ends, words begin where it begins
+    for column in range(5):                           # numbers end where their header ends, words begin where it begins
         words = [list(re.finditer(r'\S+', o))[column] for o in lines]
         assert len({o.start() if column in (2, 3) else o.end() for o in words}) == 1
     for bar in '0/2 epochs, train:', '1/2 epochs, valid raw:', '1/2 epochs, valid ema:': assert bar in text
@@ -101,7 +102,7 @@ def test_terminal():
 def test_ctrl_c_in_a_terminal():
     text, code = in_terminal(5, interrupt_at=b'1/5 epochs, train')
     lines = screen(text)
-    assert code not in (0, None) and len(lines) == 5         # the header, three rows of the first epoch, and where it stopped
+    assert code not in (0, None) and len(lines) == 5   # the header, three rows of the first epoch, and where it stopped
     assert re.search(r'stopped by KeyboardInterrupt at 1/5 epochs, train, \d+/30 batches', lines[-1])
 
 def first_line(p):
@@ -166,7 +167,7 @@ def test_one_output_updated_by_time(display, clock):
     learner(AveragesCB(), SlowCB(clock), ProgressCB(plot=True, view=NotebookView, clock=clock)).fit(2)
     kinds, ids, data = zip(*display.shown)
     assert kinds[0] == 'new' and set(kinds[1:]) == {'update'} and ids[0] is True
-    assert clock.now > 5 and 2*(clock.now - 1) <= len(kinds) <= 2 + 6 + 2*clock.now      # start, end, rows, two a second
+    assert clock.now > 5 and 2*(clock.now - 1) <= len(kinds) <= 2 + 6 + 2*clock.now     # start, end, rows, two a second
     assert any('1/2 epochs, valid ema, ' in o['text/plain'] for o in data)
     assert '<progress' in data[1]['text/html'] and '<progress' not in data[-1]['text/html']
     assert data[-1]['text/html'].count('<tr>') == 7 and data[-1]['text/html'].count('data:image/png;base64,') == 1
@@ -210,9 +211,10 @@ def test_stopped_in_jupyter(display):
 
 @pytest.mark.usefixtures('strict')
 def test_the_plot_of_any_fit(monkeypatch):
-    "Validation stands where it took place: without training, without validation, in a second fit, from a late average on"
+    "Validation stands where it took place: without training or validation, in a second fit, from a late average on"
     from matplotlib.figure import Figure
-    monkeypatch.setattr('IPython.display.display', lambda *args, **kwargs: SimpleNamespace(update=lambda *args, **kwargs: None))
+    handle = SimpleNamespace(update=lambda *args, **kwargs: None)
+    monkeypatch.setattr('IPython.display.display', lambda *args, **kwargs: handle)
     cb, axes = ProgressCB(plot=True, view=NotebookView), Figure().subplots()
     def drawn(*cbs, n=2, fits=1, **kwargs):
         axes.clear()
@@ -233,7 +235,9 @@ def test_in_a_kernel():
     km, kc = start_new_kernel(startup_timeout=LIMIT, kernel_name='python3', cwd=os.path.dirname(__file__))
     seen = []
     def hook(m): seen.append((m['msg_type'], m['content']))
-    try: kc.execute_interactive('import test_progress as t; t.script(2)', output_hook=hook, timeout=LIMIT, allow_stdin=False)
+    try:
+        kc.execute_interactive('import test_progress as t; t.script(2)', output_hook=hook, timeout=LIMIT,
+                               allow_stdin=False)
     finally:
         kc.stop_channels()
         km.shutdown_kernel(now=True)

@@ -1,4 +1,4 @@
-"What holds for the repository as a whole: written once, generated twice, light to import; links and the order of imports"
+"What holds for the repository as a whole: written once, generated twice, light to import; links, order of imports"
 import ast, json, re, runpy, shutil, subprocess, sys
 from configparser import ConfigParser
 from graphlib import CycleError, TopologicalSorter
@@ -12,10 +12,11 @@ root = Path(__file__).resolve().parents[1]
 def sources(path):
     "The notebooks and modules below `path`, by name"
     files = [*path.glob('nbs/**/*.ipynb'), *path.glob('fastswa/**/*.py')]
-    return {str(o.relative_to(path)): o.read_text(encoding='utf-8') for o in files if '.ipynb_checkpoints' not in o.parts}
+    return {str(o.relative_to(path)): o.read_text(encoding='utf-8') for o in files
+            if '.ipynb_checkpoints' not in o.parts}
 
 def test_library_in_sync_and_notebooks_clean(tmp_path):
-    "Exporting anew from nothing but the notebooks, then cleaning, changes no file; so no module outlives its notebook either"
+    "Exporting anew from nothing but the notebooks, then cleaning, changes no file; so no module outlives its notebook"
     for o in 'nbs', 'fastswa': shutil.copytree(root/o, tmp_path/o)
     shutil.copy(root/'pyproject.toml', tmp_path)
     for o in (tmp_path/'fastswa').rglob('*.py'):
@@ -65,14 +66,16 @@ def test_one_version():
 
 # --- rooms: the order of imports
 
-ROOMS = dict(                                                # design: each room imports from those above it and from itself
-    core=['core', 'files'], plot=['plot', 'curves'], averaging=['averaging'], data=['data'], nets=['nets'], training=['training'],
-    callbacks=['callbacks'], checkpoint=['checkpoint'], integrations=['integrations'], compare=['compare'], cli=['cli', '__main__'], all=['all'])
+ROOMS = dict(                                        # design: each room imports from those above it and from itself
+    core=['core', 'files'], plot=['plot', 'curves'], averaging=['averaging'], data=['data'], nets=['nets'],
+    training=['training'], callbacks=['callbacks'], checkpoint=['checkpoint'], integrations=['integrations'],
+    compare=['compare'], cli=['cli', '__main__'], all=['all'])
 ONLY = dict(integrations={'core', 'averaging', 'integrations'})      # a room that may import from fewer rooms
 def modules():
     "Name → tree of each module of the library that belongs to a room"
     files = {o.relative_to(root).with_suffix('').parts: o for o in (root/'fastswa').rglob('*.py')}
-    trees = {'.'.join(k[:-1] if k[-1] == '__init__' else k): ast.parse(o.read_text(encoding='utf-8')) for k, o in files.items()}
+    trees = {'.'.join(k[:-1] if k[-1] == '__init__' else k): ast.parse(o.read_text(encoding='utf-8'))
+             for k, o in files.items()}
     return {k: v for k, v in trees.items() if k.split('.')[-1] not in ('fastswa', '_modidx', '_testing')}
 
 def room(module): return next((r for r, names in ROOMS.items() if module.split('.')[1] in names), None)
@@ -87,7 +90,8 @@ def imported(module, tree, names):
         found = []
         if isinstance(node, ast.Import): found = [(a.name, []) for a in node.names]
         if isinstance(node, ast.ImportFrom):
-            base = '.'.join([*package[:len(package) + 1 - node.level], *filter(None, [node.module])]) if node.level else node.module
+            base = node.module
+            if node.level: base = '.'.join([*package[:len(package) + 1 - node.level], *filter(None, [base])])
             found = [(base, [a.name for a in node.names])]
         for base, subs in found:
             inner = {f'{base}.{s}' for s in subs} & names

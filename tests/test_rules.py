@@ -27,7 +27,7 @@ def test_rules_together_and_alone(rule):
 
 
 def test_every_k_steps_leaves_the_dead_zone():
-    "From 1 towards 1.005: in fp32 a step of 5e-8 is none. A hundred steps at once, with decay^100, go all of the way (measured)"
+    "From 1 towards 1.005: in fp32 a step of 5e-8 is none. A hundred at once, with decay^100, go all the way (measured)"
     d, n = 0.99999, 20_000
     def after(steps):
         model = one(1.)
@@ -41,7 +41,8 @@ def test_every_k_steps_leaves_the_dead_zone():
     assert after(100) == pytest.approx(exact, rel=0.01)
 
 
-@pytest.mark.parametrize('rule', [ema(decay=0.9), ema(half_life=3), equal(), power(gamma=2), ema(decay=0.99, warmup='ratio')], ids=str)
+@pytest.mark.parametrize('rule', [ema(decay=0.9), ema(half_life=3), equal(), power(gamma=2),
+                                  ema(decay=0.99, warmup='ratio')], ids=str)
 def test_several_steps_at_once_by_any_rule(rule):
     """Where the weights stand still, one update of `steps=3` leaves of the average what three updates leave
 
@@ -74,10 +75,11 @@ def test_the_start_counts_no_more_than_it_should():
 
 
 @pytest.mark.parametrize('make, value', [
-    (lambda v: ema(decay=v), 1.0001), (lambda v: ema(decay=v), -1e-9), (lambda v: ema(decay=v), math.nan), (lambda v: ema(decay=v), '0.9'),
+    (lambda v: ema(decay=v), 1.0001), (lambda v: ema(decay=v), -1e-9), (lambda v: ema(decay=v), math.nan),
+    (lambda v: ema(decay=v), '0.9'),
     (lambda v: ema(half_life=v), 0), (lambda v: ema(half_life=v), -3), (lambda v: ema(half_life=v), math.inf),
-    (lambda v: ema(half_life=v), math.nan),
-    (lambda v: ema(half_life=v), '5'), (lambda v: ema(warmup=v), 'linear'), (lambda v: power(gamma=v), -1), (lambda v: power(gamma=v), 'x'),
+    (lambda v: ema(half_life=v), math.nan), (lambda v: ema(half_life=v), '5'), (lambda v: ema(warmup=v), 'linear'),
+    (lambda v: power(gamma=v), -1), (lambda v: power(gamma=v), 'x'),
     (lambda v: power(sigma_rel=v), 0.2887), (lambda v: power(sigma_rel=v), 0), (lambda v: power(sigma_rel=v), '0.1')])
 def test_values_out_of_range(make, value):
     "Refused where they are given, and the message holds the value"

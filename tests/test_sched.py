@@ -29,13 +29,15 @@ class Used(Callback):
     def __init__(self): self.seen = []
     def after_backward(self, learn): self.seen.append(options(learn.opt))
 
-def options(opt): return [(float(g['lr']), float(g['momentum'] if 'momentum' in g else g['betas'][0])) for g in opt.param_groups]
+def options(opt):
+    return [(float(g['lr']), float(g['momentum'] if 'momentum' in g else g['betas'][0])) for g in opt.param_groups]
 
 SCHEDS = dict(
     step=partial(S.StepLR, step_size=2, gamma=0.5), multistep=partial(S.MultiStepLR, milestones=[1, 3], gamma=0.3),
     exponential=partial(S.ExponentialLR, gamma=0.9), cosine=partial(S.CosineAnnealingLR, T_max=5),
     constant=partial(S.ConstantLR, factor=0.3),
-    linear=partial(S.LinearLR, start_factor=0.1, total_iters=3), polynomial=partial(S.PolynomialLR, total_iters=6, power=2.),
+    linear=partial(S.LinearLR, start_factor=0.1, total_iters=3),
+    polynomial=partial(S.PolynomialLR, total_iters=6, power=2.),
     lambdas=partial(S.LambdaLR, lr_lambda=lambda i: 1/(1 + i)),
     multiplicative=partial(S.MultiplicativeLR, lr_lambda=lambda i: 0.95),
     restarts=partial(S.CosineAnnealingWarmRestarts, T_0=3, T_mult=2),
@@ -83,7 +85,7 @@ CBS = dict(batch=BatchSchedCB, epoch=EpochSchedCB)
 @pytest.mark.parametrize('name', SCHEDS)
 def test_as_torch(name, opt, per):
     "Rates and momenta at every step, and the weights after them, of two fits in a row; no warning, nothing left behind"
-    used, tol = Used(), 0 if opt in ('sgd', 'adam') else 1e-6       # those round: a share of the rate, a rate in float32
+    used, tol = Used(), 0 if opt in ('sgd', 'adam') else 1e-6      # those round: a share of the rate, a rate in float32
     same = lambda rates: pytest.approx(flat(rates), rel=tol, abs=tol)
     learn = TrainLearner(linear(), regression(N), lr=0.1, cbs=[CBS[per](SCHEDS[name]), used], opt_func=OPTS[opt])
     with warnings.catch_warnings():
@@ -107,7 +109,8 @@ def test_several_callbacks(per):
     assert [o[0] for o, in used.seen] == [o[0] for o, in by_hand(scheds, OPTS['sgd'], per)[0]]
 
 def test_per_batch_and_per_epoch_together():
-    used, warm, drop = Used(), partial(S.LinearLR, start_factor=0.1, total_iters=3), partial(S.StepLR, step_size=2, gamma=0.1)
+    used, warm = Used(), partial(S.LinearLR, start_factor=0.1, total_iters=3)
+    drop = partial(S.StepLR, step_size=2, gamma=0.1)
     TrainLearner(linear(), regression(N), lr=0.1, cbs=[BatchSchedCB(warm), EpochSchedCB(drop), used]).fit(EPOCHS)
     want = [(0.1*min(1, 0.1 + 0.3*i))*(1 if i < 2*N else 0.1) for i in range(N*EPOCHS)]
     assert [o[0] for o, in used.seen] == pytest.approx(want)
@@ -138,7 +141,8 @@ class Accuracy(Callback):
     "A column that rises for the raw weights and falls for those called ema"
     order, role = 10, 'measures'
     def after_epoch(self, learn):
-        learn.history[-1]['accuracy'] = (learn.epoch + 1)*(-1 if learn.weights == 'ema' else 1)*(1 if not learn.training else -1)
+        sign = (-1 if learn.weights == 'ema' else 1)*(1 if not learn.training else -1)
+        learn.history[-1]['accuracy'] = (learn.epoch + 1)*sign
 
 class EmaCB(Callback):
     def __init__(self, n=1): self.n = n
@@ -150,7 +154,8 @@ plateau = partial(S.ReduceLROnPlateau, mode='max', factor=0.5, patience=0)
 
 def epoch_rates(metric, *cbs, **kwargs):
     used = Used()
-    TrainLearner(linear(), regression(N), lr=0.1, cbs=[EpochSchedCB(plateau, metric), Accuracy(), used, *cbs]).fit(4, **kwargs)
+    cbs = [EpochSchedCB(plateau, metric), Accuracy(), used, *cbs]
+    TrainLearner(linear(), regression(N), lr=0.1, cbs=cbs).fit(4, **kwargs)
     return [o[0] for o, in used.seen[::N]]
 
 def test_plateau_watches_the_row_it_is_told():
@@ -160,10 +165,12 @@ def test_plateau_watches_the_row_it_is_told():
     assert epoch_rates('ema/accuracy', EmaCB()) == falls
     assert epoch_rates('accuracy', valid=False) == falls            # the training row's
     assert epoch_rates('ema/accuracy', EmaCB(0)) == [0.1]*4         # no snapshot, so no row yet
-    with pytest.raises(ValueError, match="does not validate the weights 'ema'"): epoch_rates('ema/accuracy', EmaCB(), valid=False)
+    with pytest.raises(ValueError, match="does not validate the weights 'ema'"):
+        epoch_rates('ema/accuracy', EmaCB(), valid=False)
     with pytest.raises(ValueError, match="no weights are called 'emma'; there are raw, ema"):
         epoch_rates('emma/accuracy', EmaCB())
-    with pytest.raises(ValueError, match='there are loss, accuracy, ema/loss, ema/accuracy'): epoch_rates('ema/acc', EmaCB())
+    with pytest.raises(ValueError, match='there are loss, accuracy, ema/loss, ema/accuracy'):
+        epoch_rates('ema/acc', EmaCB())
 
 def saved(cls, sched, opt='sgd', n_epochs=EPOCHS, at=2, **kwargs):
     "The state of a schedule and its optimizer after so many epochs, and the rates of the whole fit"
@@ -178,7 +185,8 @@ def resumed(cls, sched, state, opt='sgd', n_epochs=EPOCHS, lr=0.1, **kwargs):
     def give(learn):
         learn.opt.load_state_dict(state[1])
         cb.load_state_dict(state[0])
-    learn = TrainLearner(linear(), regression(N), lr=lr, cbs=[cb, AtEpoch(0, give), AtEpoch(2), used], opt_func=OPTS[opt])
+    learn = TrainLearner(linear(), regression(N), lr=lr, cbs=[cb, AtEpoch(0, give), AtEpoch(2), used],
+                         opt_func=OPTS[opt])
     learn.fit(n_epochs, valid=False)
     return used.seen
 
@@ -200,7 +208,7 @@ def test_plateau_resumes():
 
 @pytest.mark.parametrize('valid', [True, False])
 def test_plateau_resumes_between_training_and_its_metric(valid):
-    "Saved when the training of an epoch has ended: the schedule still owes a step for it, before the first batch of the next"
+    "Saved when the training of an epoch has ended: the schedule owes a step for it, before the first batch of the next"
     sched = partial(S.ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.9999)
     class Take(Callback):
         order = 95
@@ -214,7 +222,8 @@ def test_plateau_resumes_between_training_and_its_metric(valid):
     def give(learn):
         learn.opt.load_state_dict(take.state[1])
         new.load_state_dict(take.state[0])
-    learn = TrainLearner(linear(), regression(N), lr=0.1, cbs=[new, Later(), AtEpoch(2, give), rest], opt_func=OPTS['sgd'])
+    learn = TrainLearner(linear(), regression(N), lr=0.1, cbs=[new, Later(), AtEpoch(2, give), rest],
+                         opt_func=OPTS['sgd'])
     learn.fit(EPOCHS, valid=False)
     assert rest.seen[:N] == used.seen[2*N:3*N] and rest.seen[0] != used.seen[N]
 
@@ -236,11 +245,14 @@ OTHERS = [
     (SCHEDS['polynomial'], partial(S.PolynomialLR, total_iters=6), 'differ in .*power'),
     (SCHEDS['plateau'], partial(S.ReduceLROnPlateau, factor=0.5, patience=2, threshold=0.3), 'differ in .*patience'),
     (SCHEDS['swalr'], partial(SWALR, swa_lr=0.02, anneal_epochs=4), 'differ in .*anneal_epochs'),
-    (SCHEDS['chained'], lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.1, total_iters=3), S.ExponentialLR(o, 0.9)], optimizer=o),
+    (SCHEDS['chained'],
+     lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.1, total_iters=3), S.ExponentialLR(o, 0.9)], optimizer=o),
      'differ in .*schedulers'),
-    (SCHEDS['chained'], lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.1, total_iters=2), S.StepLR(o, 9)], optimizer=o),
+    (SCHEDS['chained'],
+     lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.1, total_iters=2), S.StepLR(o, 9)], optimizer=o),
      'and they differ in .*schedulers'),
-    (SCHEDS['chained'], lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.1, total_iters=2)], optimizer=o), 'differ in .*schedulers'),
+    (SCHEDS['chained'], lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.1, total_iters=2)], optimizer=o),
+     'differ in .*schedulers'),
 ]
 
 def new_from(cls, sched, n_epochs=EPOCHS, lr=0.1):
@@ -255,7 +267,8 @@ def test_another_schedule_takes_over(there, here, match):
     "One warning says what differs; the rates are those of the new schedule at that step. Wrong: a mixture of both"
     for cls in BatchSchedCB, EpochSchedCB:
         state, _ = saved(cls, there)
-        with pytest.warns(UserWarning, match='the saved schedule is another one: .*' + match) as w: got = resumed(cls, here, state)
+        with pytest.warns(UserWarning, match='the saved schedule is another one: .*' + match) as w:
+            got = resumed(cls, here, state)
         assert len(w) == 1
         if 'patience' not in match: assert got == new_from(cls, here)      # that follows a metric
 
@@ -266,7 +279,8 @@ def test_another_length_and_another_rate_take_over():
         assert resumed(BatchSchedCB, onecycle, state, n_epochs=6) == new_from(BatchSchedCB, onecycle, 6)
     state, _ = saved(BatchSchedCB, SCHEDS['exponential'])
     with pytest.warns(UserWarning, match='differ in .*base_lrs'):
-        assert resumed(BatchSchedCB, SCHEDS['exponential'], state, lr=0.3) == new_from(BatchSchedCB, SCHEDS['exponential'], lr=0.3)
+        got = resumed(BatchSchedCB, SCHEDS['exponential'], state, lr=0.3)
+    assert got == new_from(BatchSchedCB, SCHEDS['exponential'], lr=0.3)
 
 def test_a_scheduler_of_your_own():
     "Its settings are compared too; functions among its attributes are not saved"
@@ -319,7 +333,8 @@ def test_errors_before_training():
     learn = TrainLearner(linear(), regression(N))
     for sched, exc, match in (
         (partial(S.OneCycleLR, max_lr=1., epochs=1), ValueError, 'total_steps'),           # torch's own word
-        (lambda o: S.ChainedScheduler([S.OneCycleLR(o, 1., total_steps=5)], o), ValueError, '=5, but the fit has 14 steps'),
+        (lambda o: S.ChainedScheduler([S.OneCycleLR(o, 1., total_steps=5)], o), ValueError,
+         '=5, but the fit has 14 steps'),
     ):
         with pytest.raises(exc, match=match): learn.fit(2, cbs=BatchSchedCB(sched))
     assert learn.opt_steps == 0 and learn.opt.param_groups[0]['lr'] == 0.1 and 'max_lr' not in learn.opt.param_groups[0]
@@ -359,4 +374,5 @@ def test_the_recorded_rate_is_the_one_that_the_step_used(order):
         cbs = [BatchSchedCB(partial(S.OneCycleLR, max_lr=0.1)), EMACB()]
         cbs.insert(i, rec)
         image_learner(*cbs, cls=Steps).fit(2)
-        assert list(zip(rec.recs['lr'], rec.recs['mom'])) == [tuple(o) for o in used] and len({lr for lr, _ in used}) == 14
+        assert list(zip(rec.recs['lr'], rec.recs['mom'])) == [tuple(o) for o in used]
+        assert len({lr for lr, _ in used}) == 14

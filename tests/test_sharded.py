@@ -1,4 +1,4 @@
-"Two processes on the CPU: of sharded weights each averages its shard, and both skip what is bad for one; DDP goes by plain names"
+"Two processes on the CPU: each averages its shard of weights, both skip what is bad for one; DDP has plain names"
 import copy
 import datetime
 import os
@@ -110,7 +110,9 @@ def evaluated_in_between():
     outputs(model)
     avg.update()
     for k, t in model.state_dict().items():
-        if k in ref: torch.testing.assert_close(avg.weights[k].double(), shard_of((4*ref[k] + raw[k])/5, t), rtol=1e-5, atol=1e-6)
+        if k in ref:
+            expected = shard_of((4*ref[k] + raw[k])/5, t)
+            torch.testing.assert_close(avg.weights[k].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def interrupted():
@@ -219,7 +221,8 @@ def free_port():
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp('ranks')
-    ctx, end = mp.start_processes(work, (folder, free_port()), 2, join=False, start_method='spawn'), time.monotonic() + LIMIT
+    ctx = mp.start_processes(work, (folder, free_port()), 2, join=False, start_method='spawn')
+    end = time.monotonic() + LIMIT
     try:
         while not ctx.join(timeout=1):
             if time.monotonic() > end: break

@@ -37,7 +37,8 @@ def net(dtype=torch.double):
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
 
 
-def trained(batches, *cbs, n=1, dtype=torch.double, cls=TrainLearner, opt_func=partial(optim.SGD, momentum=0.9), lr=0.1):
+def trained(batches, *cbs, n=1, dtype=torch.double, cls=TrainLearner, opt_func=partial(optim.SGD, momentum=0.9),
+            lr=0.1):
     learn = cls(net(dtype), SimpleNamespace(train=batches, valid=batches[:1]), F.cross_entropy, lr, cbs, opt_func)
     learn.fit(n, valid=False)
     return learn
@@ -49,7 +50,9 @@ def vec(learn): return torch.cat([p.detach().flatten() for p in learn.model.para
 @settings(max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 4), st.booleans())
 def test_accumulation_is_one_large_batch(sizes, k, by_samples):
-    "Batches of any sizes, with a shorter window at the end (Lightning#19987). Wrong: each micro-batch counts the same, or the tail is divided by k"
+    """Batches of any sizes, with a shorter window at the end (Lightning#19987)
+
+    Wrong: each micro-batch counts the same, or the tail is divided by k"""
     batches = data(sizes)
     cb = GradAccumCB(samples=4*k) if by_samples else GradAccumCB(k)
     windows,now = [],[]
@@ -79,31 +82,34 @@ def test_schedule_and_ema_under_accumulation():
 
 class OverflowAt(Callback):
     "Gradients that are infinite in one batch, as an overflow of fp16 makes them"
-    order = 26.5                                                          # after the scale was put into the gradients' way
+    order = 26.5                                             # after the scale was put into the gradients' way
     def __init__(self, *batches): self.batches = batches
     def after_loss(self, learn):
         if learn.training and learn.iter in self.batches: learn.loss.register_hook(lambda g: g*float('inf'))
 
 
 def test_a_skipped_step_moves_neither_schedule_nor_average():
-    "pytorch#67590, accelerate#4243. Wrong: the rate goes on, the decay is applied, or the bad gradients stay for the next batch"
-    rates,ema,amp = RecorderCB(lr=lambda cb: cb.pg['lr']),EMACB(decay=0.5, apply=False),MixedPrecisionCB('fp16', init_scale=4.)
-    learn = trained(data([4]*6, torch.float), amp, OverflowAt(1, 2), BatchSchedCB(partial(lr_scheduler.StepLR, step_size=1, gamma=0.5)), rates, ema, dtype=torch.float)
+    "pytorch#67590, accelerate#4243. Wrong: the rate goes on, the decay is applied, the bad gradients stay"
+    rates,ema = RecorderCB(lr=lambda cb: cb.pg['lr']),EMACB(decay=0.5, apply=False)
+    amp,halved = MixedPrecisionCB('fp16', init_scale=4.),partial(lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    batches = data([4]*6, torch.float)
+    learn = trained(batches, amp, OverflowAt(1, 2), BatchSchedCB(halved), rates, ema, dtype=torch.float)
     np.testing.assert_allclose(rates.recs['lr'], [0.1, 0.05, 0.05, 0.05, 0.025, 0.0125])
     assert (learn.opt_steps, ema.average.n, amp.skipped, amp.scale) == (4, 4, 2, 1.)
-    plain = trained([b for i, b in enumerate(data([4]*6, torch.float)) if i not in (1, 2)], MixedPrecisionCB('fp16', init_scale=4.),
-                    BatchSchedCB(partial(lr_scheduler.StepLR, step_size=1, gamma=0.5)), dtype=torch.float)
+    plain = trained([b for i, b in enumerate(batches) if i not in (1, 2)], MixedPrecisionCB('fp16', init_scale=4.),
+                    BatchSchedCB(halved), dtype=torch.float)
     assert torch.equal(vec(learn), vec(plain))
 
 
 def test_fp16_that_never_becomes_finite_ends():
     "Wrong: every step is skipped until the end of the fit, in silence"
     with pytest.raises(FloatingPointError, match='although the loss is scaled by'):
-        trained(data([2]*40, torch.float), MixedPrecisionCB('fp16', init_scale=4.), OverflowAt(*range(40)), dtype=torch.float)
+        trained(data([2]*40, torch.float), MixedPrecisionCB('fp16', init_scale=4.), OverflowAt(*range(40)),
+                dtype=torch.float)
 
 
 def test_unscale_clip_step():
-    "The norm that is clipped is that of the true gradient (Lightning#9599). Wrong: with a scale of 65536 everything is clipped"
+    "The norm that is clipped is that of the true gradient (Lightning#9599). Wrong: a scale of 65536 clips everything"
     clip = GradClipCB(norm=100.)
     a = trained(data([8]*3, torch.float), clip, MixedPrecisionCB('fp16', init_scale=2.**16), dtype=torch.float)
     b = trained(data([8]*3, torch.float), MixedPrecisionCB('fp16', init_scale=2.**16), dtype=torch.float)
@@ -136,7 +142,8 @@ def test_autocast_where_batches_are_prepared():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), Look(), nn.Linear(5, 3))
     batches = data([8]*4, torch.float)
-    learn = TrainLearner(model, SimpleNamespace(train=batches, valid=batches), F.cross_entropy, 0.1, [MixedPrecisionCB(), EMACB(0.5), BNUpdateCB()])
+    learn = TrainLearner(model, SimpleNamespace(train=batches, valid=batches), F.cross_entropy, 0.1,
+                         [MixedPrecisionCB(), EMACB(0.5), BNUpdateCB()])
     learn.fit(1)
     learn.get_preds('ema')
     learn.validate()
@@ -154,13 +161,15 @@ def test_autocast_ends_with_an_error(where):
         def backward(self): super().backward(); self.fails('backward')
         def fails(self, here):
             if where == here: raise RuntimeError(here)
-    with pytest.raises(RuntimeError, match=where): trained(data([4], torch.float), MixedPrecisionCB(), cls=Fails, dtype=torch.float)
+    with pytest.raises(RuntimeError, match=where):
+        trained(data([4], torch.float), MixedPrecisionCB(), cls=Fails, dtype=torch.float)
     assert not torch.is_autocast_enabled('cpu')
 
 
 @pytest.mark.usefixtures('strict')
 @pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('exc', [ZeroDivisionError(), KeyboardInterrupt(), CancelFitException(), CancelBatchException()], ids=repr)
+@pytest.mark.parametrize('exc', [ZeroDivisionError(), KeyboardInterrupt(), CancelFitException(),
+                                 CancelBatchException()], ids=repr)
 @pytest.mark.parametrize('where', ['before_batch', 'after_predict', 'after_loss', 'after_batch', 'model', 'loss'])
 def test_autocast_ends_with_the_batch(where, exc, training):
     "Whatever is raised between its beginning and its end, in a fit, in a look and in a search"
@@ -180,7 +189,9 @@ def test_autocast_ends_with_the_batch(where, exc, training):
         assert not torch.is_autocast_enabled('cpu') and torch.is_grad_enabled()
 
 
-def everything(): return [MixedPrecisionCB('fp16'), GradAccumCB(samples=7), GradClipCB(value=0.05), NaNGuardCB(), BatchSchedCB(partial(lr_scheduler.StepLR, step_size=2))]
+def everything():
+    return [MixedPrecisionCB('fp16'), GradAccumCB(samples=7), GradClipCB(value=0.05), NaNGuardCB(),
+            BatchSchedCB(partial(lr_scheduler.StepLR, step_size=2))]
 
 
 @pytest.mark.parametrize('order', [*permutations(range(5))][3::17])
@@ -231,14 +242,17 @@ def test_early_stopping_leaves_averages_and_rows_whole():
     "The epoch in which it is decided has all its rows, and the model holds the average"
     stop = EarlyStoppingCB('ema/loss', patience=1, min_delta=10.)
     batches = data([8]*3, torch.float)
-    learn = TrainLearner(net(torch.float), SimpleNamespace(train=batches, valid=batches), F.cross_entropy, 0.1, [EMACB(0.5), stop])
+    learn = TrainLearner(net(torch.float), SimpleNamespace(train=batches, valid=batches), F.cross_entropy, 0.1,
+                         [EMACB(0.5), stop])
     with contextlib.redirect_stdout(io.StringIO()) as out: learn.fit(20)
     assert [(r['train'], r['weights']) for r in learn.history] == [('train', 'raw'), ('eval', 'raw'), ('eval', 'ema')]*2
     assert learn.weights == 'ema' and 'early stopping: ema/loss has not been better than' in out.getvalue()
 
 
 def test_memory_does_not_grow():
-    "200 epochs with the usual callbacks: the process is no larger than after 20. Wrong: losses, graphs, files or figures that stay"
+    """200 epochs with the usual callbacks: the process is no larger than after 20
+
+    Wrong: losses, graphs, files or figures that stay"""
     script = '''
         import contextlib, io, torch, torch.nn.functional as F
         from types import SimpleNamespace
@@ -267,9 +281,11 @@ def test_memory_does_not_grow():
                 if learn.training: sizes.append(int(open('/proc/self/statm').read().split()[1])*4096)
         class Null:
             def log(self, d): pass
-        learn = TrainLearner(model, SimpleNamespace(train=batches, valid=batches), F.cross_entropy, 0.01, opt_func=optim.AdamW,
-                             cbs=[DeviceCB('cpu'), MetricsCB(accuracy=MulticlassAccuracy()), ProgressCB(), EMACB(), SWACB(), BNUpdateCB(), Size('cpu'),
-                                  GradAccumCB(2), GradClipCB(norm=1.), MixedPrecisionCB(), LogCB(Null()), CheckpointCB(tempfile.mkdtemp(), '10ep', 1)])
+        cbs = [DeviceCB('cpu'), MetricsCB(accuracy=MulticlassAccuracy()), ProgressCB(), EMACB(), SWACB(), BNUpdateCB(),
+               Size('cpu'), GradAccumCB(2), GradClipCB(norm=1.), MixedPrecisionCB(), LogCB(Null()),
+               CheckpointCB(tempfile.mkdtemp(), '10ep', 1)]
+        dls = SimpleNamespace(train=batches, valid=batches)
+        learn = TrainLearner(model, dls, F.cross_entropy, 0.01, opt_func=optim.AdamW, cbs=cbs)
         with contextlib.redirect_stdout(io.StringIO()): learn.fit(200)
         print(sizes[19], sizes[199])
     '''

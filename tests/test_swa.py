@@ -32,7 +32,7 @@ def weights_of(cb): return cb.average.weights['0.weight']
 
 
 def test_defaults_to_the_letter():
-    "Half-life a twentieth of the fit; snapshots from three quarters on, every hundredth: in 200 steps from 150 on, every second"
+    "Half-life a twentieth of the fit; snapshots every hundredth from three quarters on: of 200 steps, every second"
     trail, e, s = Trail(), EMACB(), SWACB()
     learner(trail, e, s, BNUpdateCB()).fit(20)
     d, avg = 2**(-1/10), trail.weights[0]
@@ -43,7 +43,8 @@ def test_defaults_to_the_letter():
     assert BNUpdateCB().valid_batches == 20 and BNUpdateCB().n_batches is None
 
 
-@pytest.mark.parametrize('kw, rule', [(dict(decay=0.8), ema(0.8)), (dict(decay=0.99, warmup='ratio'), ema(0.99, warmup='ratio')),
+@pytest.mark.parametrize('kw, rule', [(dict(decay=0.8), ema(0.8)),
+                                      (dict(decay=0.99, warmup='ratio'), ema(0.99, warmup='ratio')),
                                       (dict(half_life='0.5ep', warmup='power'), ema(half_life=5, warmup='power'))])
 def test_rules(kw, rule):
     trail, cb = Trail(), EMACB(**kw)
@@ -54,7 +55,8 @@ def test_rules(kw, rule):
 
 
 def test_choice_of_weights_and_rows():
-    part, hidden = EMACB(name='part', include='*.weight', exclude='3.*', apply=False), EMACB(name='hidden', valid=False, apply=False)
+    part = EMACB(name='part', include='*.weight', exclude='3.*', apply=False)
+    hidden = EMACB(name='hidden', valid=False, apply=False)
     learn = learner(part, hidden)
     learn.fit(1)
     assert list(part.average.weights) == ['0.weight', '1.weight']
@@ -91,8 +93,9 @@ def test_the_same_callbacks_and_model_with_a_second_learner():
     assert same(start.weights, raw) and second.averages['ema'].n == 20
 
 
-LOOKS = dict(validate=lambda learn: learn.validate(), restore=lambda learn: learn.restore(), preds=lambda learn: learn.get_preds('raw'),
-             lr_find=lambda learn: learn.lr_find(show=False), nothing=lambda learn: None)
+LOOKS = dict(validate=lambda learn: learn.validate(), restore=lambda learn: learn.restore(),
+             preds=lambda learn: learn.get_preds('raw'), lr_find=lambda learn: learn.lr_find(show=False),
+             nothing=lambda learn: None)
 
 
 @pytest.mark.parametrize('look', LOOKS.values(), ids=LOOKS)
@@ -160,7 +163,8 @@ def test_dict_batches_and_two_inputs_reach_the_statistics():
         def predict(self, learn): learn.preds = learn.model(learn.batch['x'])
         def get_loss(self, learn): learn.loss = F.cross_entropy(learn.preds, learn.batch['labels'])
     dls = data()
-    dicts = SimpleNamespace(train=[dict(labels=y, x=x) for x, y in dls.train], valid=[dict(labels=y, x=x) for x, y in dls.valid])
+    dicts = SimpleNamespace(train=[dict(labels=y, x=x) for x, y in dls.train],
+                            valid=[dict(labels=y, x=x) for x, y in dls.valid])
     learn = learner(Steps(), EMACB(), BNUpdateCB(), MetricsCB(), cls=Learner, dls=dicts)
     learn.fit(1)
     expected = learn.averages['ema'].module().train()
@@ -214,7 +218,8 @@ def test_state_loaded_within_a_fit_counts_at_once():
 
 
 @pytest.mark.parametrize('cbs, says', [
-    ([EMACB(), SWACB()], 'ema, swa'), ([EMACB(), SWACB(start='1000ba')], 'ema'), ([EMACB(apply=False), SWACB(start='0ba')], 'ema, swa'),
+    ([EMACB(), SWACB()], 'ema, swa'), ([EMACB(), SWACB(start='1000ba')], 'ema'),
+    ([EMACB(apply=False), SWACB(start='0ba')], 'ema, swa'),
     ([EMACB(apply=False), SWACB(apply=False)], ''), ([EMACB(apply=True), SWACB()], None), ([EMACB()], None),
     ([EMACB(apply=False)], ''), ([EMACB(start='1000ba')], '')])
 def test_the_line_that_says_how_to_choose(cbs, says, capsys):
@@ -223,10 +228,13 @@ def test_the_line_that_says_how_to_choose(cbs, says, capsys):
         learn = learner(*cbs, BNUpdateCB())
         learn.fit(1)
     out = capsys.readouterr().out
-    if says is None: assert out == "The model holds its 'ema' weights; learn.restore() gives it its raw ones back.\n" and learn.weights == 'ema'
+    if says is None:
+        assert learn.weights == 'ema'
+        assert out == "The model holds its 'ema' weights; learn.restore() gives it its raw ones back.\n"
     else:
         assert learn.weights == 'raw'
-        assert out == (f'The model holds its raw weights; learn.apply(name) gives it those of an average: {says}.\n' if says else '')
+        line = f'The model holds its raw weights; learn.apply(name) gives it those of an average: {says}.\n'
+        assert out == (line if says else '')
 
 
 def test_a_look_within_an_epoch_leaves_its_metrics_alone():
@@ -280,7 +288,7 @@ def test_nothing_is_swapped_before_the_first_update():
 
 
 def test_raw_and_average_at_any_moment():
-    "At every moment of a row of the average both are to be had, each under its own name (nequip#590: only one is saved)"
+    "At every moment of a row of the average both can be had, each under its own name (nequip#590: only one is saved)"
     class Save(Callback):
         order = 99
         def after_batch(self, learn):
@@ -337,19 +345,20 @@ def test_a_step_that_the_scaler_skipped():
 
 
 def test_the_default_fits_a_short_run():
-    "From 10 to about 0 in 100 steps: a decay of 0.999 is still far away, the default is where the raw weight is (measured)"
+    "From 10 to about 0 in 100 steps: a decay of 0.999 is far off, the default is where the raw weight is (measured)"
     x = torch.linspace(-1, 1, 400).view(-1, 1)
     dls = SimpleNamespace(train=DataLoader(TensorDataset(x, torch.zeros_like(x)), 8, shuffle=True), valid=None)
     model = one(10.)
     default, usual = EMACB(apply=False), EMACB(decay=0.999, name='usual', apply=False)
     TrainLearner(model, dls, lr=0.1, cbs=[default, usual]).fit(2)
-    far = [abs(w) for w in (model.weight.item(), default.average.weights['weight'].item(), usual.average.weights['weight'].item())]
+    weights = model.weight, default.average.weights['weight'], usual.average.weights['weight']
+    far = [abs(w.item()) for w in weights]
     assert far[0] < far[1] < 0.3 and far[2] > 5
 
 
 @pytest.mark.parametrize('what', ['predict', 'using'])
 def test_what_is_put_back_was_not_changed(what):
-    "After a fit the model holds its only average; something else held for a moment must not make that average the raw weights"
+    "After a fit the model holds its only average; what else it held for a moment must not make that the raw weights"
     cb = SWAGCB(start='0ba', every='1ba') if what == 'predict' else PostHocEMACB(every='3ba')
     learn = learner(cb, BNUpdateCB())
     learn.fit(1)

@@ -1,4 +1,4 @@
-"Writes README.md from nbs/index.ipynb: text as it stands, code in fences with what it printed, `#| hide` cells left out."
+"Writes README.md from nbs/index.ipynb: text as it is, code in fences with what it printed, `#| hide` cells left out."
 import json, re
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def printed(output):
     return ''.join(output.get('text') or output.get('data', {}).get('text/plain', ''))
 
 def in_order(outputs):
-    "Displays first: running a notebook without a browser saves prints before displays, but a table stands above the line below it"
+    "Displays first: without a browser prints are saved before displays, but a table stands above the line below it"
     return sorted(outputs, key=lambda o: ('display_data', 'stream', 'execute_result', 'error').index(o['output_type']))
 
 def cell_md(cell):

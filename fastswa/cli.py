@@ -28,7 +28,7 @@ def _check(epochs, lr, sched, averages, init, bs, momentum, seed, device, out):
     check_number('--momentum', momentum, high=1, include_low=True, include_high=False)
     check_whole('--seed', seed, 0, 2**32 - 1)
     if device == 'auto': device = default_device()
-    try: torch.empty(0, device=device)
+    try: torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'--device must be auto, cpu or an accelerator of this machine; got {device!r}') from e
     try: return device, check_folder(out)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from fastswa.averaging.average import Average
+from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.averages import Averages
 from fastswa.averaging.ensembles import LatestAverage
 from fastswa.averaging.holding import held_weights, restore_raw
@@ -233,3 +233,38 @@ def test_bad_input():
     averages.add('a', LatestAverage(averages.model, 2))
     with pytest.raises(RuntimeError, match='no snapshot yet'): averages.module('a')
     assert averages.held == 'raw'
+
+
+@pytest.mark.parametrize('shape', [(3,), (2, 3), ()])
+def test_a_buffer_made_by_expand(shape):
+    "Its elements share their memory, and copying into it is an error in torch. Wrong: the average stays in the model"
+    model = net()
+    model.register_buffer('scale', torch.ones(()).expand(shape))
+    before = copied(model.state_dict())
+    learn = learner(EMACB(0.8), BNUpdateCB(), model=model)
+    learn.fit(2)
+    learn.restore()
+    with learn.averages.using('ema'): model.scale = torch.zeros(shape)
+    assert held_weights(model) == 'raw' and torch.equal(model.scale, before['scale'])
+    restore_raw(model)
+
+
+@pytest.mark.parametrize('of, dtype', [(torch.float32, torch.float16), (torch.float64, torch.float32)])
+def test_a_snapshot_too_large_for_the_dtype_of_the_average(of, dtype):
+    "It is skipped, by all of them. Wrong: infinite for good where it is the first, or comes together with a first one"
+    model = nn.Linear(3, 3, dtype=of)
+    weight = model.weight.detach().clone()
+    def set_weight(w): model.weight.data.copy_(torch.as_tensor(w).expand(3, 3))
+    alone, together, new = (Average(model, ema(decay=0.5), dtype=dtype) for _ in range(3))
+    latest = LatestAverage(model, 2, dtype=dtype)
+    for avg in (alone, together, latest): avg.update()
+    set_weight(10*torch.finfo(dtype).max)
+    with pytest.warns(UserWarning, match='NaN or infinity'):
+        alone.update()
+        latest.update()
+        update_all([together, new])
+    set_weight(weight)
+    update_all([together, new])
+    assert (together.n, together.skipped, new.n, new.skipped) == (2, 1, 1, 1)
+    assert (alone.n, alone.skipped, latest.n, latest.skipped) == (1, 1, 1, 1)
+    for avg in (alone, together, new, latest): torch.testing.assert_close(avg.weights['weight'], weight.to(dtype))

@@ -1,8 +1,10 @@
 "What holds for the repository as a whole: written once, generated twice, light to import; links, order of imports"
-import ast, json, re, runpy, shutil, subprocess, sys
+import ast, builtins, json, re, runpy, shutil, subprocess, sys
 from configparser import ConfigParser
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import fastswa
 from helpers import in_new_process
@@ -39,6 +41,20 @@ def test_lines_are_short():
     lines = [(o, i, l) for o in files for i, l in enumerate(o.read_text(encoding='utf-8').splitlines(), 1)]
     lines = [(o, i, l) for o, i, l in lines if not re.match(r"(__all__ = \[| +)'\w+', ", l)]      # nbdev writes these
     assert [f'{o.relative_to(root)}:{i}: {len(l)}' for o, i, l in lines if len(l) > 120] == []
+
+@pytest.mark.parametrize('name', ['initializing', 'ktorch_mnist', 'weight_averaging'])
+def test_studies_use_names_that_exist(name):
+    "They run for minutes, so seldom. Wrong: a NameError after a name has moved"
+    cells = json.loads((root/'nbs'/'experiments'/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']
+    lines = ''.join(''.join(c['source']) + '\n' for c in cells if c['cell_type'] == 'code').splitlines()
+    tree = ast.parse('\n'.join(l for l in lines if not l.startswith(('%', '!'))))
+    imports = ast.Module([o for o in ast.walk(tree) if isinstance(o, (ast.Import, ast.ImportFrom))], [])
+    known = vars(builtins) | {}
+    exec(compile(imports, name, 'exec'), known)
+    names = [o for o in ast.walk(tree) if isinstance(o, ast.Name)]
+    own = {o.id for o in names if isinstance(o.ctx, ast.Store)} | {o.arg for o in ast.walk(tree) if isinstance(o, ast.arg)}
+    own |= {o.name for o in ast.walk(tree) if isinstance(o, (ast.FunctionDef, ast.ClassDef))}
+    assert {o.id for o in names} - own - set(known) == set()
 
 def links(file):
     "Targets of the links and pictures in a Markdown file, or in the text of a notebook, that are paths"

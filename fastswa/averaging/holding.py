@@ -79,13 +79,13 @@ class Held:
         taken = list(zip(self.places, self.tensors, self.kept))[:self.n_taken]
         for own in (False, True):      # a place that got the tensor of another one meanwhile comes first
             for (d, k), t, raw in taken:
-                if (d[k] is t) == own: local(d[k]).copy_(raw)
+                if (d[k] is t) == own: _write(local(d[k]), raw)
         for (d, k), buffer, raw in zip(self.buffers, self.tensors[n:], self.kept[n:]):
             now = d.get(k)
             if now is None: continue
             moved = (now.device, now.dtype) != (buffer.device, buffer.dtype)
-            if moved: now.copy_(raw)
-            else: d[k] = buffer.copy_(raw)      # also where a forward pass put another tensor in its place
+            if not moved: d[k] = now = buffer      # also where a forward pass put another tensor in its place
+            _write(now, raw)
 
     def _link(self, module):
         self.active = True
@@ -126,6 +126,13 @@ class Held:
         if not self.active: return
         self._index()
         self.note_contents()
+
+def _write(t, values):
+    "Copy values into a tensor, also into one that `expand()` made, whose elements share their memory"
+    if 0 not in t.stride(): t.copy_(values)
+    else:
+        once = tuple(slice(0, 1) if s == 0 else slice(None) for s in t.stride())
+        t[once].copy_(values[once])
 
 def _copy(t, device): return t.detach().clone() if device is None else t.detach().to(device, copy=True)
 

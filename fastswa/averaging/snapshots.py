@@ -67,10 +67,16 @@ class CountedSnapshots(ShadowWeights):
         if self._flags is None: self._flags = DelayedFlags(flag.device)
         self._flags.add(flag)
 
+    def _as_kept(self, values):
+        "A snapshot as it is to be checked: in a narrower dtype of the average a finite number may be infinite"
+        if self.dtype is None: return values      # fp32, or wider
+        def narrower(t): return torch.finfo(self.dtype).max < torch.finfo(t.dtype).max
+        return [t.to(self.dtype.to_complex() if t.is_complex() else self.dtype) if narrower(t) else t for t in values]
+
     def _is_bad(self, values):
         "Is a snapshot not finite? A GPU is waited for"
         if not self.check_finite: return False
-        bad = not all_finite(values)
+        bad = not all_finite(self._as_kept(values))
         return bad_anywhere(bad, values[0].device, self._selection.meshes) if self.sharded else bad
 
     def _skip(self, times=1, warn=True):
@@ -159,7 +165,7 @@ def _can_mask(lead, snapshot):
 def _check(lead, snapshot):
     "Is a snapshot bad: True, False, or a flag on the device that tells"
     if not _can_mask(lead, snapshot): return lead._is_bad(snapshot)
-    flag = bad_flag(snapshot)
+    flag = bad_flag(lead._as_kept(snapshot))
     return bad_anywhere(flag, snapshot[0].device, lead._selection.meshes) if lead.sharded else flag
 
 def _skip_all(averages):

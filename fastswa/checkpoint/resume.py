@@ -191,9 +191,11 @@ class ResumeCB(Callback):
 
     def _find_place(self, learn):
         "The loader where it was, by the way it went, and the row so far"
-        if self.epoch:      # persistent workers are seeded in the first epoch only
-            for dl in (learn.dls.train, learn.dls.valid):
-                if getattr(dl, 'persistent_workers', False): iter(dl)
+        persistent = [dl for dl in (learn.dls.train, learn.dls.valid) if getattr(dl, 'persistent_workers', False)]
+        if self.epoch and persistent:
+            for dl in persistent: iter(dl)      # their workers are seeded in the first epoch only
+            warnings.warn('persistent workers start anew: random numbers that the dataset draws in them are others '
+                          'from here on (persistent_workers=False repeats them)')
         n = self.place['batch']
         loaders = loader_generators(learn.dl)
         if n: _set_rng(self.place['rng'], loaders)

@@ -1,29 +1,32 @@
 """One update of an average, ours and others', on the weights of three models; what a swap, the memory and SWACB cost.
 
-    pip install -e .[bench]          # timm, ema-pytorch and torch-ema, which are left out of the table where they are missing
+    pip install -e .[bench]      # timm, ema-pytorch and torch-ema: those that are missing are left out of the table
     python benchmarks/averaging.py [--device cpu|cuda] [--rounds 25] [--quick]
 
-The models are the seed convnet, and on random weights the shapes of ResNet-50 and, where a GPU has room for it, of ViT-L/16; fp32, nothing
-is trained. In each round every row has its turn, in an order that changes, and makes as many calls between two looks at the clock as fill
-30 ms (at least one); on a GPU the clock is read when all of them are through. The table has the median over the rounds in microseconds and,
-as `÷ bare`, the median of the ratios round by round.
+The models are the seed convnet, and on random weights the shapes of ResNet-50 and, where a GPU has room for it, of
+ViT-L/16; fp32, nothing is trained. In each round every row has its turn, in an order that changes, and makes as many
+calls between two looks at the clock as fill 30 ms (at least one); on a GPU the clock is read when all of them are
+through. The table has the median over the rounds in microseconds and, as `÷ bare`, the median of the ratios round by
+round.
 
-bare     one `torch._foreach_lerp_` over tensors of exactly the shapes that our average holds, BatchNorm statistics among them; one flat
-         `lerp_`: as if all of them were one tensor.
-limit    12 bytes per parameter (two reads, one write) over the bandwidth of a `copy_` too large for any cache, which is a row of its own in
-         the same rounds. It is no bound for weights that fit in a cache, nor on a CPU whose copy first reads what it overwrites.
-ours     `ema(0.999)` unless it says `equal()`; the check for NaN and infinity is on by default. The four averages of a bank have a decay
-         each, and take a snapshot by `update_all`, or one after the other.
-others   decay 0.999, an update at every call, `foreach` wherever it can be chosen. `AveragedModel` needs `use_buffers=True` to average what
-         all the others do; without it copies the buffers. timm and ema-pytorch average the buffers too, torch-ema parameters only.
+bare     one `torch._foreach_lerp_` over tensors of exactly the shapes that our average holds, BatchNorm statistics
+         among them; one flat `lerp_`: as if all of them were one tensor.
+limit    12 bytes per parameter (two reads, one write) over the bandwidth of a `copy_` too large for any cache, which
+         is a row of its own in the same rounds. It is no bound for weights that fit in a cache, nor on a CPU whose
+         copy first reads what it overwrites.
+ours     `ema(0.999)` unless it says `equal()`; the check for NaN and infinity is on by default. The four averages of a
+         bank have a decay each, and take a snapshot by `update_all`, or one after the other.
+others   decay 0.999, an update at every call, `foreach` wherever it can be chosen. `AveragedModel` needs
+         `use_buffers=True` to average what all the others do; without it copies the buffers. timm and ema-pytorch
+         average the buffers too, torch-ema parameters only.
 swap     `with avg.applied(): pass`, in and out, beside three copies of the weights.
-SWACB    the seconds within its methods per epoch, with the default arguments in a fit of 20 epochs. Four stand for them: three that wait
-         and one that takes a snapshot every 0.2 epochs, with what happens once per fit divided by 20. Its row in the table of the fit,
-         a validation of its own, is not counted.
+SWACB    the seconds within its methods per epoch, with the default arguments in a fit of 20 epochs. Four stand for
+         them: three that wait and one that takes a snapshot every 0.2 epochs, with what happens once per fit divided
+         by 20. Its row in the table of the fit, a validation of its own, is not counted.
 
 At the end the targets, each with the figure that was measured. They are meant for two CPU cores and for an H200.
 """
-import argparse, gc, importlib.util, os, random, statistics, time, warnings
+import gc, importlib.util, os, statistics, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -34,10 +37,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.rules import ema, equal
-from fastswa.nets.layers import get_model
 from fastswa.averaging.tensors import find_tensors
+from fastswa.nets.layers import get_model
+from timing import parser, place, ratio, seconds, take_turns
 
 DECAY, BANK, BARE = 0.999, (0.9, 0.99, 0.999, 0.9999), 'bare _foreach_lerp_'
+CHECKS = {'check off': False, 'check on': True}
 
 
 # --- the weights
@@ -76,20 +81,32 @@ def yardsticks(model):
             'three copies': copies}
 
 
-def ours(model):
+def single(model, check):
+    "One average"
+    return Average(model, ema(DECAY), check_finite=check).update
+
+
+def banks(model):
+    "Four averages, moved together or one after the other"
     def one_by_one(averages):
         for a in averages: a.update()
 
-    def swap(avg):
-        with avg.applied(): pass
-    single, banks = {}, {}
-    for how, check in ('check off', False), ('check on', True):
-        avg, *bank = (Average(model, ema(d), check_finite=check) for d in (DECAY, *BANK))
-        single[f'ours, {how}'] = avg.update
-        banks[f'bank of 4, {how}'] = partial(update_all, bank)
-        banks[f'4 singles, {how}'] = partial(one_by_one, bank)
+    rows = {}
+    for how, check in CHECKS.items():
+        bank = [Average(model, ema(d), check_finite=check) for d in BANK]
+        rows[f'bank of 4, {how}'] = partial(update_all, bank)
+        rows[f'4 singles, {how}'] = partial(one_by_one, bank)
+    return rows
+
+
+def swap(model):
+    "The average put into the model, and taken out again"
+    avg = Average(model, ema(DECAY))
     avg.update()
-    return {**single, 'ours, equal()': Average(model, equal()).update, **banks, 'swap in and out': partial(swap, avg)}
+
+    def in_and_out():
+        with avg.applied(): pass
+    return in_and_out
 
 
 def averaged_model(model, **kwargs):
@@ -100,8 +117,10 @@ def averaged_model(model, **kwargs):
 def timm(model):
     found = importlib.util.find_spec('timm')
     if found is None: raise ImportError('timm is not installed')
-    # by its file, which needs torch only: the package imports torchvision, and PyPI's build of that does not run with a torch for CPUs
-    spec = importlib.util.spec_from_file_location('timm_model_ema', Path(found.submodule_search_locations[0])/'utils'/'model_ema.py')
+    # By its file, which needs torch only: the package imports torchvision, and PyPI's build of that does not run with
+    # a torch for CPUs.
+    file = Path(found.submodule_search_locations[0])/'utils'/'model_ema.py'
+    spec = importlib.util.spec_from_file_location('timm_model_ema', file)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     avg = module.ModelEmaV3(model, decay=DECAY)
     return lambda: avg.update(model)
@@ -119,7 +138,7 @@ def torch_ema(model):
 
 def others(model):
     "Their rows, and the names of those that are not installed"
-    decay, missing = get_ema_multi_avg_fn(DECAY), []
+    decay,missing = get_ema_multi_avg_fn(DECAY),[]
     rows = {'torch AveragedModel (SWA)': averaged_model(model),
             'torch AveragedModel, EMA': averaged_model(model, multi_avg_fn=decay, use_buffers=True),
             ' without use_buffers': averaged_model(model, multi_avg_fn=decay)}
@@ -129,39 +148,16 @@ def others(model):
     return rows, missing
 
 
-# --- the clock
-
-def timed(f, n, device):
-    "Seconds per call, of n"
-    if device == 'cuda': torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(n): f()
-    if device == 'cuda': torch.cuda.synchronize()
-    return (time.perf_counter() - start)/n
-
-
-def measure(rows, rounds, seconds, device):
-    "For each row the seconds per call, round by round"
-    calls, times, rng = {}, {name: [] for name in rows}, random.Random(0)
-    for name, f in rows.items():
-        timed(f, 3, device)        # the first updates copy, allocate and look things up
-        calls[name] = max(1, round(seconds/timed(f, 3, device)))
-    for _ in range(rounds):
-        for name in rng.sample(list(rows), len(rows)): times[name].append(timed(rows[name], calls[name], device))
-    return times
-
-
-def ratio(times, name, base): return statistics.median(a/b for a, b in zip(times[name], times[base]))
-
+# --- memory
 
 def storages():
     "Bytes of everything that tensors hold, by address"
-    held = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.layout is torch.strided]
-    return {s.data_ptr(): s.nbytes() for s in held}
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.layout is torch.strided]
+    return {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
 
 
 def memory(model):
-    "Bytes of an average, and with the buffer that `update` gathers small tensors in, both as shares of the weights in fp32"
+    "Bytes of an average, and with whatever else updates leave in memory, both as shares of the weights in fp32"
     gc.collect()
     before = storages()
     avg = Average(model, ema(DECAY))
@@ -180,8 +176,10 @@ def one_model(name, make, args):
     theirs, missing = others(model)
     size = 2**28 if args.device == 'cuda' else 2**26
     a, b = (torch.ones(size, device=args.device) for _ in range(2))
-    rows = {'limit': lambda: a.copy_(b), **yardsticks(model), **ours(model), **theirs}
-    times = measure(rows, args.rounds, args.seconds, args.device)
+    rows = {'limit': lambda: a.copy_(b), **yardsticks(model),
+            **{f'ours, {how}': single(model, check) for how, check in CHECKS.items()},
+            'ours, equal()': Average(model, equal()).update, **banks(model), 'swap in and out': swap(model), **theirs}
+    times = take_turns(rows, args.rounds, args.device, warmup=3, slot=args.slot)
     bandwidth = 8*size/statistics.median(times['limit'])
     times['limit'] = [t/(8*size)*12*n for t in times['limit']]
     print(f'{name}: {n:,} elements, copy at {bandwidth/1e9:.0f} GB/s', flush=True)
@@ -209,7 +207,7 @@ def swa_share(device):
         setattr(swa, event, clocked(getattr(swa, event), epochs))
     bare, averaged = (TrainLearner(convnet().to(device), dls, F.cross_entropy, 0.1, cbs) for cbs in ([], [swa]))
     bare.fit(1)                              # warms up
-    epoch = statistics.median(timed(partial(bare.fit, 1), 1, device) for _ in range(3))
+    epoch = statistics.median(seconds(partial(bare.fit, 1), device) for _ in range(3))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')      # that nothing recomputes the statistics of BatchNorm
         averaged.fit(4)
@@ -220,7 +218,8 @@ def swa_share(device):
 
 def table(results):
     rows = [name for name in next(iter(results.values())) if name != 'limit']
-    print('\n' + ' '*28 + ''.join(f'{name:>22}' for name in results) + '\n' + ' '*28 + f'{"µs":>12}{"÷ bare":>10}'*len(results))
+    print('\n' + ' '*28 + ''.join(f'{name:>22}' for name in results))
+    print(' '*28 + f'{"µs":>12}{"÷ bare":>10}'*len(results))
     for row in ['limit', *rows]:
         cells = [f'{statistics.median(t[row])*1e6:12.1f}{ratio(t, row, BARE):10.2f}' for t in results.values()]
         print(f'{row:28}' + ''.join(cells))
@@ -240,16 +239,14 @@ def targets(results, copies, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--rounds', type=int, default=25)
-    parser.add_argument('--quick', action='store_true', help='3 short rounds: to see that it runs, not to quote')
-    args = parser.parse_args()
-    args.seconds = 0.03
-    if args.quick: args.rounds, args.seconds = 3, 0.003
+    options = parser(__doc__, rounds=25)
+    options.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
+    options.add_argument('--quick', action='store_true', help='3 short rounds: to see that it runs, not to quote')
+    args = options.parse_args()
+    args.slot = 0.03
+    if args.quick: args.rounds, args.slot = 3, 0.003
     if args.device == 'cpu': torch.set_num_threads(min(2, os.cpu_count()))
-    where = torch.cuda.get_device_name() if args.device == 'cuda' else f'{torch.get_num_threads()} CPU threads'
-    print(f'One update of an average, {where}, torch {torch.__version__}, {args.rounds} rounds\n')
+    print(f'One update of an average, {place(args.device)}, {args.rounds} rounds\n')
 
     models = {'convnet': convnet, 'ResNet-50': resnet50}
     if args.device == 'cuda':
@@ -262,8 +259,10 @@ def main():
 
     print()
     for name, t in results.items():
-        print(f'{name}: swap in and out ÷ three copies {ratio(t, "swap in and out", "three copies"):.2f}; memory in copies of the '
-              f'weights in fp32: the average {copies[name][0]:.3f}, with the buffer of `update` {copies[name][1]:.3f}')
+        swapped = ratio(t, 'swap in and out', 'three copies')
+        own,with_rest = copies[name]
+        print(f'{name}: swap in and out ÷ three copies {swapped:.2f}; memory in copies of the weights in fp32: '
+              f'the average {own:.3f}, with what updates leave {with_rest:.3f}')
     aims = list(targets(results, copies, args.device))
     try: share, snapshots = swa_share(args.device)
     except (ImportError, FileNotFoundError) as e: print(f'\nSWACB: not measured: {e}')
@@ -273,7 +272,9 @@ def main():
 
     width = max(len(what) for what, _, _ in aims)
     print(f'\n{"target":{width}}{"at most":>10}{"measured":>10}')
-    for what, figure, most in aims: print(f'{what:{width}}{most:10.2f}{figure:10.3f}  {"met" if figure <= most else "MISSED"}')
+    for what, figure, most in aims:
+        verdict = 'met' if figure <= most else 'MISSED'
+        print(f'{what:{width}}{most:10.2f}{figure:10.3f}  {verdict}')
 
 
 if __name__ == '__main__': main()

@@ -1,12 +1,14 @@
-"""One epoch of Fashion-MNIST, train and validate: a bare PyTorch loop, the learner with its usual callbacks, and per-image loading.
+"""One epoch of Fashion-MNIST, train and validate: a bare PyTorch loop, the learner with its usual callbacks, and
+per-image loading.
 
-    python benchmarks/epoch.py [--rounds 9] [--bs 1024]
+    python benchmarks/epoch.py [--rounds 9] [--bs 1024] [--toy]
 
-The variants alternate in one process; each figure is the median over the rounds, each ratio the median of the ratios round by round, with
-the smallest and the largest. `bare` computes the mean validation loss and accuracy, as any loop has to, and reads them once. The last rows
-load as the fast.ai course does: PNG images as the Hugging Face hub stores them, `with_transform` to a normalised tensor, image by image.
+The variants take turns in one process; each figure is the median over the rounds, each ratio the median of the ratios
+round by round, with the smallest and the largest. `bare` computes the mean validation loss and accuracy, as any loop
+has to, and reads them once. The last rows load as the fast.ai course does: PNG images as the Hugging Face hub stores
+them, `with_transform` to a normalised tensor, image by image.
 """
-import argparse, contextlib, io, statistics, time
+import contextlib, io, statistics
 from functools import partial
 
 import datasets
@@ -18,33 +20,33 @@ from torcheval.metrics import MulticlassAccuracy
 
 from fastswa.callbacks.basics import DeviceCB
 from fastswa.callbacks.metrics import MetricsCB
+from fastswa.callbacks.progress import ProgressCB
+from fastswa.callbacks.swa import EMACB
 from fastswa.core import default_device, set_seed
 from fastswa.data.loaders import DataLoaders, inplace
+from fastswa.data.sources import fashion_mnist, toy_images
 from fastswa.nets.init import init_weights
 from fastswa.nets.layers import act_gr, get_model
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.progress import ProgressCB
-from fastswa.data.sources import fashion_mnist
-from fastswa.callbacks.swa import EMACB
-
-
-def model():
-    set_seed(0)
-    return get_model(act_gr, norm=nn.BatchNorm2d).apply(partial(init_weights, leaky=0.1))
-
+from timing import parser, place, spread, take_turns
 
 sgd = partial(optim.SGD, momentum=0.85)
 
 
+def make_model(device):
+    set_seed(0)
+    return get_model(act_gr, norm=nn.BatchNorm2d).apply(partial(init_weights, leaky=0.1)).to(device)
+
+
 class Bare:
     "The loop one would write by hand"
-    def __init__(self, dls, averaged=False):
-        self.dls, self.model = dls, model()
+    def __init__(self, dls, device, averaged=False):
+        self.dls,self.model = dls,make_model(device)
         self.opt = sgd(self.model.parameters(), 0.2)
+        self.ema = None
         if averaged:
-            ema = optim.swa_utils.get_ema_multi_avg_fn(0.999)
-            self.ema = optim.swa_utils.AveragedModel(self.model, multi_avg_fn=ema, use_buffers=False)
-        self.averaged = averaged
+            decay = optim.swa_utils.get_ema_multi_avg_fn(0.999)
+            self.ema = optim.swa_utils.AveragedModel(self.model, multi_avg_fn=decay)
 
     def epoch(self):
         self.model.train()
@@ -52,9 +54,9 @@ class Bare:
             F.cross_entropy(self.model(xb), yb).backward()
             self.opt.step()
             self.opt.zero_grad()
-            if self.averaged: self.ema.update_parameters(self.model)
+            if self.ema is not None: self.ema.update_parameters(self.model)
         self.validate(self.model)
-        if self.averaged: self.validate(self.ema)
+        if self.ema is not None: self.validate(self.ema)
 
     def validate(self, model):
         model.eval()
@@ -69,9 +71,11 @@ class Bare:
 
 
 class Ours:
-    def __init__(self, dls, *cbs, layout=torch.contiguous_format):
-        cbs = [DeviceCB(), MetricsCB(accuracy=MulticlassAccuracy()), ProgressCB(), *cbs]
-        self.learn = TrainLearner(model().to(memory_format=layout), dls, F.cross_entropy, 0.2, cbs, sgd)
+    "A fit of one epoch of the learner"
+    def __init__(self, dls, device, *cbs, layout=torch.contiguous_format):
+        usual = [DeviceCB(device), MetricsCB(accuracy=MulticlassAccuracy(device=device)), ProgressCB()]
+        model = make_model(device).to(memory_format=layout)
+        self.learn = TrainLearner(model, dls, F.cross_entropy, 0.2, [*usual, *cbs], sgd)
 
     def epoch(self):
         with contextlib.redirect_stdout(io.StringIO()): self.learn.fit(1)
@@ -90,51 +94,50 @@ def as_png(dd):
     return dd.map(encode, batched=True, features=plain, keep_in_memory=True).cast_column('image', features['image'])
 
 
+def to_tensor(image):
+    "Step by step what torchvision's `to_tensor` does with an image"
+    pixels = torch.from_numpy(np.array(image, np.uint8, copy=True))
+    pixels = pixels.view(image.size[1], image.size[0], len(image.getbands())).permute((2, 0, 1)).contiguous()
+    return pixels.to(torch.get_default_dtype()).div(255)
+
+
 @inplace
-def to_tensors(b):
-    "Step by step what torchvision's `to_tensor` does with each image, and the normalisation of the course"
-    def to_tensor(o):
-        t = torch.from_numpy(np.array(o, np.uint8, copy=True))
-        return t.view(o.size[1], o.size[0], len(o.getbands())).permute((2, 0, 1)).contiguous().to(torch.get_default_dtype()).div(255)
+def normalised(b):
+    "As the course does it"
     b['image'] = [(to_tensor(o) - 0.28)/0.35 for o in b['image']]
 
 
-def timed(f):
-    start = time.perf_counter()
-    f()
-    if torch.cuda.is_available(): torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=9)
-    parser.add_argument('--bs', type=int, default=1024)
-    args = parser.parse_args()
-    dd, device = fashion_mnist(), default_device()
+    options = parser(__doc__, rounds=9, bs=1024)
+    options.add_argument('--toy', action='store_true', help='10,000 made-up images, where Fashion-MNIST is not at hand')
+    args = options.parse_args()
+    device = default_device()
+    dd = toy_images() if args.toy else fashion_mnist()
     dls = DataLoaders.in_memory(dd, args.bs, device=device)
 
     datasets.disable_progress_bars()
-    png = as_png(dd).with_transform(to_tensors)
-    slow = {f'as the course loads, {n} workers': DataLoaders.from_dd(png, args.bs, num_workers=n) for n in (0, 2)}
-    runs = {'bare': Bare(dls), 'bare + torch EMA': Bare(dls, averaged=True), 'ours, no average': Ours(dls),
-            'ours + EMACB, row off': Ours(dls, EMACB(valid=False)), 'ours + EMACB': Ours(dls, EMACB()),
-            'ours + EMACB, model in channels_last': Ours(dls, EMACB(), layout=torch.channels_last),
-            **{name: Ours(dl) for name, dl in slow.items()}}
-    times = {name: [] for name in runs}
-    for r in range(args.rounds + 1):
-        for name, run in runs.items():
-            if name in slow and r not in (1, 2, 3): continue
-            t = timed(run.epoch)
-            if r: times[name].append(t)             # the first round warms up
-    where = torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} CPU threads'
-    print(f'Fashion-MNIST, batch {args.bs}, {where}, torch {torch.__version__}, {args.rounds} rounds\n')
+    png = as_png(dd).with_transform(normalised)
+    last = 'ours + EMACB, model in channels_last'
+    runs = {'bare': Bare(dls, device), 'bare + torch EMA': Bare(dls, device, averaged=True),
+            'ours, no average': Ours(dls, device), 'ours + EMACB, row off': Ours(dls, device, EMACB(valid=False)),
+            'ours + EMACB': Ours(dls, device, EMACB()),
+            last: Ours(dls, device, EMACB(), layout=torch.channels_last)}
+    fast = {name: run.epoch for name, run in runs.items()}
+    slow = {}
+    for n in 0, 2:
+        loaded = DataLoaders.from_dd(png, args.bs, num_workers=n)
+        slow[f'as the course loads, {n} workers'] = Ours(loaded, device).epoch
+    few = min(3, args.rounds)      # rounds with the slow rows, whose differences are large
+    times = take_turns(fast | slow, few, device)
+    rest = take_turns(fast, args.rounds - few, device)
+    for name in fast: times[name] += rest[name]
+
+    data = 'Toy images' if args.toy else 'Fashion-MNIST'
+    print(f'{data}, batch {args.bs}, {place(device)}, {args.rounds} rounds\n')
     print('| | s per epoch | ÷ bare (min … max) |\n| --- | --: | --: |')
-    for name, ts in times.items():
-        ratios = [t/b for t, b in zip(ts, times['bare'])]
-        print(f'| {name} | {statistics.median(ts):.3f} | {statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f}) |')
+    for name, ts in times.items(): print(f'| {name} | {statistics.median(ts):.3f} | {spread(times, name, "bare")} |')
     print()
-    for ours in ('ours + EMACB', 'ours + EMACB, model in channels_last'):
+    for ours in 'ours + EMACB', last:
         for name in slow: print(f'{ours} ÷ {name}: {statistics.median(times[ours])/statistics.median(times[name]):.3f}')
 
 

@@ -80,7 +80,8 @@ def test_options(options, tmp_path, capsys):
     ('--averages swa,sma', "'swa', 'ema', 'swa,ema', 'ema,swa' or 'none'; got 'swa,sma'"),
     ('--averages ema,ema', "or 'none'; got 'ema,ema'"), ('--averages none,ema', "or 'none'; got 'none,ema'"),
     ('--init magic', "'kaiming', 'lsuv' or 'default'"), ('--bs 0', '1 or more; got 0'), ('--momentum 1', 'below 1'),
-    ('--seed -1', '4294967295'), ('--device tpu9', 'auto, cpu'), ('--device cuda:99', 'auto, cpu'), ('--device meta', 'auto, cpu'),
+    ('--seed -1', '4294967295'), ('--device tpu9', 'auto, cpu'), ('--device cuda:99', 'auto, cpu'),
+    ('--device meta', 'auto, cpu'),
     ('--out /proc/none/x', 'written to'), ('--colour red', '--colour')])
 def test_wrong_values(options, says, tmp_path, capsys):
     "One line on stderr, exit status 2, nothing written"

@@ -36,11 +36,14 @@ def test_readme_is_the_index_notebook():
     assert (root/'README.md').read_text(encoding='utf-8') == render(), 'run `make readme`'
 
 def test_lines_are_short():
-    "At most 120 columns, in all that the notebooks export and in what is written by hand"
-    files = (o for o in sorted((root/'fastswa').rglob('*.py')) if o.name != '_modidx.py')
-    lines = [(o, i, l) for o in files for i, l in enumerate(o.read_text(encoding='utf-8').splitlines(), 1)]
-    lines = [(o, i, l) for o, i, l in lines if not re.match(r"(__all__ = \[| +)'\w+', ", l)]      # nbdev writes these
-    assert [f'{o.relative_to(root)}:{i}: {len(l)}' for o, i, l in lines if len(l) > 120] == []
+    "At most 120 columns, in all code: of the library, the notebooks, the tests and the benchmarks"
+    texts = {o: o.read_text(encoding='utf-8') for d in ('fastswa', 'tests', 'tools', 'benchmarks')
+             for o in (root/d).rglob('*.py') if o.name != '_modidx.py'}
+    for o in (root/'nbs').rglob('[!.]*.ipynb'):
+        cells = json.loads(o.read_text(encoding='utf-8'))['cells']
+        texts[o] = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+    long = [(o.relative_to(root), l) for o, text in texts.items() for l in text.splitlines() if len(l) > 120]
+    assert [(o, l) for o, l in long if not re.match(r"(__all__ = \[| +)'\w+', ", l)] == []      # nbdev writes those
 
 @pytest.mark.parametrize('name', ['initializing', 'ktorch_mnist', 'weight_averaging'])
 def test_studies_use_names_that_exist(name):
@@ -52,7 +55,8 @@ def test_studies_use_names_that_exist(name):
     known = vars(builtins) | {}
     exec(compile(imports, name, 'exec'), known)
     names = [o for o in ast.walk(tree) if isinstance(o, ast.Name)]
-    own = {o.id for o in names if isinstance(o.ctx, ast.Store)} | {o.arg for o in ast.walk(tree) if isinstance(o, ast.arg)}
+    own = {o.id for o in names if isinstance(o.ctx, ast.Store)}
+    own |= {o.arg for o in ast.walk(tree) if isinstance(o, ast.arg)}
     own |= {o.name for o in ast.walk(tree) if isinstance(o, (ast.FunctionDef, ast.ClassDef))}
     assert {o.id for o in names} - own - set(known) == set()
 

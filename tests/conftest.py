@@ -15,6 +15,10 @@ hypothesis.settings.load_profile('fastswa')
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the models here are too small to use more
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('gpu') and not torch.cuda.is_available(): pytest.skip('needs a CUDA device')
+
+
 @pytest.fixture(scope='session')
 def fmnist():
     "The real Fashion-MNIST; where there is none, the test is skipped"

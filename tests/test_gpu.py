@@ -14,7 +14,7 @@ from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.rules import ema, equal, power
 from helpers import floats
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
+pytestmark = pytest.mark.gpu
 RULES = dict(equal=equal(), ema=ema(decay=0.7), half=ema(half_life=3), ratio=ema(decay=0.9, warmup='ratio'),
              power=power(gamma=2.5))
 nan, inf = float('nan'), float('inf')

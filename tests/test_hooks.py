@@ -725,13 +725,11 @@ def test_as_the_course_does_it():
 
 # --- on a GPU
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
-
 
 @pytest.mark.parametrize('log', [False, True])
 @pytest.mark.parametrize('deterministic', [False, True])
 class TestOnAGPU:
-    pytestmark = gpu
+    pytestmark = pytest.mark.gpu
 
     def test_nothing_waits_and_all_is_right(self, log, deterministic):
         x = (torch.randn(64, 8, 14, 14, generator=torch.Generator().manual_seed(0))*4).relu()

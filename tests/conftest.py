@@ -1,4 +1,5 @@
 import os
+import signal
 import warnings
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
@@ -7,6 +8,9 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
 import hypothesis
 import pytest
 import torch
+
+# A shell that runs pytest in the background lets it ignore Ctrl-C, and with it the processes that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples each time, however slow the machine is
 hypothesis.settings.register_profile('fastswa', deadline=None, derandomize=True,

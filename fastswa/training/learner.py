@@ -93,7 +93,7 @@ class HasWeights:
         save = later('checkpoint.checkpoint', 'save')
         load = later('checkpoint.checkpoint', 'load')
         export = later('checkpoint.checkpoint', 'export')
-    _resume_callback = later('checkpoint.resume', 'resume_callback')
+    _go_on_from = later('checkpoint.resume', 'go_on_from')
 
 # %% ../../nbs/training/04_learner.ipynb #0000000e
 def _length(dl):
@@ -239,14 +239,6 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
     def backward(self): self.callback('backward')
     def step(self): self.callback('step')
     def zero_grad(self): self.callback('zero_grad')
-    def _go_on_from(self, path, extra, stack):
-        self.resuming = self._resume_callback(path)
-        if self.resuming is None: return      # a folder without a checkpoint yet
-        stack.callback(setattr, self, 'resuming', None)
-        extra.append(self.resuming)
-        self.cbs.append(self.resuming)
-        self.epoch = self.completed = self.resuming.epoch
-        self.epochs = range(self.epoch, self.n_epochs)
 
     def _raw_after_error(self, exc_type, exc, tb):
         if exc is not None: restore_raw(self.model)

@@ -70,8 +70,7 @@ class HasWeights:
         dl=None, # batches to validate on; None: `dls.valid`
     ) -> list: # the rows, as dicts
         "Validate now; history and run stay as they are. Raises RuntimeError for an average without a snapshot"
-        with sandbox(self):
-            if dl is not None: self.dls.valid = dl
+        with sandbox(self, valid=dl):
             self.fit(1, train=False, valid=weights or True)
             return self.history
 
@@ -80,9 +79,7 @@ class HasWeights:
         dl=None, # batches to predict; None: `dls.valid`
     ) -> tuple: # predictions and targets
         "Predictions and targets, on the CPU"
-        with sandbox(self), self.using(weights or self.weights):
-            if dl is not None: self.dls.valid = dl
-            return self.capture_preds()
+        with sandbox(self, valid=dl), self.using(weights or self.weights): return self.capture_preds()
 
     if TYPE_CHECKING:
         from fastswa.callbacks.finder import lr_find

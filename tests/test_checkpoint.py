@@ -419,6 +419,17 @@ def test_quiet(tmp_path, capsys):
     assert 'resuming from' in capsys.readouterr().out
 
 
+def test_a_finished_run_says_that_nothing_is_left(tmp_path, capsys):
+    "Wrong: that it goes on"
+    learner().fit(2, cbs=CheckpointCB(tmp_path), resume=tmp_path)
+    capsys.readouterr()
+    learner().fit(2, cbs=CheckpointCB(tmp_path), resume=tmp_path)
+    last = tmp_path/'step-00000016.pt'
+    assert capsys.readouterr().out == f'resuming from {last}: all 2 epochs are done, nothing is left to train\n'
+    with pytest.warns(UserWarning, match='is of 3 now'): learner().fit(3, cbs=CheckpointCB(tmp_path), resume=tmp_path)
+    assert f'resuming from {last}: 2/3 epochs and 0 batches, 16 steps\n' in capsys.readouterr().out
+
+
 def test_a_file_without_an_ending(tmp_path):
     "Wrong: torch's writer, which names what is in the file after it, finds no name in a hidden one without an ending"
     learn = learner(EMACB(0.8, apply=False))

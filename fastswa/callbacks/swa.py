@@ -194,29 +194,28 @@ class SWACB(AverageCB):
                           'add BNUpdateCB() to the callbacks')
         if self.swa_lr is None: return
         self._changes,self._lrs,self._annealed_from = OptionChanges(learn.opt),None,0
-        self._first,self._anneal = learn.clock.span(Time.parse(self.start)),learn.clock.span(self.anneal)
+        self._start = Time.parse(self.start)
+        self._first,self._anneal = learn.clock.span(self._start),learn.clock.span(self.anneal)
 
     def after_step(self, learn):
         super().after_step(learn)
         self._set_rate(learn)
 
     def before_batch(self, learn):
-        if learn.training: self._set_rate(learn)      # a schedule by epochs may have set it meanwhile
+        # a schedule by epochs may have set it meanwhile; the clock counts the batch that begins already
+        if learn.training: self._set_rate(learn, begun=1)
 
-    def _set_rate(self, learn):
-        if self.swa_lr is None or self._passed(learn) < self._first: return
-        groups,now = learn.opt.param_groups,self._position(learn, self.anneal)
-        if self._lrs is None: self._lrs,self._annealed_from = [float(g['lr']) for g in groups],now
-        done = min(1., float((now - self._annealed_from)/(self._anneal or 1)))
-        share = (1 - math.cos(math.pi*done))/2
+    def _set_rate(self, learn, begun=0):
+        def done(time): return learn.clock.now(time) - begun*(learn.clock.kind(time) == 'batches')
+        if self.swa_lr is None or done(self._start) < self._first: return
+        groups,now = learn.opt.param_groups,done(self.anneal)
+        # once more at the same place: a schedule by epochs steps after the step that ends one
+        if self._lrs is None or now == self._annealed_from:
+            self._lrs,self._annealed_from = [float(g['lr']) for g in groups],now
+        way = min(1., float((now - self._annealed_from)/self._anneal)) if self._anneal else 1.
+        share = (1 - math.cos(math.pi*way))/2
         for g, lr in zip(groups, self._lrs):
             set_option(g, 'lr', self.swa_lr*g.get('lr_mult', 1.)*share + lr*(1 - share))
-
-    def _passed(self, learn): return self._position(learn, Time.parse(self.start))
-
-    def _position(self, learn, time):
-        "How far the fit has come; between two batches, of those that are done"
-        return learn.clock.now(time)
 
     def cleanup_fit(self, learn):
         if self._changes is not None: self._changes.undo()

@@ -70,8 +70,7 @@ class HasWeights:
         dl=None, # batches to validate on; None: `dls.valid`
     ) -> list: # the rows, as dicts
         "Validate now; history and run stay as they are. Raises RuntimeError for an average without a snapshot"
-        with sandbox(self):
-            if dl is not None: self.dls.valid = dl
+        with sandbox(self, valid=dl):
             self.fit(1, train=False, valid=weights or True)
             return self.history
 
@@ -80,9 +79,7 @@ class HasWeights:
         dl=None, # batches to predict; None: `dls.valid`
     ) -> tuple: # predictions and targets
         "Predictions and targets, on the CPU"
-        with sandbox(self), self.using(weights or self.weights):
-            if dl is not None: self.dls.valid = dl
-            return self.capture_preds()
+        with sandbox(self, valid=dl), self.using(weights or self.weights): return self.capture_preds()
 
     if TYPE_CHECKING:
         from fastswa.callbacks.finder import lr_find
@@ -96,7 +93,7 @@ class HasWeights:
         save = later('checkpoint.checkpoint', 'save')
         load = later('checkpoint.checkpoint', 'load')
         export = later('checkpoint.checkpoint', 'export')
-    _resume_callback = later('checkpoint.resume', 'resume_callback')
+    _go_on_from = later('checkpoint.resume', 'go_on_from')
 
 # %% ../../nbs/training/04_learner.ipynb #0000000e
 def _length(dl):
@@ -242,14 +239,6 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
     def backward(self): self.callback('backward')
     def step(self): self.callback('step')
     def zero_grad(self): self.callback('zero_grad')
-    def _go_on_from(self, path, extra, stack):
-        self.resuming = self._resume_callback(path)
-        if self.resuming is None: return      # a folder without a checkpoint yet
-        stack.callback(setattr, self, 'resuming', None)
-        extra.append(self.resuming)
-        self.cbs.append(self.resuming)
-        self.epoch = self.completed = self.resuming.epoch
-        self.epochs = range(self.epoch, self.n_epochs)
 
     def _raw_after_error(self, exc_type, exc, tb):
         if exc is not None: restore_raw(self.model)

@@ -121,7 +121,7 @@ class _Folder:
 # %% ../../nbs/compare/01_runs.ipynb #58306044
 def compare(
     make_learner, # called with a seed; returns the baseline's learner
-    variants:dict, # name → an averaging callback, which watches the baseline's run, or another function like `make_learner`
+    variants:dict, # name → an averaging callback, which watches the baseline's run, or a function like that
     seeds=5, # how many, or which
     epochs:int=5, # in each run
     out=None, # a folder for the finished runs, from which an interrupted comparison goes on; None: in memory
@@ -250,14 +250,15 @@ class Comparison:
     ): # a frame with a row for each variant
         """Mean, standard deviation, difference from the baseline with its interval, and whether that can be told from 0
 
-        Of an accuracy also the `sampling error`: what other validation samples would have changed, as a standard error."""
+        Of an accuracy also its `sampling error`: a standard error, for the choice of validation samples."""
         import pandas as pd
         metric = self._check(metric or self.metric)
         at,rows = self._at(metric, epoch),{}
         for name in self.variants:
             values = at[name].dropna()
             row = dict(seeds=len(values), mean=values.mean(), sd=values.std())
-            if self._is_share(metric) and len(values): row['sampling error'] = sampling_error(values.mean(), self.n_valid)
+            if self._is_share(metric) and len(values):
+                row['sampling error'] = sampling_error(values.mean(), self.n_valid)
             if name != 'raw': row |= self._compared(name, at[['raw', name]].dropna(), metric, confidence)
             rows[name] = row
         return pd.DataFrame.from_dict(rows, orient='index').fillna(dict(verdict=''))
@@ -277,7 +278,7 @@ class Comparison:
         metric:str|None=None, # a column; None: the one compared by
         axes=None, # an array of two axes; a new figure if None
     ): # the axes
-        "Draw the mean of each variant over the epochs with its standard deviation, and the paired differences at the end"
+        "Draw the mean of each variant by epoch with its standard deviation, and the paired differences at the end"
         metric = self._check(metric or self.metric)
         styles = weight_styles(self.variants)
         with plot_style():

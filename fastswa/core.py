@@ -541,6 +541,6 @@ def quiet():
     finally: _all_quiet = before
 
 # %% ../nbs/00_core.ipynb #00000043
-def is_quiet(learn) -> bool:
-    "Should what runs on this learner print nothing?"
-    return _all_quiet or learn.quiet
+def is_quiet(learn=None) -> bool:
+    "Should what runs on this learner, or anywhere if there is none, print nothing?"
+    return _all_quiet or learn is not None and learn.quiet

@@ -141,7 +141,7 @@ def batch_targets(
     batch, # a tuple or list, a mapping, or an object
     n_inp:int=1, # how many elements are inputs
 ) -> list: # empty where there are only inputs
-    "What goes to the loss: the elements after the inputs, or those called `labels`, `label`, `targets`, `target` or `y`"
+    "What goes to the loss: what follows the inputs, or is called `labels`, `label`, `targets`, `target` or `y`"
     if _is_tuple(batch): return batch[n_inp:]
     if not isinstance(batch, Mapping):
         return [] if isinstance(batch, torch.Tensor) else [getattr(batch, k) for k in _TARGETS if hasattr(batch, k)]

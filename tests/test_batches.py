@@ -127,7 +127,8 @@ class Weighed(list):
 
 def test_the_loader_may_say_how_many_samples():
     "Batches of 2 rows that stand for 1 and 3 samples; wrong: the mean of the two losses"
-    batches = Weighed([(torch.tensor([[1.], [0.]]), torch.zeros(2, 1)), (torch.tensor([[3.], [0.]]), torch.zeros(2, 1))])
+    zeros = torch.zeros(2, 1)
+    batches = Weighed([(torch.tensor([[1.], [0.]]), zeros), (torch.tensor([[3.], [0.]]), zeros)])
     learn = TrainLearner(nn.Linear(1, 1, bias=False), SimpleNamespace(train=None, valid=batches), F.mse_loss)
     nn.init.ones_(learn.model.weight)
     assert learn.validate()[0]['loss'] == pytest.approx((1*0.5 + 3*4.5)/4)
@@ -135,7 +136,8 @@ def test_the_loader_may_say_how_many_samples():
 
 def _same(batches, change, cls, **kw):
     torch.manual_seed(0)
-    dls = SimpleNamespace(train=[change(x, y) for x, y in batches.train], valid=[change(x, y) for x, y in batches.valid])
+    train, valid = ([change(x, y) for x, y in o] for o in (batches.train, batches.valid))
+    dls = SimpleNamespace(train=train, valid=valid)
     steps = [TrainCB()] if cls is Learner else []
     model = nn.Sequential(linear(), nn.BatchNorm1d(1))
     learn = cls(Wrapped(model), dls, F.mse_loss, 0.1, [DeviceCB('cpu'), EMACB(apply=False), BNUpdateCB(), *steps])

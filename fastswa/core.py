@@ -460,13 +460,15 @@ class Table:
         left=('train', 'weights'), # columns that are flush left; all others are flush right
         least:int=6, # characters of every column, at least
         formats=None, # column → format specification of its numbers; `format_value` says it where there is none
+        optional=(), # columns to leave out of lines that would be too long, these first
     ):
         self.columns,self.rows = [],[]
         self._widths,self._left,self._least = dict(widths),left,least
-        self._formats = formats or {}
+        self._formats,self._optional = formats or {},optional
 
     def add(self,
         row:dict, # column → value
+        width:float=math.inf, # characters of a line, at most
     ) -> list: # the lines to print: the row, after a header if it has new columns
         "Add a row; the last column stays last"
         known = set(self.columns)
@@ -474,16 +476,22 @@ class Table:
         cells = {column: format_value(value, self._formats.get(column)) for column, value in row.items()}
         self.rows.append(cells)
         for c in self.columns: self._widths[c] = max(self._widths.get(c, self._least), len(c), len(cells.get(c, '')))
-        lines = [self._line(cells)]
-        return lines if known == set(self.columns) else [self._header(), *lines]
+        lines = [self._line(cells, width)]
+        return lines if known == set(self.columns) else [self._header(width), *lines]
 
-    def _header(self): return self._line({c: c for c in self.columns})
+    def _header(self, width=math.inf): return self._line({c: c for c in self.columns}, width)
 
-    def _line(self, cells):
+    def _line(self, cells, width=math.inf):
         def cell(c):
             text = cells.get(c, '')
             return text.ljust(self._widths[c]) if c in self._left else text.rjust(self._widths[c])
-        return '  '.join(map(cell, self.columns)).rstrip()
+        texts = {c: cell(c) for c in self.columns}
+        line = '  '.join(texts.values())
+        for c in (None, *self._optional):      # before any column the gaps give way
+            if len(line) <= width: break
+            texts.pop(c, None)
+            line = ' '.join(texts.values())
+        return line.rstrip()
 
     def text(self,
         last:int=0, # only so many rows, the newest; 0: all
@@ -501,22 +509,25 @@ class Table:
 
 # %% ../nbs/00_core.ipynb #0000003f
 class Report(list):
-    "A list of named tuples that prints as a table, without columns that say nothing"
+    "A list of named tuples or dicts that prints as a table, without columns that say nothing"
     def __init__(self,
-        rows=(), # named tuples
+        rows=(), # named tuples or dicts
         **formats, # column → format specification of its numbers; `'.4g'` where there is none
     ):
         super().__init__(rows)
         self.formats = formats
 
-    def __repr__(self):
-        rows = [row._asdict() for row in self]
+    def __repr__(self): return self._table().text() or 'no rows'
+    def _repr_html_(self): return self._table().html() or None
+
+    def _table(self):
+        rows = [row if isinstance(row, dict) else row._asdict() for row in self]
         columns = dict.fromkeys(k for r in rows for k in r)
         columns = [c for c in columns if any(r.get(c) not in (None, '') for r in rows)]
         texts = [c for c in columns if any(isinstance(r.get(c), str) for r in rows)]
         table = Table(left=texts, least=0, formats=dict.fromkeys(columns, '.4g') | self.formats)
         for r in rows: table.add({c: r.get(c) for c in columns})
-        return table.text() or 'no rows'
+        return table
 
 # %% ../nbs/00_core.ipynb #00000042
 _all_quiet = False
@@ -530,6 +541,6 @@ def quiet():
     finally: _all_quiet = before
 
 # %% ../nbs/00_core.ipynb #00000043
-def is_quiet(learn) -> bool:
-    "Should what runs on this learner print nothing?"
-    return _all_quiet or learn.quiet
+def is_quiet(learn=None) -> bool:
+    "Should what runs on this learner, or anywhere if there is none, print nothing?"
+    return _all_quiet or learn is not None and learn.quiet

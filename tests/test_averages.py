@@ -197,6 +197,36 @@ def test_a_part_of_a_model_whose_whole_is_held():
     assert (part.n, elsewhere.n) == (1, 1)
 
 
+def tracked(module, name, value):
+    "Averages of a module, with one that is constant"
+    averages = Averages(module)
+    averages.add(name, equal())
+    with torch.no_grad():
+        raw = copied(module.state_dict())
+        for t in module.parameters(): t.fill_(value)
+        averages.step()
+        module.load_state_dict(raw)
+    return averages
+
+
+def test_looks_at_parts_of_a_model_that_is_held():
+    """Each part holds what was put there last, and afterwards what it held before
+
+    Wrong: the end of one look at a part ends that at another part, or at the whole"""
+    model = net(norm=False)
+    raw = copied(model.state_dict())
+    whole, first, last = tracked(model, 'whole', 1.), tracked(model[0], 'first', 2.), tracked(model[-1], 'last', 3.)
+    def holds(): return [(held_weights(m), m.bias[0].item()) for m in (model[0], model[-1])]
+    whole.apply('whole')
+    with first.using('first'):
+        with last.using('last'): assert holds() == [('first', 2.), ('last', 3.)]
+        assert holds() == [('first', 2.), ('whole', 1.)]
+        assert torch.equal(first.weights('raw')['bias'], raw['0.bias'])
+    assert holds() == [('whole', 1.)]*2 and whole.held == 'whole'
+    restore_raw(model[0])
+    assert same(copied(model.state_dict()), raw) and {whole.held, first.held, last.held} == {'raw'}
+
+
 def test_a_module_of_a_set_of_weights_stands_alone():
     learn = fitted(EMACB(0.8, apply=False), BNUpdateCB())
     alone, x = learn.module('ema'), torch.randn(5, 3)

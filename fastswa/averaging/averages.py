@@ -14,7 +14,8 @@ from torch import nn
 
 from .average import Average, detached_copy, update_all
 from .batchnorm import bn_layers, bn_state, load_bn_state, update_bn
-from .holding import Held, held_record, held_weights, holding, keep_held, raw_values, restore_raw
+from fastswa.averaging.holding import (Held, held_record, held_weights, holding, keep_held, layers_of, raw_values,
+    restore_raw)
 from .rules import equal
 from .tensors import Selection, find_tensors
 from ..core import Clock, Every, Time, keep_modes, keep_rng, loader_generators, unwrap
@@ -251,13 +252,13 @@ class Averages(TrackedAverages):
         self.adopt_changes()
         restore_raw(self.model)
         if name == 'raw': return
-        places,values = self._contents(name)
-        held = Held(name, self.model, places)
+        (places, values),layers = self._contents(name),layers_of(self.model)
+        held = Held(name, layers, places)
         try:
-            held.take(self.model, values)
+            held.take(layers, values)
             with keep_rng(), keep_modes(self.model): self._fit_statistics(name, bn_data, forward, n_batches)
         except BaseException:
-            held.release(self.model)
+            held.release(layers)
             raise
         held.note_contents()
         self._applied = held

@@ -29,6 +29,7 @@ def _check_metric(name, metric):
     lacking = [k for k in ('reset', 'update', 'compute') if not hasattr(metric, k)]
     if lacking and callable(metric):
         f = getattr(metric, '__name__', 'f')
+        if not f.isidentifier(): f = name      # a lambda
         raise TypeError(f'{name} is a function, which does not add up over batches. For its mean over the samples:\n\n'
                         f'class {f.title()}(torcheval.metrics.Mean):\n    def update(self, preds, targets): '
                         f'return super().update({f}(preds, targets), weight=len(targets))\n')
@@ -50,6 +51,8 @@ class MetricsCB(Callback):
         for name, m in metrics.items(): _check_metric(name, m)
         self.metrics = metrics
         self._batches = 0      # that the metrics have seen in this epoch
+
+    def __repr__(self): return f'MetricsCB({", ".join(self.metrics)})'
 
     def before_fit(self, learn):
         self._batches = 0

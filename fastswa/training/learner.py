@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
+from torch.nn.parameter import is_lazy
 
 from ..averaging.averages import Averages
 from ..averaging.holding import restore_raw
-from ..core import Clock, later, map_tensors, unwrap
+from ..core import Clock, Report, later, map_tensors, unwrap
 from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepException
 from .events import as_list, check_cbs, with_cbs
 from .optim import HasOptimizer
@@ -36,6 +37,15 @@ class HasWeights:
 
     @averages.setter
     def averages(self, averages): self._averages = averages
+
+    def __repr__(self):
+        "The model, what it holds, the callbacks, and the epochs trained, in one line"
+        n = sum(0 if is_lazy(p) else p.numel() for p in self.model.parameters())
+        epochs = sum(row['train'] == 'train' for row in self.history)
+        parts = [f'{type(unwrap(self.model)).__name__}, {n:,} parameters, {self.weights} weights',
+                 'callbacks ' + (', '.join(type(cb).__name__ for cb in self.cbs) or 'none'),
+                 f'{epochs} epoch{"" if epochs == 1 else "s"} done']
+        return f'{type(self).__name__}({"; ".join(parts)})'
 
     @property
     def weights(self) -> str:
@@ -68,21 +78,18 @@ class HasWeights:
     def validate(self,
         weights:str|None=None, # `'raw'` or the name of an average; None: a row for each
         dl=None, # batches to validate on; None: `dls.valid`
-    ) -> list: # the rows, as dicts
+    ) -> Report: # a list of the rows, as dicts, that prints as a table
         "Validate now; history and run stay as they are. Raises RuntimeError for an average without a snapshot"
-        with sandbox(self):
-            if dl is not None: self.dls.valid = dl
+        with sandbox(self, valid=dl):
             self.fit(1, train=False, valid=weights or True)
-            return self.history
+            return Report(self.history)
 
     def get_preds(self,
         weights:str|None=None, # `'raw'` or the name of an average; None: those the model holds
         dl=None, # batches to predict; None: `dls.valid`
     ) -> tuple: # predictions and targets
         "Predictions and targets, on the CPU"
-        with sandbox(self), self.using(weights or self.weights):
-            if dl is not None: self.dls.valid = dl
-            return self.capture_preds()
+        with sandbox(self, valid=dl), self.using(weights or self.weights): return self.capture_preds()
 
     if TYPE_CHECKING:
         from fastswa.callbacks.finder import lr_find

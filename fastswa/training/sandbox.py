@@ -45,16 +45,22 @@ def _with_fresh_workers(dl):
     dl._iterator = None
     return dl
 
+class _Loaders:
+    "Some loaders in place of those of `dls`, which may be a class, a module or a tuple: nothing is written to it"
+    def __init__(self, dls, **loaders):
+        self.__dict__ |= loaders
+        self.dls = dls
+
+    def __getattr__(self, name): return getattr(self.__dict__.get('dls'), name)
+
 @contextmanager
 def keep_random_state(
     learn, # a learner
 ):
     "Random state, that of loaders and transforms too, goes on after the block as if nothing had been drawn inside"
-    kept,learn.dls = learn.dls,copy(learn.dls)
-    loaders = {name: getattr(learn.dls, name) for name in ('train', 'valid') if hasattr(learn.dls, name)}
-    for name, dl in loaders.items():
-        fresh = _with_fresh_workers(dl)
-        if fresh is not dl: setattr(learn.dls, name, fresh)
+    kept = learn.dls
+    loaders = {name: getattr(kept, name) for name in ('train', 'valid') if hasattr(kept, name)}
+    learn.dls = _Loaders(kept, **{name: _with_fresh_workers(dl) for name, dl in loaders.items()})
     try:
         with keep_rng(*generators(learn)): yield
     finally: learn.dls = kept
@@ -106,11 +112,13 @@ def sandbox(
     learn, # a learner
     cbs=(), # callbacks to add
     train:bool=False, # will something be trained, so that weights, gradients and optimizer have to return too?
+    valid=None, # another loader to validate on; None: that of the learner
 ):
     "What runs inside leaves no trace: attributes, callbacks and random state are afterwards as before"
     kept = dict(vars(learn))
     states = [(cb, cb.state_dict()) for cb in learn.cbs if cb.role == 'steps' and hasattr(cb, 'state_dict')]
     try:
+        if valid is not None: learn.dls = _Loaders(learn.dls, valid=valid)
         with keep_random_state(learn):
             learn.quiet,learn.history,learn.own_cbs = True,[],essentials()
             own = [deepcopy(cb) if cb.role == 'measures' else cb for cb in learn.cbs if _takes_part(cb)]

@@ -106,8 +106,8 @@ class MetricsCB(Callback):
 _SMALL = ('.*(loss(es)?|errors?|crossentropy|normalizedentropy|perplexity|distance|divergence)|err|r?mse|r?msle|mae|'
           's?mape|nll|b?ce|xent|ppl|[wct]er|fid|kid|lpips|brier|ece|regret|bp[bcd]')
 _LARGE = ('.*(accuracy|scores?|precision|recall|sensitivity|specificity|similarity|likelihood|correlation|hitrate|'
-          'reciprocalrank|noiseratio|rewards?|returns?)|b?acc|auc|auroc|auprc|m?ap|f[12]|fbeta|m?iou|jaccard|dice|r2|psnr|'
-          's[nd]r|(ms)?ssim|(sacre)?bleu|rouge[ln]?|meteor|chrf|mrr|ndcg|mcc|matthews|kappa|pearson|spearman|hits')
+          'reciprocalrank|noiseratio|rewards?|returns?)|b?acc|auc|auroc|auprc|m?ap|f[12]|fbeta|m?iou|jaccard|dice|r2|'
+          'psnr|s[nd]r|(ms)?ssim|(sacre)?bleu|rouge[ln]?|meteor|chrf|mrr|ndcg|mcc|matthews|kappa|pearson|spearman|hits')
 _KNOWN = {mode: re.compile(f'({words})\\d*') for mode, words in dict(min=_SMALL, max=_LARGE).items()}
 _OTHERWISE = set('neg negative minus inverse gap drop diff delta std var'.split())      # turn what they stand beside
 

@@ -7,13 +7,13 @@ __all__ = ['MetricsCB', 'Watched', 'EarlyStoppingCB']
 
 # %% ../../nbs/callbacks/01_metrics.ipynb #00000002
 import math, re, warnings
-from collections.abc import Mapping
 from numbers import Real
 
 import torch
 
 from ..averaging.ensembles import Snapshot
-from ..core import check_choice, check_number, check_whole, is_quiet, map_tensors, plain, unwrap
+from ..core import (
+    batch_targets, check_choice, check_number, check_whole, is_quiet, map_tensors, plain, unwrap)
 from ..training.events import Callback, CancelFitException, Stage
 
 # %% ../../nbs/callbacks/01_metrics.ipynb #00000006
@@ -75,13 +75,9 @@ class MetricsCB(Callback):
     def targets(self,
         learn, # the learner, with a batch
     ):
-        "What follows the inputs; of a dict, the item called `labels`, `label`, `targets`, `target` or `y`"
-        if isinstance(learn.batch, Mapping):
-            for k in ('labels', 'label', 'targets', 'target', 'y'):
-                if k in learn.batch: return learn.batch[k]
-            names = ', '.join(map(str, learn.batch))
-            raise KeyError(f'which of {names} are the targets? Override MetricsCB.targets to say so')
-        return learn.batch[next((cb.n_inp for cb in learn.cbs if hasattr(cb, 'n_inp')), 1)]
+        "What follows the inputs, or has the name of a target, see `batch_targets` in `core`; None where there is none"
+        n_inp = next((cb.n_inp for cb in learn.cbs if hasattr(cb, 'n_inp')), 1)
+        return next(iter(batch_targets(learn.batch, n_inp)), None)
 
     def after_epoch(self, learn):
         values = {name: plain(m.compute(), tensors=False, strict=False) for name, m in self.metrics.items()}

@@ -20,7 +20,7 @@ from ..averaging.posthoc import PostHocEMA
 from ..averaging.rules import ema, equal
 from ..averaging.swag import SWAG
 from ..core import Every, Time, check_number, check_whole, is_quiet, unwrap
-from ..training.events import Callback, Stage
+from ..training.events import Callback, CancelBatchException, Stage
 from ..training.optim import OptionChanges, set_option
 from ..training.sandbox import prepared_batches
 
@@ -175,7 +175,8 @@ class _TrainingBatches:
         learn = self.learn
         kept = learn.model,learn.cbs,learn.preds
         learn.model,learn.cbs = model,self.cbs
-        try: learn.predict()
+        try:
+            with suppress(CancelBatchException): learn.predict()
         finally: learn.model,learn.cbs,learn.preds = kept
 
 # %% ../../nbs/callbacks/02_swa.ipynb #0000000e

@@ -74,7 +74,7 @@ class latest:
 
 # %% ../../nbs/averaging/08_ensembles.ipynb #00000009
 class LatestAverage(KeepsSnapshots):
-    """The mean of the `k` newest snapshots (LAWA), arXiv 2209.14981, or a merge that stands for a decay, arXiv 2507.17634
+    """The mean of the `k` newest snapshots (LAWA, arXiv 2209.14981), or a merge in place of a decay (arXiv 2507.17634)
 
     Keeps `k + 1` copies; `update` waits for a GPU. Before there are `k` snapshots, it merges those that there are."""
     _key = 'snapshots'

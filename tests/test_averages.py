@@ -192,7 +192,8 @@ def adds(model):
 
 @pytest.mark.parametrize('write', dict(
     adds=adds, trains=trains, data=lambda m: setattr(m[0].weight, 'data', torch.zeros(8, 3)),
-    parameter=lambda m: setattr(m[0], 'weight', nn.Parameter(torch.zeros(8, 3))), resets=lambda m: m[0].reset_parameters(),
+    parameter=lambda m: setattr(m[0], 'weight', nn.Parameter(torch.zeros(8, 3))),
+    resets=lambda m: m[0].reset_parameters(),
     loads=lambda m: m.load_state_dict(net(5).state_dict()),
     assigns=lambda m: m.load_state_dict(net(5).state_dict(), assign=True)).items(), ids=lambda o: o[0])
 @pytest.mark.parametrize('how', ['using', 'applied'])

@@ -84,7 +84,8 @@ class _Pool:
 
     def var(self):
         "The unbiased variance, as in torch"
-        return self.squares/max(self.n - 1, 1)
+        if self.n < 2: raise ValueError('running statistics need more than 1 value per channel: the data is one sample')
+        return self.squares/(self.n - 1)
 
     def put(self, layer, name):
         "Write the pooled statistics into a layer; ValueError if they are not finite"

@@ -7,6 +7,7 @@ __all__ = ['AverageCB', 'BNUpdateCB', 'EMACB', 'SWACB', 'LAWACB', 'SWAGCB', 'Pos
 
 # %% ../../nbs/callbacks/02_swa.ipynb #00000002
 import difflib, math, warnings
+from contextlib import suppress
 from functools import wraps
 from inspect import signature
 

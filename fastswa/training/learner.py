@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from ..averaging.averages import Averages
 from ..averaging.holding import restore_raw
-from ..core import Clock, Report, later, map_tensors, unwrap
+from ..core import Clock, Report, batch_inputs, batch_targets, later, map_tensors, tensors_in, unwrap
 from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepException
 from .events import as_list, check_cbs, with_cbs
 from .optim import HasOptimizer
@@ -127,8 +127,7 @@ def _check_fit(learn, n_epochs, train, valid, resume, reset_opt):
 def _say_where(e, learn):
     "Note on an exception where in the run it was raised, and on what"
     if not hasattr(e, 'add_note'): return     # before Python 3.11
-    shapes = []
-    map_tensors(lambda t: shapes.append(f'{tuple(t.shape)} {str(t.dtype).removeprefix("torch.")}'), learn.batch)
+    shapes = [f'{tuple(t.shape)} {str(t.dtype).removeprefix("torch.")}' for t in tensors_in(learn.batch)]
     e.add_note(f'(in batch {learn.iter} of {"training" if learn.training else "validation"} epoch {learn.epoch}, '
                f'which holds {", ".join(shapes) or type(learn.batch).__name__})')
 
@@ -270,16 +269,16 @@ class TrainCB(Callback):
     def __init__(self,
         n_inp:int=1, # how many elements of a batch go to the model; the others go to the loss
     ): self.n_inp = n_inp
-    def predict(self, learn): learn.preds = learn.model(*learn.batch[:self.n_inp])
-    def get_loss(self, learn): learn.loss = learn.loss_func(learn.preds, *learn.batch[self.n_inp:])
+    def predict(self, learn): learn.preds = learn.model(*batch_inputs(learn.batch, self.n_inp))
+    def get_loss(self, learn): learn.loss = learn.loss_func(learn.preds, *batch_targets(learn.batch, self.n_inp))
     def backward(self, learn): learn.loss.backward()
     def step(self, learn): learn.opt.step()
     def zero_grad(self, learn): learn.opt.zero_grad()
 
 class TrainLearner(Learner):
     "A `Learner` that brings the steps itself, for batches of inputs and targets"
-    def predict(self): self.preds = self.model(self.batch[0])
-    def get_loss(self): self.loss = self.loss_func(self.preds, self.batch[1])
+    def predict(self): self.preds = self.model(*batch_inputs(self.batch))
+    def get_loss(self): self.loss = self.loss_func(self.preds, batch_targets(self.batch)[0])
     def backward(self): self.loss.backward()
     def step(self): self.opt.step()
     def zero_grad(self): self.opt.zero_grad()

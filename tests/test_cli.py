@@ -194,7 +194,8 @@ def test_a_file_that_cannot_be_written_leaves_the_others_as_they_were(demo, tmp_
     def full(*args, **kw): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(plt, 'savefig', full)
     assert main(f'train --data toy --epochs 1 --bs 64 --overwrite --out {tmp_path}'.split()) == 1
-    assert {p.name: p.read_text() for p in tmp_path.iterdir() if p.is_file()} == {name: 'from an earlier run' for name in FILES}
+    assert results(tmp_path) == FILES
+    assert {(tmp_path/name).read_text() for name in FILES} == {'from an earlier run'}
 
 
 def run(*args, **kw): return subprocess.run([FASTSWA, *args], capture_output=True, text=True, **kw)

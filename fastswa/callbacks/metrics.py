@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ..core import check_choice, check_number, check_whole, is_quiet, map_tensors, plain
+from ..core import check_choice, check_number, check_whole, first_tensor, format_value
+from ..core import is_quiet, map_tensors, plain
 from ..training.events import Callback, CancelFitException, Stage
 
 # %% ../../nbs/callbacks/01_metrics.ipynb #00000006
@@ -46,24 +47,26 @@ class MetricsCB(Callback):
             metrics[name] = m
         for name, m in metrics.items(): _check_metric(name, m)
         self.metrics = metrics
+        self.all_metrics = dict(metrics)      # in a fit, also the mean loss
         self._batches = 0      # that the metrics have seen in this epoch
 
     def before_fit(self, learn):
-        self._batches = 0
+        self._batches,learn.metrics = 0,self
         names = [name for cb in learn.cbs if isinstance(cb, MetricsCB) for name in cb.metrics]
         twice = {name for name in names if names.count(name) > 1}
         if twice: raise ValueError(f'several MetricsCB have a metric called {", ".join(sorted(twice))}')
 
     def before_epoch(self, learn):
         for m in self.metrics.values(): m.reset()
-        self._batches = 0
+        self._batches,self.all_metrics['loss'] = 0,learn.own_cbs.loss.meter
 
     def after_batch(self, learn):
         if not self.metrics: return
         self._batches += 1
         preds,targets = map_tensors(torch.Tensor.detach, learn.preds),self.targets(learn)
+        first = first_tensor(preds)
         for m in self.metrics.values():
-            if torch.is_tensor(preds) and getattr(m, 'device', preds.device) != preds.device: m.to(preds.device)
+            if first is not None and getattr(m, 'device', first.device) != first.device: m.to(first.device)
             m.update(preds, targets)
 
     def targets(self,
@@ -80,8 +83,14 @@ class MetricsCB(Callback):
     def after_epoch(self, learn):
         values = {name: plain(m.compute(), tensors=False, strict=False) for name, m in self.metrics.items()}
         learn.history[-1] = {**values, **learn.history[-1]}
-        if is_quiet(learn) or any(getattr(cb, 'shows_rows', False) for cb in learn.cbs): return
-        print(learn.history[-1])
+        self._shown = any(getattr(cb, 'shows_rows', False) for cb in learn.cbs)
+        if not is_quiet(learn): self._log({k: format_value(v) for k, v in learn.history[-1].items()})
+
+    def _log(self, row):
+        "Print a row, its values as text; a callback that shows rows may put a function of its own in this place"
+        if not self._shown: print(row)
+
+    def cleanup_fit(self, learn): vars(self).pop('_log', None)
 
     def state_dict(self):
         saved = {name: m.state_dict() for name, m in self.metrics.items() if self._batches and hasattr(m, 'state_dict')}
@@ -114,7 +123,7 @@ class Watched:
         names = learn.averages.rows(empty=True)
         if self.weights not in names:
             raise ValueError(f'{self.name!r}: no weights are called {self.weights!r}; there are {", ".join(names)}')
-        if not rows or learn.epoch == learn.epochs[0]: return
+        if not rows or learn.epoch == learn.own_cbs.position.first: return
         if self.weights != 'raw' and not learn.averages[self.weights].n: return
         before = [r['weights'] for r in learn.history if r['train'] == 'eval' and r['epoch'] == learn.epoch - 1]
         if self.weights not in before:

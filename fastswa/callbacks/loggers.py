@@ -70,7 +70,7 @@ class LogCB(RowsCB):
         if not learn.training: return
         if self._loaded: self._meter.load_state_dict(self._loaded, learn.loss.device)
         self._loaded = None
-        self._meter.add(learn.loss, batch_size(learn.batch))
+        self._meter.add(learn.loss, batch_size(learn.batch, learn.dl))
         if self._due: self._try(self._flush, learn)
 
     def row(self, learn):

@@ -7,11 +7,10 @@ __all__ = ['MetricsCB', 'Watched', 'EarlyStoppingCB']
 
 # %% ../../nbs/callbacks/01_metrics.ipynb #00000002
 import warnings
-from collections.abc import Mapping
 
 import torch
 
-from ..core import check_choice, check_number, check_whole, first_tensor, format_value
+from ..core import batch_targets, check_choice, check_number, check_whole, first_tensor, format_value
 from ..core import is_quiet, map_tensors, plain
 from ..training.events import Callback, CancelFitException, Stage
 
@@ -27,6 +26,7 @@ def _check_metric(name, metric):
     lacking = [k for k in ('reset', 'update', 'compute') if not hasattr(metric, k)]
     if lacking and callable(metric):
         f = getattr(metric, '__name__', 'f')
+        if not f.isidentifier(): f = name      # a lambda
         raise TypeError(f'{name} is a function, which does not add up over batches. For its mean over the samples:\n\n'
                         f'class {f.title()}(torcheval.metrics.Mean):\n    def update(self, preds, targets): '
                         f'return super().update({f}(preds, targets), weight=len(targets))\n')
@@ -50,6 +50,8 @@ class MetricsCB(Callback):
         self.all_metrics = dict(metrics)      # in a fit, also the mean loss
         self._batches = 0      # that the metrics have seen in this epoch
 
+    def __repr__(self): return f'MetricsCB({", ".join(self.metrics)})'
+
     def before_fit(self, learn):
         self._batches,learn.metrics = 0,self
         names = [name for cb in learn.cbs if isinstance(cb, MetricsCB) for name in cb.metrics]
@@ -72,13 +74,9 @@ class MetricsCB(Callback):
     def targets(self,
         learn, # the learner, with a batch
     ):
-        "What follows the inputs; of a dict, the item called `labels`, `label`, `targets`, `target` or `y`"
-        if isinstance(learn.batch, Mapping):
-            for k in ('labels', 'label', 'targets', 'target', 'y'):
-                if k in learn.batch: return learn.batch[k]
-            names = ', '.join(map(str, learn.batch))
-            raise KeyError(f'which of {names} are the targets? Override MetricsCB.targets to say so')
-        return learn.batch[next((cb.n_inp for cb in learn.cbs if hasattr(cb, 'n_inp')), 1)]
+        "What follows the inputs, or has the name of a target, see `batch_targets` in `core`; None where there is none"
+        n_inp = next((cb.n_inp for cb in learn.cbs if hasattr(cb, 'n_inp')), 1)
+        return next(iter(batch_targets(learn.batch, n_inp)), None)
 
     def after_epoch(self, learn):
         values = {name: plain(m.compute(), tensors=False, strict=False) for name, m in self.metrics.items()}

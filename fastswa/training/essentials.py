@@ -68,8 +68,8 @@ class LossCB(Callback):
     def before_epoch(self, learn): self.meter = LossMeter()
 
     def after_batch(self, learn):
-        # predictions alone may be wanted, with a loss that is none
-        if torch.is_tensor(learn.loss) and learn.loss.numel() == 1: self.meter.add(learn.loss, batch_size(learn.batch))
+        loss = learn.loss      # predictions alone may be wanted, with a loss function that gives none
+        if torch.is_tensor(loss) and loss.numel() == 1: self.meter.add(loss, batch_size(learn.batch, learn.dl))
         if learn.training: self._check(learn, wait=False)
 
     def after_epoch(self, learn):

@@ -2,7 +2,7 @@
 from .average import Average, update_all
 from .averages import Averages
 from .batchnorm import bn_layers, bn_state, load_bn_state, update_bn
-from .ensembles import LatestAverage, Soup, greedy_soup, uniform_soup
+from .ensembles import LatestAverage, Snapshot, Soup, greedy_soup, uniform_soup
 from .holding import held_weights, keep_held, restore_raw
 from .interchange import (
     avg_params, copy_params, from_averaged_model, load_ema_pytorch, load_timm_ema, load_torch_ema, save_safetensors,
@@ -13,7 +13,7 @@ from .swag import SWAG
 from .tensors import find_tensors, stat_buffers
 
 __all__ = [
-    'Average', 'Averages', 'LatestAverage', 'PostHocEMA', 'SWAG', 'Soup', 'avg_params', 'bn_layers', 'bn_state',
-    'copy_params', 'ema', 'equal', 'find_tensors', 'from_averaged_model', 'greedy_soup', 'held_weights', 'keep_held',
-    'load_bn_state', 'load_ema_pytorch', 'load_timm_ema', 'load_torch_ema', 'power', 'power_profile', 'restore_raw',
-    'save_safetensors', 'stat_buffers', 'to_averaged_model', 'uniform_soup', 'update_all', 'update_bn']
+    'Average', 'Averages', 'LatestAverage', 'PostHocEMA', 'SWAG', 'Snapshot', 'Soup', 'avg_params', 'bn_layers',
+    'bn_state', 'copy_params', 'ema', 'equal', 'find_tensors', 'from_averaged_model', 'greedy_soup', 'held_weights',
+    'keep_held', 'load_bn_state', 'load_ema_pytorch', 'load_timm_ema', 'load_torch_ema', 'power', 'power_profile',
+    'restore_raw', 'save_safetensors', 'stat_buffers', 'to_averaged_model', 'uniform_soup', 'update_all', 'update_bn']

@@ -23,6 +23,7 @@ from ..core import check_whole, later, tensors_in
 # %% ../../nbs/averaging/05_average.ipynb #00000006
 class Average(CountedSnapshots):
     "The running mean of a module's weights by a rule"
+    fitted = False # do the BatchNorm statistics in it fit its weights?
     def __init__(self,
         module:nn.Module, # the model whose weights are averaged
         rule=equal(), # weight of the newest snapshot, as a function of the number before it

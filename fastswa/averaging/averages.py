@@ -95,8 +95,9 @@ class TrackedAverages(Mapping):
         **options, # for `Average`: `dtype`, `device`, `include`, `exclude`, `check_finite`
     ) -> Average:
         "Add an average, which takes part from now on; ValueError if the name is taken"
-        if not isinstance(name, str) or not name or name == 'raw' or '/' in name:
-            raise ValueError(f"an average needs a name other than 'raw', without '/'; got {name!r}")
+        if not isinstance(name, str) or name in ('', 'raw', 'train') or '/' in name:
+            raise ValueError("an average needs a name without '/', other than 'raw' and 'train' "
+                             f"(in tables and logs 'train' is the training); got {name!r}")
         if name in self._tracked: raise ValueError(f'two averages are called {name!r}: give one of them another name=')
         average = rule if isinstance(rule, Average) else Average(self.model, rule, **options)
         if average.source is not self.model: raise ValueError(f'{name!r} is an average of another model')
@@ -306,7 +307,7 @@ class Averages(TrackedAverages):
 
     def _fit_statistics(self, name, data, forward, n_batches):
         data,forward = self.bn_data if data is None else data, forward or self.bn_forward
-        if name == 'raw' or not bn_layers(self.model): return
+        if name == 'raw' or self[name].fitted or not bn_layers(self.model): return
         self._statistics.put(self.model, name, self[name].stamp, data, forward, n_batches or self.bn_batches)
 
     def weights(self,

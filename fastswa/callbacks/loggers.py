@@ -54,8 +54,6 @@ class LogCB(RowsCB):
         super().before_fit(learn)
         self._meter,self._loaded = LossMeter(),None
         self._lrs,self._due = {},False
-        if 'train' in learn.averages:
-            raise ValueError("in a log 'train' is the training: give the average another name")
         if learn.will_train: self.every.begin(learn.clock)
 
     def after_loss(self, learn): # before the step: afterwards schedules move on

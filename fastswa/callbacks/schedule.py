@@ -152,7 +152,7 @@ class EpochSchedCB(BaseSchedCB):
     watches"""
     def __init__(self,
         sched, # called with the optimizer (and `total_steps`, if it takes that and has none); returns a scheduler
-        metric:str='loss', # for `ReduceLROnPlateau`: a column of the raw row, or `'ema/loss'` for other weights
+        metric:str='loss', # for `ReduceLROnPlateau`: a column of the raw row; `'ema/loss'`, `'train/loss'` of others
     ):
         super().__init__(sched)
         self.watched = Watched(metric)
@@ -175,11 +175,11 @@ class EpochSchedCB(BaseSchedCB):
 
     def after_epoch(self, learn):
         if self._changes is None: return
-        if learn.training and self._by_metric: self._row = learn.history[-1]
-        elif learn.training: self._step()
-        elif self._by_metric and learn.weights == self.watched.weights:
-            self._step(self.watched.value(learn))
+        value = self.watched.value(learn) if self._by_metric else None
+        if value is not None or (learn.training and not self._by_metric):
+            self._step(value)
             self._row = None
+        elif learn.training: self._row = learn.history[-1]
 
     def _step(self, value=None):
         with _order_does_not_matter(): super()._step(value)

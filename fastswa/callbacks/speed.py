@@ -11,7 +11,7 @@ from fastcore.meta import delegates
 
 from .basics import BatchTransformCB
 from .steps import check_alone, refuse_momentum_learner
-from ..core import check_choice, check_number, check_whole, map_tensors
+from ..core import check_choice, check_number, check_whole, default_device, map_tensors
 from ..training.events import Callback, CancelStepException, Stage
 from ..training.learner import TrainCB
 
@@ -92,11 +92,11 @@ class MixedPrecisionCB(Callback):
 
 # %% ../../nbs/callbacks/05_speed.ipynb #243cd850
 class MixedPrecision(MixedPrecisionCB, TrainCB):
-    "`MixedPrecisionCB` in fp16 and the steps of `TrainCB` in one, for a bare `Learner`"
+    "`MixedPrecisionCB` and the steps of `TrainCB` in one, for a bare `Learner`: in fp16, or bf16 without an accelerator"
     def __init__(self,
         n_inp:int=1, # how many elements of a batch go to the model; the others go to the loss
     ):
-        super().__init__('fp16')
+        super().__init__('bf16' if default_device() == 'cpu' else 'fp16')      # a CPU is slow in fp16
         self.n_inp = n_inp
 
 # %% ../../nbs/callbacks/05_speed.ipynb #00000005

@@ -74,7 +74,7 @@ class AverageCB(Callback):
         return Average(model, self.rule, **self.options)
 
     def before_fit(self, learn):
-        applied = [cb.name for cb in learn.cbs if isinstance(cb, AverageCB) and cb.apply]
+        applied = [cb.name for cb in _averaging(learn) if cb.apply]
         if len(applied) > 1:
             raise ValueError(f'the model can hold one average: apply=True is set for {", ".join(applied)}')
         if not learn.will_train and learn.averages.get(self.name) is self.average is not None: return
@@ -104,7 +104,7 @@ class AverageCB(Callback):
 
     def cleanup_fit(self, learn):
         if learn.error is not None or not learn.will_train or self.average is None: return
-        cbs = [cb for cb in learn.cbs if isinstance(cb, AverageCB)]
+        cbs = _averaging(learn)
         chosen = self.apply or (self.apply is None and len(cbs) == 1)
         if self.average.n and chosen:
             learn.apply(self.name)
@@ -128,6 +128,8 @@ class AverageCB(Callback):
         elif state: self.average.load_state_dict(state)
         else: self.average.reset()
         if self.average is not None: self._loaded = None
+
+def _averaging(learn): return [cb for cb in learn.cbs if cb.role == 'averages' and hasattr(cb, 'average')]
 
 def _say(learn, text):
     if not is_quiet(learn): print(text)

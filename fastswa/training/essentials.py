@@ -109,9 +109,6 @@ class PositionCB(Callback):
     "Where a fit stands, so that it can be saved and gone on from"
     order,role = math.inf,'watches'
     rng = None # random state from which the order of this epoch follows
-    first = 0 # the epoch that this fit begins with
-
-    def before_fit(self, learn): self.first = learn.completed
 
     def before_epoch(self, learn):
         if learn.training: self.rng = get_rng_state(self.generators(learn))

@@ -92,7 +92,7 @@ class MixedPrecisionCB(Callback):
 
 # %% ../../nbs/callbacks/05_speed.ipynb #243cd850
 class MixedPrecision(MixedPrecisionCB, TrainCB):
-    "`MixedPrecisionCB` and the steps of `TrainCB` in one, for a bare `Learner`: in fp16, or bf16 without an accelerator"
+    "`MixedPrecisionCB` and the steps of `TrainCB` in one, for a bare `Learner`: fp16, on a CPU bf16"
     def __init__(self,
         n_inp:int=1, # how many elements of a batch go to the model; the others go to the loss
     ):

@@ -241,6 +241,22 @@ def loader_generators(
     found = generators_in([*(getattr(o, 'generator', None) for o in places), getattr(dl, 'tfm', None)])
     return list({id(g): g for g in found}.values())
 
+# %% ../nbs/00_core.ipynb #e20aef7f
+def _parts(o, depth=6):
+    "What a loader is made of: itself, its samplers and data sets, and what these are made of"
+    if o is None or not depth: return []
+    inner = [getattr(o, k, None) for k in ('batch_sampler', 'sampler', 'dataset')]
+    if isinstance(getattr(o, 'datasets', None), (list, tuple)): inner += o.datasets      # joined ones
+    return [o, *(p for part in inner for p in _parts(part, depth - 1))]
+
+def set_epoch(
+    dl, # any loader
+    epoch:int, # its number, from 0
+):
+    "Tell each part of a loader that has a `set_epoch` which epoch begins"
+    for part in {id(o): o for o in _parts(dl)}.values():
+        if callable(getattr(part, 'set_epoch', None)): part.set_epoch(epoch)
+
 # %% ../nbs/00_core.ipynb #0000001e
 def _range(low, high, include_low, include_high):
     "The numbers from `low` to `high` in words"

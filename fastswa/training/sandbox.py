@@ -6,11 +6,13 @@
 __all__ = ['Essentials', 'essentials', 'generators', 'keep_random_state', 'prepared_batches', 'sandbox']
 
 # %% ../../nbs/training/02_sandbox.ipynb #00000002
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from typing import NamedTuple
 
 import torch
+from torch.utils.data import Dataset, IterableDataset
 
 from ..averaging.averages import Averages
 from ..core import generators_in, keep_rng, loader_generators
@@ -87,6 +89,13 @@ def prepared_batches(
     finally: learn.batch,learn.training,learn.dl = kept
 
 # %% ../../nbs/training/02_sandbox.ipynb #00000007
+def _batches(dl):
+    "A loader; of an iterator the list, as there may be several passes; TypeError for what gives samples"
+    if isinstance(dl, torch.Tensor) or isinstance(dl, Dataset) and not isinstance(dl, IterableDataset):
+        raise TypeError(f'dl gives batches, as DataLoader(dataset, batch_size=64) does, or is a list of them; '
+                        f'got a {type(dl).__name__}, which gives samples')
+    return [*dl] if isinstance(dl, Iterator) else dl
+
 def _takes_part(cb):
     "Does a callback take part where something is only looked at or tried out?"
     if cb.role is None: return any(hasattr(cb, e) for e in ('before_batch', 'after_backward', *STEPS))
@@ -121,7 +130,7 @@ def sandbox(
     kept = dict(vars(learn))
     states = [(cb, cb.state_dict()) for cb in learn.cbs if cb.role == 'steps' and hasattr(cb, 'state_dict')]
     try:
-        if valid is not None: learn.dls = _Loaders(learn.dls, valid=valid)
+        if valid is not None: learn.dls = _Loaders(learn.dls, valid=_batches(valid))
         with keep_random_state(learn):
             learn.quiet,learn.history,learn.own_cbs = True,[],essentials()
             own = [deepcopy(cb) if cb.role == 'measures' else cb for cb in learn.cbs if _takes_part(cb)]

@@ -160,11 +160,12 @@ class BNUpdateCB(Callback):
         averages.bn_data,averages.bn_forward = batches,batches.predict
 
 class _TrainingBatches:
-    "Training batches as the model of a learner gets them, for `update_bn`; called, it begins again"
+    "Training batches as the model of a learner gets them, for `update_bn`; called, it begins again, or gives None"
     def __init__(self, learn):
         self.learn,self.cbs = learn,[*learn.cbs]      # those that prepare a batch may be of this fit only
 
     def __call__(self):
+        if getattr(self.learn.dls, 'train', None) is None: return None      # a learner that only loads and exports
         self.learn.own_cbs.modes.set(self.learn.averages.model, True)      # frozen layers stay as they are
         return self
 

@@ -7,6 +7,7 @@ __all__ = ['AverageCB', 'BNUpdateCB', 'EMACB', 'SWACB', 'LAWACB', 'SWAGCB', 'Pos
 
 # %% ../../nbs/callbacks/02_swa.ipynb #00000002
 import difflib, math, warnings
+from contextlib import suppress
 from functools import wraps
 from inspect import signature
 
@@ -22,7 +23,7 @@ from ..averaging.rules import ema, equal
 from ..averaging.swad import SWAD
 from ..averaging.swag import SWAG
 from ..core import Every, Time, check_number, check_whole, is_quiet, unwrap
-from ..training.events import Callback, Stage
+from ..training.events import Callback, CancelBatchException, Stage
 from ..training.optim import OptionChanges, set_option
 from ..training.sandbox import prepared_batches
 
@@ -178,7 +179,8 @@ class _TrainingBatches:
         learn = self.learn
         kept = learn.model,learn.cbs,learn.preds
         learn.model,learn.cbs = model,self.cbs
-        try: learn.predict()
+        try:
+            with suppress(CancelBatchException): learn.predict()
         finally: learn.model,learn.cbs,learn.preds = kept
 
 # %% ../../nbs/callbacks/02_swa.ipynb #0000000e

@@ -37,7 +37,7 @@ def valley(
 class SWAD(KeepsSnapshots):
     """The mean of the weights after every step in the valley of the validation loss: arXiv 2102.08604, alg. 1
 
-    Call `update` after each step and `step` with each validation loss. Keeps up to `overfit + 3` copies of the weights."""
+    Call `update` after each step, `step` with each validation loss. Keeps up to `overfit + 3` copies of the weights."""
     _key = 'segments'
     def __init__(self,
         module:nn.Module, # the model whose weights are averaged

@@ -9,7 +9,7 @@ __all__ = ['def_device', 'map_tensors', 'default_device', 'to_device', 'to_cpu',
            'clean_ipython_hist', 'clean_tb', 'clean_mem', 'format_value', 'format_time', 'Table', 'quiet']
 
 # %% ../nbs/00_core.ipynb #00000002
-import gc, math, random, signal, sys, threading, traceback
+import gc, math, random, signal, sys, threading, traceback, warnings
 from collections.abc import Mapping, MutableMapping
 from contextlib import contextmanager
 from copy import copy
@@ -452,6 +452,16 @@ class later:
     def __get__(self, obj, owner=None):
         f = getattr(import_module(f'fastswa.{self.module}'), self.name)
         return f if obj is None else MethodType(f, obj)
+
+# %% ../nbs/00_core.ipynb #b6b87240
+@contextmanager
+def imports_without(
+    warning:str, # a regular expression for the beginning of its text
+):
+    "A context in which libraries are imported without this warning; all others are shown"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', warning)
+        yield
 
 # %% ../nbs/00_core.ipynb #00000032
 def clean_ipython_hist():

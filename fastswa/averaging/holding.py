@@ -39,13 +39,12 @@ class Held:
         look:bool=False, # only to look at for a while? Then whatever is written meanwhile is of no interest
     ):
         self.name,self.places,self.active,self.look = name,list(places),False,look
-        self.kept,self.n_taken,self.mark = [],0,None
+        self.kept,self.versions,self.n_taken,self.mark = [],_Versions(),0,None
         ours = {(id(d), k) for d, k in self.places}
         self.buffers = [(m._buffers, k) for m in layers for k, b in m._buffers.items()
                         if b is not None and (id(m._buffers), k) not in ours]      # others, which may change meanwhile
         self.tensors = [d[k] for d, k in (*self.places, *self.buffers)]
         self.below = _covering(self.tensors)
-        self.changed_below = [h.changed() for h in self.below]
 
     @torch.no_grad()
     def take(self,
@@ -59,6 +58,8 @@ class Held:
             once = {id(t): t for t in self.tensors}      # several places may have the same
             copies = {i: _copy(local(t), stash) for i, t in once.items()}
             self.kept = [copies[id(t)] for t in self.tensors]
+            self.versions = _Versions(map(local, once.values()))
+            torch.clear_autocast_cache()      # it has the weights as they were
             for i, ((d, k), v) in enumerate(zip(self.places, values)):
                 self.n_taken = i + 1      # before: an interruption may come after the copy, and before the next line
                 try: local(d[k]).copy_(v)
@@ -76,21 +77,21 @@ class Held:
         with uninterrupted():
             with _in_train_mode(layers): self._put_back()
             self.forget(layers)
-            for h, changed in zip(self.below, self.changed_below):
-                if not changed: h.note_contents()
 
     def _put_back(self):
-        n = len(self.places)
-        taken = list(zip(self.places, self.tensors, self.kept))[:self.n_taken]
-        for own in (False, True):      # a place that got the tensor of another one meanwhile comes first
-            for (d, k), t, raw in taken:
-                if (d[k] is t) == own: _write(local(d[k]), raw)
-        for (d, k), buffer, raw in zip(self.buffers, self.tensors[n:], self.kept[n:]):
+        n,covered = len(self.places),list(zip((*self.places, *self.buffers), self.tensors, self.kept))
+        for i, ((d, k), t, raw) in enumerate(covered):
             now = d.get(k)
-            if now is None: continue
-            moved = (now.device, now.dtype) != (buffer.device, buffer.dtype)
-            if not moved: d[k] = now = buffer      # also where a forward pass put another tensor in its place
-            _write(now, raw)
+            if now is t or now is None: continue
+            moved = (now.device, now.dtype) != (t.device, t.dtype)
+            if (self.look or i >= n) and not moved: d[k] = t      # a forward pass may replace buffers, too
+            elif not self.n_taken <= i < n: _write(local(now), raw)
+        # afterwards, since it may have been the tensor of another place
+        for (d, k), t, raw in covered[:self.n_taken] + covered[n:]:
+            if d.get(k) is t: _write(local(t), raw)
+        # A graph from before has the right weights again, and autograd may use it; one from in between has not
+        self.versions.__exit__()
+        torch.clear_autocast_cache()
 
     def _link(self, layers, tensors=None):
         self.active = True
@@ -131,7 +132,7 @@ class Held:
         return any(_top(t) is self for t in changes)      # another record's are of no interest
 
     def __setstate__(self, state):      # of a copy of the module, or one from a file
-        vars(self).update(state)
+        vars(self).update(state, versions=_Versions())      # autograd knows nothing of the copy yet
         if not self.active: return
         self._index()
         self.note_contents()
@@ -145,6 +146,10 @@ def _covering(tensors):
     "The topmost records that cover some of these tensors, each once"
     if not _BY_TENSOR: return []      # as nearly always
     return [h for h in dict.fromkeys(map(_top, tensors)) if h is not None]
+
+class _Versions(torch.autograd._unsafe_preserve_version_counter):
+    "Puts the versions of tensors back, at which autograd finds that one has changed since a forward pass"
+    def __init__(self, tensors=()): super().__init__(tuple(t for t in tensors if not t.is_inference()))
 
 def _write(t, values):
     "Copy values into a tensor, also into one that `expand()` made, whose elements share their memory"

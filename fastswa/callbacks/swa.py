@@ -15,7 +15,7 @@ from torch import nn
 
 from ..averaging.average import Average
 from ..averaging.batchnorm import bn_layers
-from ..averaging.ensembles import LatestAverage
+from ..averaging.ensembles import LatestAverage, decay_weights
 from ..averaging.posthoc import PostHocEMA
 from ..averaging.rules import ema, equal
 from ..averaging.swag import SWAG
@@ -160,11 +160,12 @@ class BNUpdateCB(Callback):
         averages.bn_data,averages.bn_forward = batches,batches.predict
 
 class _TrainingBatches:
-    "Training batches as the model of a learner gets them, for `update_bn`; called, it begins again"
+    "Training batches as the model of a learner gets them, for `update_bn`; called, it begins again, or gives None"
     def __init__(self, learn):
         self.learn,self.cbs = learn,[*learn.cbs]      # those that prepare a batch may be of this fit only
 
     def __call__(self):
+        if getattr(self.learn.dls, 'train', None) is None: return None      # a learner that only loads and exports
         self.learn.own_cbs.modes.set(self.learn.averages.model, True)      # frozen layers stay as they are
         return self
 
@@ -256,19 +257,20 @@ class SWACB(AverageCB):
 
 # %% ../../nbs/callbacks/02_swa.ipynb #00000011
 class LAWACB(AverageCB):
-    "Mean of the `k` newest snapshots (LAWA), arXiv 2209.14981; see `LatestAverage`"
+    "Mean of the `k` newest snapshots (LAWA, arXiv 2209.14981), or a merge in place of a decay; see `LatestAverage`"
     @_with_arguments_of(AverageCB, but=['rule', 'restart'])
     def __init__(self,
         k:int=5, # snapshots in the mean
         every:str='1ep', # how often one is taken
         start:str='0ba', # from when on
+        shape:str='linear', # of the decay that the mean stands for: `'linear'`, `'1-sqrt'` or `'cosine'`
         *, name:str='lawa', **kwargs
     ):
         super().__init__(None, start, every, name=name, **kwargs)
-        self.k = k
-        LatestAverage(nn.PReLU(), k)      # says what is wrong with k, if anything
+        self.k,self.shape = k,shape
+        decay_weights(k, shape)      # says what is wrong with them, if anything
 
-    def new_average(self, model): return LatestAverage(model, self.k, **self.options)
+    def new_average(self, model): return LatestAverage(model, self.k, self.shape, **self.options)
 
 # %% ../../nbs/callbacks/02_swa.ipynb #00000014
 class SWAGCB(SWACB):

@@ -100,7 +100,7 @@ def match_callbacks(
         else: new.append(cb)
     return pairs, [s for rest in left.values() for s in rest], new
 
-def load_weights(
+def put_weights(
     learn, # a learner of the same model
     state:dict, # from `read_checkpoint`
 ):
@@ -185,7 +185,7 @@ class ResumeCB(Callback):
         self._loaded = True
         for cb, state in self.pairs: cb.load_state_dict(state)
         load_opt_state(learn.model, learn.opt, self.state['opt'])
-        load_weights(learn, self.state)
+        put_weights(learn, self.state)
         learn.averages.load_state_dict(self.state['averages'])
         learn.resuming = None
 

@@ -256,6 +256,19 @@ def test_arguments_of_a_checkpoint(tmp_path, kw):
     with pytest.raises((ValueError, TypeError), match=next(reversed(kw))): CheckpointCB(tmp_path, **kw)
 
 
+@pytest.mark.parametrize('score', [dict(a=1), [0.5, 0.5], None, 'good'])
+def test_a_score_that_is_no_number_is_an_error(score, tmp_path):
+    "Such as one for each class. The message names the column"
+    learn = quick(MetricsCB(score=Scripted([score]*3)), CheckpointCB(tmp_path, best='score', mode='max'))
+    with pytest.raises(ValueError, match="'score' has to be a number; in the row of epoch 0 it is"): learn.fit(3)
+
+
+@pytest.mark.parametrize('metric', [12345, None, ['loss']])
+def test_what_is_no_name_of_a_column_is_an_error(metric, tmp_path):
+    "score_function=12345"
+    with pytest.raises(TypeError, match='name of a column'): EarlyStoppingCB(metric)
+
+
 @pytest.mark.parametrize('keep, left', [(1, (4,)), (2, (3, 4)), (None, (1, 2, 3, 4))])
 def test_the_newest_stay(tmp_path, keep, left):
     "n_saved; None: all of them"

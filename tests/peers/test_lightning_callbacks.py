@@ -111,6 +111,15 @@ def test_it_looks_once_an_epoch():
     assert len(looks) == 4
 
 
+@pytest.mark.parametrize('shape', [(), (1,), (1, 1, 1)])
+def test_a_score_may_be_a_tensor_of_one_element(shape):
+    "Their squeeze()"
+    scores = Scripted([torch.full(shape, v) for v in (1., 2., 2., 2., 2.)])
+    learn = quick(MetricsCB(score=scores), EarlyStoppingCB('score', patience=2, mode='max'))
+    learn.fit(5)
+    assert learn.history[-1]['epoch'] == 3 and learn.history[-1]['score'] == 2.
+
+
 def test_the_state_is_in_the_checkpoint_and_comes_back(tmp_path):
     losses = [3., 2., 2.5, 2.5, 2.5, 2.5]
     def make(): return quick(Losses(losses), EarlyStoppingCB(patience=3), CheckpointCB(tmp_path))
@@ -235,12 +244,12 @@ def test_without_a_number_there_is_no_best(mode, tmp_path):
 def test_a_finished_run_resumed_does_nothing(times, tmp_path):
     "No step, no file, no row, however often"
     quick(CheckpointCB(tmp_path)).fit(2)
-    before = files(tmp_path)
+    before, stamp = files(tmp_path), (tmp_path/named(14)[0]).stat().st_mtime_ns
     for _ in range(times):
         learn = quick(CheckpointCB(tmp_path))
         learn.fit(2, resume=tmp_path)
         assert learn.opt_steps == 14 and len(learn.history) == 4
-    assert files(tmp_path) == before
+    assert files(tmp_path) == before and (tmp_path/named(14)[0]).stat().st_mtime_ns == stamp
 
 
 def test_validation_leaves_files_and_counts_alone(tmp_path):

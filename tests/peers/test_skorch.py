@@ -68,8 +68,8 @@ def test_what_is_monitored_needs_validation():
 
 @pytest.mark.parametrize('metric', ['loss', 'accuracy'])
 def test_the_weights_of_the_best_epoch_come_back(metric, capsys):
-    """load_best: those of a net that was trained for as many epochs, bit for bit (but for the count of batches, which is
-    that of the net), and they validate as they did"""
+    """load_best: those of a net that was trained for as many epochs, bit for bit (but for the count of batches, which
+    is that of the net), and they validate as they did"""
     torch.manual_seed(0)
     def make(*cbs): return learner(MetricsCB(accuracy=Hits()), *cbs, dls=data(bs=40), lr=2.)
     learn = make(cb := EarlyStoppingCB(metric, patience=3, restore_best=True))

@@ -200,17 +200,18 @@ class ClosureCB(Callback):
             try: inspect.signature(type(opt).step).bind(opt, None)
             except TypeError as e:
                 raise TypeError(f'the step of {type(opt).__name__} takes no closure: leave ClosureCB out') from e
-        def with_closure(opt, args, kwargs): return (opt, self._closure(learn)), {}
+        def with_closure(opt, args, kwargs):
+            given = any(map(callable, (*args[1:], *kwargs.values())))      # to the step of a parent class
+            return None if given else ((opt, self._closure(learn)), {})
         self._handles = [opt.register_step_pre_hook(with_closure) for opt in opts]
 
     def _closure(self, learn):
         self._first = learn.loss,learn.preds
-        seen = [(p, p.detach().clone(), p.grad, getattr(p.grad, '_version', None)) for p in parameters(learn)]
+        seen = [(p, p.detach().clone(), p.grad, p.grad._version) for p in parameters(learn) if p.grad is not None]
         @torch.enable_grad()
         def closure():
-            valid = bool(seen) and all(p.grad is g and getattr(g, '_version', None) == v and torch.equal(p, old)
-                                       for p, old, g, v in seen)
-            seen.clear()      # it is needed once
+            valid = seen and all(p.grad is g and g._version == v and torch.equal(p, old) for p, old, g, v in seen)
+            seen.clear()      # what was computed serves once
             if valid: return learn.loss
             learn.opt.zero_grad()
             learn.predict()

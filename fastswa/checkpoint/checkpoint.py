@@ -111,6 +111,7 @@ class CheckpointCB(Callback):
         if learn is not self._learn: self.best = self.best_epoch = None
         self._learn,self._improved = learn,False
         self.when.begin(learn.clock)
+        learn.opt                 # is made, so that its state counts too
         learner_state(learn)      # says now, rather than in an hour, what cannot be saved
         if threading.current_thread() is threading.main_thread():
             handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (signal.SIG_IGN, None)]

@@ -320,8 +320,10 @@ class HasOptimizer:
     @property
     def opt(self):
         "The optimizer; None in a fit that does not train, if there is none yet"
-        if self._is_ready or (self.in_fit and not self.will_train): return self._opt
-        if self._opt is None or not opt_fits(self._opt, parameters(self)):
+        if self.in_fit and (self._is_ready or not self.will_train): return self._opt
+        params = parameters(self)
+        if self._is_ready and _held(self._opt) <= _ids(params): return self._opt      # new ones may be added by hand
+        if self._opt is None or not opt_fits(self._opt, params):
             old,self.opt = self._opt,make_opt(self.opt_func, self.model, self._rate(), loss_tensors(self))
             if old is not None: keep_state(old, self._opt)
         set_rates(self._opt, self._rate())
@@ -364,7 +366,6 @@ class HasOptimizer:
         """Only the optimizer's parameter groups from `n` on train, in the order of `learn.opt.param_groups`
 
         ValueError if there is no such group. Dropout goes on in frozen groups, BatchNorm too if `train_bn`."""
-        if not self.in_fit: self._is_ready = False      # the model may have a new head
         groups = _groups(self.opt)
         if not -len(groups) <= n < len(groups):
             raise ValueError(f'the optimizer has {len(groups)} parameter groups; there is no group {n}: '
@@ -392,7 +393,7 @@ class HasOptimizer:
 
 # %% ../../nbs/training/03_optim.ipynb #0000001d
 def _check_opt(opt):
-    if not all(hasattr(opt, k) for k in ('state_dict', 'load_state_dict')):
+    if not all(callable(getattr(opt, k, None)) for k in ('state_dict', 'load_state_dict')):
         raise TypeError(f'an optimizer with state_dict and load_state_dict is needed; got {type(opt).__name__}')
 
 def _is_torchs(opt, state): return hasattr(opt, 'param_groups') and {*state} >= {'state', 'param_groups'}

@@ -145,6 +145,28 @@ def one(value=0., dtype=None):
     return model
 
 
+class Losses(Callback):
+    "The loss in the rows of validation (or of training) is one of these, epoch by epoch"
+    def __init__(self, values, rows='eval'): self.values, self.rows = values, rows
+    def after_epoch(self, learn):
+        if learn.history[-1]['train'] == self.rows: learn.history[-1]['loss'] = self.values[learn.epoch]
+
+
+class Scores:
+    "A metric that is one of these, epoch by epoch: the same for the training row and the raw row of validation"
+    def __init__(self, values): self.values, self.rows = values, 0
+    def reset(self): pass
+    def update(self, preds, targets): pass
+    def compute(self):
+        self.rows += 1
+        return self.values[(self.rows - 1)//2]
+
+
+def quick(*cbs, lr=0.1, **kw):
+    "A learner of `linear()` on `regression()`: 7 steps an epoch, at almost no cost"
+    return TrainLearner(linear(), regression(), F.mse_loss, lr, cbs, **kw)
+
+
 # --- tensors
 
 

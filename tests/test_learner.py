@@ -3,8 +3,9 @@ import copy
 import gc
 import sys
 import weakref
+from collections import namedtuple
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -316,3 +317,39 @@ def test_rows_of_uneven_batches():
     still = image_learner(dls=image_data(60, 8), model=nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), lr=0.)
     still.fit(1, valid=False)
     assert still.history[0]['loss'] == pytest.approx(exact(still.model)[0], rel=1e-5)
+
+
+def _as_class(dls): return type('Loaders', (), dict(train=dls.train, valid=dls.valid))
+def _as_tuple(dls): return namedtuple('Loaders', 'train valid')(dls.train, dls.valid)
+
+
+def _as_module(dls):
+    module = ModuleType('loaders')
+    module.train, module.valid = dls.train, dls.valid
+    return module
+
+
+class _Made:
+    "Loaders that are properties, without a place for anything else"
+    __slots__ = ('_made',)
+    def __init__(self, dls): self._made = dls
+    train, valid = property(lambda self: self._made.train), property(lambda self: self._made.valid)
+
+
+@pytest.mark.usefixtures('strict')
+@pytest.mark.parametrize('kind', [_as_class, _as_tuple, _as_module, _Made])
+def test_the_loaders_are_never_written_to(kind):
+    """They may be a class, a named tuple, a module, properties; also where workers persist, and with another loader
+
+    Wrong: TypeError or AttributeError at the first row of an average, or loaders exchanged for good"""
+    def run(kind):
+        plain = data(num_workers=1, persistent_workers=True)
+        learn = learner(EMACB(apply=False), BNUpdateCB(), dls=kind(plain))
+        set_seed(4)
+        learn.fit(1)
+        other = learn.validate(dl=list(plain.valid)[:1])
+        learn.get_preds(dl=list(plain.valid)[:1])
+        assert learn.dls.train is plain.train and learn.dls.valid is plain.valid
+        end_workers(plain)
+        return learn.history, other
+    assert run(kind) == run(lambda dls: dls)

@@ -83,18 +83,19 @@ class GradAccumCB(Callback):
 
     def after_loss(self, learn):
         if not learn.training: return
-        self._n = self._count(learn.batch)
+        self._n = self._count(learn)
         weight = self._n/(self._size or self._n)
         if weight != 1: learn.loss.register_hook(lambda g: g*weight)
 
-    def _count(self, batch):
-        return batch_size(batch) if self.weight is None else check_number('weight', float(self.weight(batch)))
+    def _count(self, learn):
+        if self.weight is None: return batch_size(learn.batch, learn.dl)
+        return check_number('weight', float(self.weight(learn.batch)))
 
     def after_backward(self, learn):
         if not self._at_end:
             self._size = self._size or self._n
             self._n_batches += 1
-            self._n_samples += batch_size(learn.batch)
+            self._n_samples += batch_size(learn.batch, learn.dl)
             self._weight += self._n/self._size
         full = self._n_batches >= self.batches if self.batches else self._n_samples >= self.samples
         if not (full or self._at_end): raise CancelStepException

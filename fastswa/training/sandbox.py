@@ -15,7 +15,8 @@ import torch
 from ..averaging.averages import Averages
 from ..core import generators_in, keep_rng, loader_generators
 from .essentials import LossCB, ModesCB, PositionCB
-from .events import STEPS, by_order, run_cbs
+from fastswa.training.events import (STEPS, CancelBatchException, CancelEpochException, CancelFitException, by_order,
+    run_cbs)
 from .optim import loss_tensors, parameters
 
 # %% ../../nbs/training/02_sandbox.ipynb #00000005
@@ -46,16 +47,22 @@ def _with_fresh_workers(dl):
     dl._iterator = None
     return dl
 
+class _Loaders:
+    "Some loaders in place of those of `dls`, which may be a class, a module or a tuple: nothing is written to it"
+    def __init__(self, dls, **loaders):
+        self.__dict__ |= loaders
+        self.dls = dls
+
+    def __getattr__(self, name): return getattr(self.__dict__.get('dls'), name)
+
 @contextmanager
 def keep_random_state(
     learn, # a learner
 ):
     "Random state, that of loaders and transforms too, goes on after the block as if nothing had been drawn inside"
-    kept,learn.dls = learn.dls,copy(learn.dls)
-    loaders = {name: getattr(learn.dls, name) for name in ('train', 'valid') if hasattr(learn.dls, name)}
-    for name, dl in loaders.items():
-        fresh = _with_fresh_workers(dl)
-        if fresh is not dl: setattr(learn.dls, name, fresh)
+    kept = learn.dls
+    loaders = {name: getattr(kept, name) for name in ('train', 'valid') if hasattr(kept, name)}
+    learn.dls = _Loaders(kept, **{name: _with_fresh_workers(dl) for name, dl in loaders.items()})
     try:
         with keep_rng(*generators(learn)): yield
     finally: learn.dls = kept
@@ -66,14 +73,16 @@ def prepared_batches(
     training:bool=True, # prepare as in training, or as in validation?
     cbs=None, # the callbacks that prepare are among these; None: the learner's
 ):
-    "The batches of `dl`, each as the model would get it: through the callbacks that prepare"
+    "The batches of `dl` as the model would get them: through the callbacks that prepare, which may cancel one"
     cbs = [cb for cb in by_order(learn.cbs if cbs is None else cbs) if cb.role in ('prepares', 'steps')]
     kept = learn.batch,learn.training,learn.dl
     try:
         learn.training,learn.dl = training,dl
         for learn.batch in dl:
             try:
-                run_cbs(cbs, 'before_batch', learn)
+                try: run_cbs(cbs, 'before_batch', learn)
+                except CancelBatchException: continue
+                except (CancelEpochException, CancelFitException): return
                 yield learn.batch
             finally: run_cbs(cbs, 'cleanup_batch', learn)
     finally: learn.batch,learn.training,learn.dl = kept
@@ -107,11 +116,13 @@ def sandbox(
     learn, # a learner
     cbs=(), # callbacks to add
     train:bool=False, # will something be trained, so that weights, gradients and optimizer have to return too?
+    valid=None, # another loader to validate on; None: that of the learner
 ):
     "What runs inside leaves no trace: attributes, callbacks and random state are afterwards as before"
     kept = dict(vars(learn))
     states = [(cb, cb.state_dict()) for cb in learn.cbs if cb.role == 'steps' and hasattr(cb, 'state_dict')]
     try:
+        if valid is not None: learn.dls = _Loaders(learn.dls, valid=valid)
         with keep_random_state(learn):
             learn.quiet,learn.history,learn.own_cbs = True,[],essentials()
             own = [deepcopy(cb) if cb.role == 'measures' else cb for cb in learn.cbs if takes_part(cb)]

@@ -357,7 +357,7 @@ class HasOptimizer:
         if not new: return
         names = [n for n, p in named_parameters(self).items() if id(p) in new]
         warnings.warn('the model got parameters during the fit, which its optimizer does not train: '
-                      f'{some_names(names)}. Add them by learn.opt.add_param_group(…); the next fit makes a new optimizer')
+                      f'{some_names(names)}. Add them by learn.opt.add_param_group(…), or go on in a new fit')
 
     def freeze_to(self,
         n:int, # the first group that trains; negative: counted from the last

@@ -503,11 +503,12 @@ def plain(
     value, # nested dicts, lists and tuples
     name:str='', # what it is called in the error message
     *,
-    tensors:bool=True, # do tensors stay tensors? Or else they become numbers and lists of numbers
+    tensors:bool=True, # do tensors stay tensors? Or else they become numbers (of one element), or lists of numbers
     strict:bool=True, # raise TypeError for other objects? Or else they stay as they are
 ):
     "`value` with NumPy's numbers and arrays as Python's and torch's, and tensors detached"
-    if isinstance(value, (torch.Tensor, np.ndarray)) and not tensors: return value.tolist()
+    if isinstance(value, (torch.Tensor, np.ndarray)) and not tensors:
+        return value.item() if math.prod(value.shape) == 1 else value.tolist()
     if isinstance(value, np.generic): return value.item()
     if type(value) in _PLAIN: return value.detach() if isinstance(value, torch.Tensor) else value
     if isinstance(value, np.ndarray) and value.dtype.kind in 'biuf':

@@ -17,7 +17,7 @@ from .batchnorm import bn_layers, bn_state, load_bn_state, update_bn
 from .holding import Held, held_record, held_weights, holding, keep_held, raw_values, restore_raw
 from .rules import equal
 from .tensors import Selection, find_tensors
-from ..core import Clock, Every, Time, keep_modes, keep_rng, loader_generators, unwrap
+from ..core import Clock, Every, Time, keep_modes, keep_rng, generators_in, unwrap
 
 # %% ../../nbs/averaging/07_averages.ipynb #00000005
 class Tracked:
@@ -179,7 +179,7 @@ class FittedStatistics:
         if self._is_known(name, *key): return load_bn_state(model, self._known[name][1])
         if data is None: return
         batches = data() if callable(data) else data
-        with keep_rng(*loader_generators(batches)): update_bn(model, batches, n_batches=n_batches, forward=forward)
+        with keep_rng(*generators_in(batches)): update_bn(model, batches, n_batches=n_batches, forward=forward)
         self._known[name] = key, bn_state(model)
 
     def _is_known(self, name, stamp, n_batches, data):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .tensors import reshard
-from ..core import local, set_modes, uninterrupted, unwrap
+from ..core import keep_state, local, set_modes, uninterrupted, unwrap
 
 # %% ../../nbs/averaging/03_holding.ipynb #00000005
 _BY_TENSOR = WeakValueDictionary() # id of a tensor that is covered → the topmost record that covers it
@@ -215,7 +215,7 @@ def holding(
     # two, since Ctrl-C may cut one of them short; otherwise the second finds nothing to do
     with _Releasing(held, module), _Releasing(held, module):
         held.take(module, values)
-        yield held
+        with keep_state(*module.modules()): yield held
 
 class holding_as_before:
     "Afterwards a module holds what it held before, also where Ctrl-C has cut short what should have seen to that"

@@ -16,7 +16,7 @@ import torch
 
 from ..averaging.tensors import some_names
 from .archive import newest, numbered
-from ..core import get_rng_state, is_quiet, loader_generators, plain, set_rng_state, unwrap
+from ..core import get_rng_state, is_quiet, generators_in, plain, set_rng_state, unwrap
 from ..training.events import Callback, by_order
 from ..training.optim import load_opt_state, opt_state
 from ..training.sandbox import generators
@@ -197,7 +197,7 @@ class ResumeCB(Callback):
             warnings.warn('persistent workers start anew: random numbers that the dataset draws in them are others '
                           'from here on (persistent_workers=False repeats them)')
         n = self.place['batch']
-        loaders = loader_generators(learn.dl)
+        loaders = generators_in(learn.dl)
         if n: _set_rng(self.place['rng'], loaders)
         else: _set_rng(self.state['rng'], generators(learn))
         learn.own_cbs.position.rng = get_rng_state(loaders)

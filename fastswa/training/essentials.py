@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..core import batch_size, get_rng_state, loader_generators, set_modes
+from ..core import batch_size, get_rng_state, generators_in, set_modes
 from .events import Callback
 
 # %% ../../nbs/training/01_essentials.ipynb #00000005
@@ -110,7 +110,7 @@ class PositionCB(Callback):
     rng = None # random state from which the order of this epoch follows
 
     def before_epoch(self, learn):
-        if learn.training: self.rng = get_rng_state(loader_generators(learn.dl))
+        if learn.training: self.rng = get_rng_state(generators_in(learn.dl))
 
     def place(self, learn) -> dict|None:
         "Epoch and batches of it that are done; None outside of a training epoch, and while a batch is half done"

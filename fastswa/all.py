@@ -2,6 +2,7 @@
 from fastswa.averaging import *
 from fastswa.callbacks import *
 from fastswa.checkpoint import *
+from fastswa.compare import *
 from fastswa.core import (Clock, Every, Report, Table, Time, clean_ipython_hist, clean_mem, clean_tb, def_device,
     default_device, get_rng_state, keep_modes, keep_rng, map_tensors, quiet, set_rng_state, set_seed, to_cpu, to_device,
     unwrap)

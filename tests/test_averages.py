@@ -17,9 +17,9 @@ from fastswa.averaging.holding import held_weights, restore_raw
 from fastswa.averaging.rules import ema, equal, power
 from fastswa.callbacks.swa import AverageCB, BNUpdateCB, EMACB, LAWACB, SWACB
 from fastswa.core import set_seed
-from fastswa.training.events import Callback, CancelStepException
+from fastswa.training.events import Callback, CancelFitException, CancelStepException
 from fastswa.training.learner import TrainLearner
-from helpers import copied, data, learner, net, same
+from helpers import TiedNet, copied, data, learner, net, same
 
 N = 10      # batches in an epoch of `data`
 
@@ -90,16 +90,21 @@ def fitted(*cbs, model=None):
     return learn
 
 
-def test_a_model_holds_what_it_holds_when_its_learner_is_gone():
+@pytest.mark.parametrize('of', [lambda model: model, lambda model: model[0], lambda model: nn.Sequential(*model[:2])],
+                         ids=['whole', 'layer', 'part'])
+def test_a_model_holds_what_it_holds_when_its_learner_is_gone(of):
     "Wrong: the model flips back to its raw weights in the midst of what uses it by then, as the learner is collected"
     def train():
         learn = fitted()
-        return learn.model, copied(learn.model.state_dict()), copied(learn.averages.weights('raw'))
+        learn.restore()
+        raw = copied(of(learn.model).state_dict())
+        learn.apply('ema')
+        return of(learn.model), copied(of(learn.model).state_dict()), raw
     model, held, raw = train()
     gc.collect()
     assert held_weights(model) == 'ema' and same(copied(model.state_dict()), held)
     restore_raw(model)
-    assert held_weights(model) == 'raw' and all(torch.equal(model.state_dict()[k], v) for k, v in raw.items())
+    assert held_weights(model) == 'raw' and same(copied(model.state_dict()), raw)
 
 
 def test_a_cell_that_is_run_again_trains_from_the_raw_weights():
@@ -115,6 +120,31 @@ def test_a_cell_that_is_run_again_trains_from_the_raw_weights():
     with pytest.warns(UserWarning, match="held its 'ema' weights: training starts from its raw ones"):
         second.fit(1, cbs=Start())
     assert start.pop('held') == 'raw' and same(start, raw)
+
+
+class Wrapped(nn.Module):
+    "A model in another one"
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+    def forward(self, x): return self.inner(x)
+
+
+@pytest.mark.parametrize('wrap', [lambda m: m, nn.DataParallel, Wrapped, torch.compile,
+                                  lambda m: nn.Sequential(*m)], ids=['same', 'parallel', 'outer', 'compiled', 'layers'])
+def test_a_learner_without_averages_trains_from_the_raw_weights(wrap):
+    "Wrong: it silently trains from an average that another learner, perhaps long gone, has left in the model"
+    model = net()
+    raw = copied(fitted(model=model).averages.weights('raw'))
+    other = learner(model=wrap(model))
+    class Start(Callback):
+        def before_batch(self, learn):
+            start.update(copied(model.state_dict()))
+            raise CancelFitException
+    start = {}
+    with pytest.warns(UserWarning, match="held its 'ema' weights: training starts from its raw ones"):
+        other.fit(1, cbs=Start())
+    assert held_weights(model) == 'raw' and all(torch.equal(start[k], v) for k, v in raw.items())
 
 
 def test_making_averages_of_a_model_changes_nothing():
@@ -150,15 +180,32 @@ def test_a_copy_of_a_learner_that_holds_its_average(copier):
     assert same(copied(learn.model.state_dict()), copied(twin.model.state_dict()))
 
 
-def test_writing_inside_a_look_changes_neither_set_of_weights():
+def trains(model):
+    model(torch.randn(4, 3)).sum().backward()
+    optim.SGD(model.parameters(), 0.1).step()
+
+
+def adds(model):
+    with torch.no_grad():
+        for t in (*model.parameters(), *model.buffers()): t.add_(1)
+
+
+@pytest.mark.parametrize('write', dict(
+    adds=adds, trains=trains, data=lambda m: setattr(m[0].weight, 'data', torch.zeros(8, 3)),
+    parameter=lambda m: setattr(m[0], 'weight', nn.Parameter(torch.zeros(8, 3))),
+    resets=lambda m: m[0].reset_parameters(),
+    loads=lambda m: m.load_state_dict(net(5).state_dict()),
+    assigns=lambda m: m.load_state_dict(net(5).state_dict(), assign=True)).items(), ids=lambda o: o[0])
+@pytest.mark.parametrize('how', ['using', 'applied'])
+def test_writing_inside_a_look_changes_neither_set_of_weights(write, how):
     "Wrong: what is written to weights or buffers goes into the average, or stays in the model"
     model = net()
     averages = Averages(model)
     averages.add('ema', ema(0.5))
     loop(model, averages, 1)
     raw, average = copied(model.state_dict()), copied(averages['ema'].weights)
-    with averages.using('ema'), torch.no_grad():
-        for t in (*model.parameters(), *model.buffers()): t.add_(1)
+    with averages.using('ema') if how == 'using' else averages['ema'].applied():
+        write[1](model)
         model(torch.randn(4, 3))
     assert same(copied(model.state_dict()), raw) and same(copied(averages['ema'].weights), average)
 
@@ -193,8 +240,64 @@ def test_a_part_of_a_model_whose_whole_is_held():
     with whole.applied():
         with pytest.raises(RuntimeError, match='outside of applied'): part.update()
     elsewhere = Average(model[4] if len(model) > 4 else model[-1])
-    with part.applied(): elsewhere.update()
-    assert (part.n, elsewhere.n) == (1, 1)
+    with part.applied():
+        elsewhere.update()
+        with pytest.raises(RuntimeError, match='outside of applied'): whole.update()
+    assert (part.n, elsewhere.n, whole.n) == (1, 1, 1)
+
+
+def test_learners_on_parts_of_one_model():
+    "The other one goes on while this one's part holds its average; one that shares a layer starts from the raw weights"
+    model = net(norm=False)
+    first = fitted(EMACB(0.5, name='first'), model=nn.Sequential(*model[:2], nn.Linear(8, 3)))
+    last = learner(EMACB(0.5, name='last'), model=nn.Sequential(nn.Linear(3, 8), *model[2:]))
+    last.fit(1)
+    assert [held_weights(m) for m in (model[0], model[-1])] == ['first', 'last']
+    raw = [learn.averages.weights('raw')[k].clone() for learn, k in ((first, '0.weight'), (last, '2.weight'))]
+    with pytest.raises(RuntimeError, match='outside of applied'): Average(model).update()
+    whole = learner(EMACB(0.5, name='whole'), model=model)
+    with pytest.warns(UserWarning, match='training starts from its raw ones'): whole.fit(0)
+    assert (first.weights, last.weights) == ('raw', 'raw')
+    assert torch.equal(model[0].weight, raw[0]) and torch.equal(model[-1].weight, raw[1])
+
+
+def test_a_part_that_shares_its_weights_with_one_that_is_held():
+    tied = TiedNet(tied='shared')
+    a, b = Average(tied.a), Average(tied.b)
+    a.update()
+    with a.applied():
+        assert held_weights(tied.b) == 'average'
+        with pytest.raises(RuntimeError, match='outside of applied'): b.update()
+
+
+def tracked(module, name, value):
+    "Averages of a module, with one that is constant"
+    averages = Averages(module)
+    averages.add(name, equal())
+    with torch.no_grad():
+        raw = copied(module.state_dict())
+        for t in module.parameters(): t.fill_(value)
+        averages.step()
+        module.load_state_dict(raw)
+    return averages
+
+
+def test_looks_at_parts_of_a_model_that_is_held():
+    """Each part holds what was put there last, and afterwards what it held before
+
+    Wrong: the end of one look at a part ends that at another part, or at the whole"""
+    model = net(norm=False)
+    raw = copied(model.state_dict())
+    whole, first, last = tracked(model, 'whole', 1.), tracked(model[0], 'first', 2.), tracked(model[-1], 'last', 3.)
+    def holds(): return [(held_weights(m), m.bias[0].item()) for m in (model[0], model[-1])]
+    whole.apply('whole')
+    with first.using('first'):
+        with last.using('last'): assert holds() == [('first', 2.), ('last', 3.)]
+        assert holds() == [('first', 2.), ('whole', 1.)]
+        assert torch.equal(first.weights('raw')['bias'], raw['0.bias'])
+    assert holds() == [('whole', 1.)]*2 and whole.held == 'whole'
+    restore_raw(model[0])
+    assert same(copied(model.state_dict()), raw) and {whole.held, first.held, last.held} == {'raw'}
 
 
 def test_a_module_of_a_set_of_weights_stands_alone():

@@ -18,11 +18,12 @@ from .holding import holding
 from .kernels import can_mask
 from .rules import equal
 from .snapshots import CountedSnapshots, move, move_all
-from ..core import check_whole, later, map_tensors
+from ..core import check_whole, later, tensors_in
 
 # %% ../../nbs/averaging/05_average.ipynb #00000006
 class Average(CountedSnapshots):
     "The running mean of a module's weights by a rule"
+    fitted = False # do the BatchNorm statistics in it fit its weights?
     def __init__(self,
         module:nn.Module, # the model whose weights are averaged
         rule=equal(), # weight of the newest snapshot, as a function of the number before it
@@ -125,10 +126,10 @@ class Average(CountedSnapshots):
 def detached_copy(module):
     "A deep copy of a module in eval mode, without gradients; what it holds are its own weights"
     memo = {}
-    def keep(t):      # deepcopy refuses tensors with a gradient history, which legacy weight_norm and caches keep
-        if not t.is_leaf: memo[id(t)] = t.detach().clone()
     for m in module.modules():
-        map_tensors(keep, [*vars(m).values(), m._buffers])
+        for t in tensors_in([*vars(m).values(), m._buffers]):
+            # deepcopy refuses tensors with a gradient history, which legacy weight_norm and caches keep
+            if not t.is_leaf: memo[id(t)] = t.detach().clone()
         if '_held_weights' in vars(m): memo[id(vars(m)['_held_weights'])] = None
     res = deepcopy(module, memo)
     for m in res.modules(): vars(m).pop('_held_weights', None)

@@ -14,7 +14,8 @@ from torch import nn
 
 from .average import Average, detached_copy, update_all
 from .batchnorm import bn_layers, bn_state, load_bn_state, update_bn
-from .holding import Held, held_record, held_weights, holding, keep_held, raw_values, restore_raw
+from fastswa.averaging.holding import (Held, held_record, held_weights, holding, keep_held, layers_of, raw_values,
+    restore_raw)
 from .rules import equal
 from .tensors import Selection, find_tensors
 from ..core import Clock, Every, Time, keep_modes, keep_rng, generators_in, unwrap
@@ -94,8 +95,9 @@ class TrackedAverages(Mapping):
         **options, # for `Average`: `dtype`, `device`, `include`, `exclude`, `check_finite`
     ) -> Average:
         "Add an average, which takes part from now on; ValueError if the name is taken"
-        if not isinstance(name, str) or not name or name == 'raw' or '/' in name:
-            raise ValueError(f"an average needs a name other than 'raw', without '/'; got {name!r}")
+        if not isinstance(name, str) or name in ('', 'raw', 'train') or '/' in name:
+            raise ValueError("an average needs a name without '/', other than 'raw' and 'train' "
+                             f"(in tables and logs 'train' is the training); got {name!r}")
         if name in self._tracked: raise ValueError(f'two averages are called {name!r}: give one of them another name=')
         average = rule if isinstance(rule, Average) else Average(self.model, rule, **options)
         if average.source is not self.model: raise ValueError(f'{name!r} is an average of another model')
@@ -250,13 +252,13 @@ class Averages(TrackedAverages):
         self.adopt_changes()
         restore_raw(self.model)
         if name == 'raw': return
-        places,values = self._contents(name)
-        held = Held(name, self.model, places)
+        (places, values),layers = self._contents(name),layers_of(self.model)
+        held = Held(name, layers, places)
         try:
-            held.take(self.model, values)
+            held.take(layers, values)
             with keep_rng(), keep_modes(self.model): self._fit_statistics(name, bn_data, forward, n_batches)
         except BaseException:
-            held.release(self.model)
+            held.release(layers)
             raise
         held.note_contents()
         self._applied = held
@@ -305,7 +307,7 @@ class Averages(TrackedAverages):
 
     def _fit_statistics(self, name, data, forward, n_batches):
         data,forward = self.bn_data if data is None else data, forward or self.bn_forward
-        if name == 'raw' or not bn_layers(self.model): return
+        if name == 'raw' or self[name].fitted or not bn_layers(self.model): return
         self._statistics.put(self.model, name, self[name].stamp, data, forward, n_batches or self.bn_batches)
 
     def weights(self,

@@ -17,8 +17,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from .tensors import stat_buffers
-from fastswa.core import (check_whole, keep_state, set_modes, to_device, train_without_dropout, uninterrupted,
-    unwrap)
+from ..core import (batch_inputs, check_whole, keep_state, set_modes, to_device, train_without_dropout,
+    uninterrupted, unwrap)
 
 # %% ../../nbs/averaging/06_batchnorm.ipynb #00000005
 def bn_layers(
@@ -104,8 +104,7 @@ class _InstancePool(_Pool):
 def outputs(module, batch):
     "What a module makes of a batch: of a tensor, of the first element of a tuple or list, of a dict by its names"
     batch = to_device(batch, next((t.device for t in chain(module.parameters(), module.buffers())), 'cpu'))
-    if isinstance(batch, Mapping): return module(**batch)
-    return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    return module(**batch) if isinstance(batch, Mapping) else module(*batch_inputs(batch))
 
 # %% ../../nbs/averaging/06_batchnorm.ipynb #0000000a
 @torch.no_grad()

@@ -58,7 +58,7 @@ class CountedSnapshots(ShadowWeights):
             raise RuntimeError('the module holds an average and not its own weights: update outside of applied(), '
                                'after `averages.restore()` or `restore_raw(model)`')
         if self._steps_on_the_way is not None: self._settle()
-        if self.sharded or not self._selection.current(added=False): self.verify()
+        self.verify()
 
     def _count(self, flag=None):
         "A snapshot is in; a flag on the device will tell whether it really is"

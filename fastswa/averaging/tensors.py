@@ -131,6 +131,9 @@ class Selection:
         # tied tensors are under every name in `tensors`, once in `live`
         self.tensors = {name: local(t).detach() for name, (_, _, t) in zip(places, self._slots)}
         self.live,self.index = distinct(self.tensors)
+        # a tensor may be tied to its transpose
+        layouts = {name: (layout(t), layout(self.live[self.index[name]])) for name, t in self.tensors.items()}
+        self._views = {name: a for name, (a, b) in layouts.items() if a != b}
         owners = [self._slots[pos] for pos in self._first()]
         self.places = [(d, k) for d, k, _ in self._slots]
         self.owners = [t for _, _, t in self._slots]      # the parameters and buffers themselves
@@ -147,17 +150,17 @@ class Selection:
         self._ptrs = [t.data_ptr() for t in owners]
         self._wide = [t for t in owners if t.ndim > 1]
         self._strides = [t.stride() for t in self._wide]
-        self._children = [m._modules for m in self.module.modules() if m._modules]      # a module may be replaced
+        layers = [*self.module.modules()]
+        self._children = [m._modules for m in layers if m._modules]      # a module may be replaced
         self._were = [dict(d) for d in self._children]
-        self._sizes = self._count()
+        self._dicts = [d for m in layers for d in (m._parameters, m._modules)]      # or something may be added
+        self._sizes = [*map(len, self._dicts)]
 
-    def current(self, added=True):
-        "Does the model still hold these tensors, where they were, and none that were `added`?"
+    def current(self):
+        "Does the model still hold these tensors, where they were, and no others?"
         return (all([d.get(k) is t for d, k, t in self._slots]) and [*map(Tensor.data_ptr, self._owners)] == self._ptrs
                 and [*map(Tensor.stride, self._wide)] == self._strides and self._children == self._were
-                and (not added or self._sizes == self._count()))
-
-    def _count(self): return [(len(m._parameters), len(m._modules)) for m in self.module.modules()]
+                and [*map(len, self._dicts)] == self._sizes)
 
     def _first(self):
         "The position of the first name of each distinct tensor"
@@ -166,9 +169,8 @@ class Selection:
 
     def by_name(self, values):
         "Values in the order of `live` under every name"
-        def like_own(t, i):      # a tensor may be tied to its transpose
-            return values[i] if layout(t) == layout(self.live[i]) else values[i].as_strided(*layout(t))
-        return {name: like_own(self.tensors[name], i) for name, i in self.index.items()}
+        res = {name: values[i] for name, i in self.index.items()}
+        return res | {name: res[name].as_strided(*own) for name, own in self._views.items()}
 
     def in_order(self, tensors, what='the module'):
         "The values of a dict by name in the order of `live`; ValueError where names or shapes differ"

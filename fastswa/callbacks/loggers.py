@@ -54,8 +54,6 @@ class LogCB(RowsCB):
         super().before_fit(learn)
         self._meter,self._loaded = LossMeter(),None
         self._lrs,self._due = {},False
-        if 'train' in learn.averages:
-            raise ValueError("in a log 'train' is the training: give the average another name")
         if learn.will_train: self.every.begin(learn.clock)
 
     def after_loss(self, learn): # before the step: afterwards schedules move on
@@ -70,7 +68,7 @@ class LogCB(RowsCB):
         if not learn.training: return
         if self._loaded: self._meter.load_state_dict(self._loaded, learn.loss.device)
         self._loaded = None
-        self._meter.add(learn.loss, batch_size(learn.batch))
+        self._meter.add(learn.loss, batch_size(learn.batch, learn.dl))
         if self._due: self._try(self._flush, learn)
 
     def row(self, learn):

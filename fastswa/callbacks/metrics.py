@@ -6,12 +6,14 @@
 __all__ = ['MetricsCB', 'Watched', 'EarlyStoppingCB']
 
 # %% ../../nbs/callbacks/01_metrics.ipynb #00000002
-import warnings
-from collections.abc import Mapping
+import math, re, warnings
+from numbers import Real
 
 import torch
 
-from ..core import check_choice, check_number, check_whole, is_quiet, map_tensors, plain
+from ..averaging.ensembles import Snapshot
+from ..core import (
+    batch_targets, check_choice, check_number, check_whole, is_quiet, map_tensors, plain, unwrap)
 from ..training.events import Callback, CancelFitException, Stage
 
 # %% ../../nbs/callbacks/01_metrics.ipynb #00000006
@@ -21,11 +23,13 @@ def _check_metric(name, metric):
     "ValueError or TypeError if something cannot be a metric"
     if name in _RESERVED:
         raise ValueError(f'a metric cannot be called {name!r}: the table has a column of that name')
+    if '/' in name: raise ValueError(f"a metric is called without '/', as in top_5; got {name!r}")
     if isinstance(metric, type):
         raise TypeError(f'{name} is given a class, {metric.__name__}: write {metric.__name__}()')
     lacking = [k for k in ('reset', 'update', 'compute') if not hasattr(metric, k)]
     if lacking and callable(metric):
         f = getattr(metric, '__name__', 'f')
+        if not f.isidentifier(): f = name      # a lambda
         raise TypeError(f'{name} is a function, which does not add up over batches. For its mean over the samples:\n\n'
                         f'class {f.title()}(torcheval.metrics.Mean):\n    def update(self, preds, targets): '
                         f'return super().update({f}(preds, targets), weight=len(targets))\n')
@@ -48,6 +52,8 @@ class MetricsCB(Callback):
         self.metrics = metrics
         self._batches = 0      # that the metrics have seen in this epoch
 
+    def __repr__(self): return f'MetricsCB({", ".join(self.metrics)})'
+
     def before_fit(self, learn):
         self._batches = 0
         names = [name for cb in learn.cbs if isinstance(cb, MetricsCB) for name in cb.metrics]
@@ -69,13 +75,9 @@ class MetricsCB(Callback):
     def targets(self,
         learn, # the learner, with a batch
     ):
-        "What follows the inputs; of a dict, the item called `labels`, `label`, `targets`, `target` or `y`"
-        if isinstance(learn.batch, Mapping):
-            for k in ('labels', 'label', 'targets', 'target', 'y'):
-                if k in learn.batch: return learn.batch[k]
-            names = ', '.join(map(str, learn.batch))
-            raise KeyError(f'which of {names} are the targets? Override MetricsCB.targets to say so')
-        return learn.batch[next((cb.n_inp for cb in learn.cbs if hasattr(cb, 'n_inp')), 1)]
+        "What follows the inputs, or has the name of a target, see `batch_targets` in `core`; None where there is none"
+        n_inp = next((cb.n_inp for cb in learn.cbs if hasattr(cb, 'n_inp')), 1)
+        return next(iter(batch_targets(learn.batch, n_inp)), None)
 
     def after_epoch(self, learn):
         values = {name: plain(m.compute(), tensors=False, strict=False) for name, m in self.metrics.items()}
@@ -96,40 +98,85 @@ class MetricsCB(Callback):
                 warnings.warn(f'the metric {name!r} has no saved state: in the row of this epoch it is that of the '
                               'batches to come')
 
+# %% ../../nbs/callbacks/01_metrics.ipynb #fb65bdee
+_SMALL = ('.*(loss(es)?|errors?|crossentropy|normalizedentropy|perplexity|distance|divergence)|err|r?mse|r?msle|mae|'
+          's?mape|nll|b?ce|xent|ppl|[wct]er|fid|kid|lpips|brier|ece|regret|bp[bcd]')
+_LARGE = ('.*(accuracy|scores?|precision|recall|sensitivity|specificity|similarity|likelihood|correlation|hitrate|'
+          'reciprocalrank|noiseratio|rewards?|returns?)|b?acc|auc|auroc|auprc|m?ap|f[12]|fbeta|m?iou|jaccard|dice|r2|'
+          'psnr|s[nd]r|(ms)?ssim|(sacre)?bleu|rouge[ln]?|meteor|chrf|mrr|ndcg|mcc|matthews|kappa|pearson|spearman|hits')
+_KNOWN = {mode: re.compile(f'({words})\\d*') for mode, words in dict(min=_SMALL, max=_LARGE).items()}
+_OTHERWISE = set('neg negative minus inverse gap drop diff delta std var'.split())      # turn what they stand beside
+
+def _mode_of(name):
+    "Is small (`'min'`) or large (`'max'`) good? None where a name does not tell"
+    parts = re.split(r'[\W_]+', name)
+    words = [w.lower() for part in parts for w in re.findall(r'[A-Z]+\d*(?![a-z])|[A-Z]?[a-z]+\d*', part)]
+    if not words or _OTHERWISE.intersection(words): return None
+    if re.fullmatch('.*(loss|losses|error|errors)|err', words[-1]): return 'min'      # an iou_loss is a loss
+    words += [part.lower() for part in [*parts, ''.join(parts)]]
+    found = [mode for mode, known in _KNOWN.items() if any(map(known.fullmatch, words))]
+    return found[0] if len(found) == 1 else None
+
 # %% ../../nbs/callbacks/01_metrics.ipynb #00000013
 class Watched:
     "A column of the table, by which a callback goes"
     def __init__(self,
-        name:str, # a column of the raw row, or `'ema/accuracy'` for another set of weights
-        mode:str|None=None, # is `'min'` or `'max'` good? None: `'min'` for names that end in `loss`
+        name:str, # a column of the raw row; `'ema/accuracy'` for other weights, `'train/accuracy'` for the training row
+        mode:str|None=None, # is `'min'` or `'max'` good? None: as names of losses, errors and scores tell
     ):
-        check_choice('mode', mode, ('min', 'max', None))
-        self.name,self.mode = name,mode or ('min' if name.endswith('loss') else 'max')
+        self.name,self.given = name,check_choice('mode', mode, ('min', 'max', None))
         self.weights,self.column = name.split('/', 1) if '/' in name else ('raw', name)
+        self.mode = mode or _mode_of(self.column)
+
+    def begin(self, learn):
+        "A fit begins; ValueError where nothing tells whether small or large is good"
+        metric = _metrics(learn).get(self.column)
+        higher = getattr(metric, 'higher_is_better', None)
+        modes = [self.given, higher if higher is None else 'max' if higher else 'min',
+                 *(_mode_of(cls.__name__) for cls in type(metric).__mro__), _mode_of(self.column)]
+        self.mode = next(filter(None, modes), None)
+        if self.mode is None:
+            raise ValueError(f"is small or large {self.name!r} good? Its name does not tell: give mode='min' or 'max'")
 
     def check(self, learn,
         rows=False, # also whether there was a row of it in the epoch before?
     ):
-        "ValueError if the learner has no such set of weights; called before a training epoch"
-        names = learn.averages.rows(empty=True)
+        "ValueError if the learner has no such weights, or no such column; called before a training epoch"
+        names = ['train', *learn.averages.rows(empty=True)]
         if self.weights not in names:
-            raise ValueError(f'{self.name!r}: no weights are called {self.weights!r}; there are {", ".join(names)}')
-        if not rows or learn.epoch == learn.epochs[0]: return
-        if self.weights != 'raw' and not learn.averages[self.weights].n: return
-        before = [r['weights'] for r in learn.history if r['train'] == 'eval' and r['epoch'] == learn.epoch - 1]
-        if self.weights not in before:
-            raise ValueError(f'{self.name!r}: this fit does not validate the weights {self.weights!r}')
+            raise ValueError(f'{self.name!r}: no weights are called {self.weights!r}; '
+                             f'there are {", ".join(names[1:])}, and train for the rows of training')
+        columns = [*_metrics(learn), 'loss']
+        if self.column not in columns and not _other_columns(learn): self._refuse(learn, columns)
+        if rows and self.weights != 'train' and not learn.resuming: self._check_row(learn)
+
+    def _check_row(self, learn):
+        lacks = getattr(learn.dls, 'valid', None) is None
+        if self.weights == 'raw' or learn.averages[self.weights].n:
+            last = next((i for i, r in enumerate(learn.history[::-1]) if r['train'] == 'train'), None)
+            if learn.epoch and last is not None:
+                lacks = self.weights not in [r['weights'] for r in learn.history[len(learn.history) - last:]]
+        if lacks:
+            raise ValueError(f'{self.name!r}: this fit does not validate the weights {self.weights!r}; '
+                             f'the row of training is watched as {"train/" + self.column!r}')
+
+    def _refuse(self, learn, columns):
+        others = [f'{w}/{k}' for w in [*learn.averages, 'train'] for k in columns]
+        raise ValueError(f'{self.name!r}: no such column; there are {", ".join([*columns, *others])}')
 
     def value(self, learn) -> float|None:
         "Its value, if the row that has just ended is the one it is in"
-        return None if learn.training or learn.weights != self.weights else self.of(learn.history[-1], learn)
+        ended = 'train' if learn.training else learn.weights
+        return self.of(learn.history[-1], learn) if ended == self.weights else None
 
     def of(self, row, learn) -> float:
-        "Its value in a row; ValueError if there is no such column"
-        columns = [k for k in row if k not in ('epoch', 'train', 'weights')]
-        if self.column in columns: return row[self.column]
-        others = [f'{w}/{k}' for w in learn.averages for k in columns]
-        raise ValueError(f'{self.name!r}: no such column; there are {", ".join(columns + others)}')
+        "Its value in a row; ValueError if there is no such column, or no number in it"
+        if self.column not in row or self.column in ('epoch', 'train', 'weights'):
+            self._refuse(learn, [k for k in row if k not in ('epoch', 'train', 'weights')])
+        value = plain(row[self.column], tensors=False, strict=False)
+        if isinstance(value, Real): return value
+        what = 'empty' if value is None else f'a {type(value).__name__}'
+        raise ValueError(f'{self.name!r} has to be a number; in the row of epoch {row["epoch"]} it is {what}')
 
     def better(self,
         new:float, # a value
@@ -140,52 +187,109 @@ class Watched:
         if old is None: return new == new
         return new < old - by if self.mode == 'min' else new > old + by
 
+def _metrics(learn): return {k: m for cb in learn.cbs if isinstance(cb, MetricsCB) for k, m in cb.metrics.items()}
+
+def _other_columns(learn):
+    "May a callback that is none of ours add columns of its own?"
+    room = __name__.split('.')[0] + '.'
+    return any(not cb.after_epoch.__module__.startswith(room) for cb in learn.cbs if hasattr(cb, 'after_epoch'))
+
 # %% ../../nbs/callbacks/01_metrics.ipynb #00000016
 class EarlyStoppingCB(Callback):
     "End the fit when a column has not become better for some epochs; `best` and `best_epoch` say when it was best"
     order,role = Stage.schedule + 5,'watches'
-    best = best_epoch = _epoch = None      # `_epoch`: that of the last value
+    name = average = None      # of the best weights, if they are kept
+    best = best_epoch = reason = stopped_epoch = _epoch = _value = None      # the last two: of the newest row
     def __init__(self,
-        metric:str='loss', # a column of the raw row, or `'ema/accuracy'` for another set of weights
-        patience:int=3, # the fit ends after so many epochs without an improvement
-        min_delta:float=0., # an improvement is more than this
-        mode:str|None=None, # is `'min'` or `'max'` good? None: `'min'` for names that end in `loss`
+        metric:str='loss', # a column of the raw row; `'ema/accuracy'` for other weights, `'train/loss'` for training
+        patience:int|None=3, # the fit ends after so many epochs without an improvement; None: not for that
+        min_delta:float|str=0., # an improvement is more than this: a number, or `'1%'` of the best value so far
+        mode:str|None=None, # is `'min'` or `'max'` good? None: as names of losses, errors and scores tell
+        *,
+        restore_best:bool=False, # does the model hold the weights of the best epoch after the fit? See above
+        min_epochs:int=0, # the fit has at least so many epochs
+        stop_at:float|None=None, # the fit ends when the column is as good as this
+        diverged_at:float|None=None, # or worse than this
     ):
         self.watched = Watched(metric, mode)
-        self.patience = check_whole('patience', patience)
-        self.min_delta = check_number('min_delta', min_delta, include_low=True)
+        self.patience = check_whole('patience', patience, none=True)
+        self.min_delta,self.relative = min_delta,isinstance(min_delta, str)
+        if self.relative: self.min_delta = _share(min_delta)
+        check_number('min_delta', self.min_delta, include_low=True)
+        self.min_epochs = check_whole('min_epochs', min_epochs, 0)
+        self.stop_at = check_number('stop_at', stop_at, -math.inf, none=True)
+        self.diverged_at = check_number('diverged_at', diverged_at, -math.inf, none=True)
+        if restore_best: self.name,self.role,self.apply = 'best','averages',True
 
     def before_fit(self, learn):
-        self.best = self.best_epoch = self._epoch = None
+        if self.name: self._add_best(learn)
+        if not learn.will_train: return
+        self.watched.begin(learn)
+        self.best = self.best_epoch = self.reason = self.stopped_epoch = self._epoch = self._value = None
         self._loaded = False
+
+    def _add_best(self, learn):
+        if self.average is None or self.average.source is not unwrap(learn.model): self.average = Snapshot(learn.model)
+        if learn.will_train: self.average.reset()
+        if learn.averages.get(self.name) is self.average: return
+        learn.averages.add(self.name, self.average, valid=False, now=False)
 
     def before_epoch(self, learn):
         if not learn.training: return
         self.watched.check(learn, rows=True)
-        self._stop_if_no_better(learn)
+        self._stop_if_over(learn)
 
     def before_batch(self, learn):
-        if self._loaded and learn.training: self._stop_if_no_better(learn)      # a resumed fit may have been at its end
+        if self._loaded and learn.training: self._stop_if_over(learn)      # a resumed fit may have been at its end
         self._loaded = False
 
-    def _stop_if_no_better(self, learn):
-        if self._epoch is None: return
-        since = self._epoch - (-1 if self.best_epoch is None else self.best_epoch)
-        if since < self.patience: return
-        if not is_quiet(learn):
-            print(f'early stopping: {self.watched.name} has not been better than {self.best} '
-                  f'of epoch {self.best_epoch} for {since} epoch{"s" if since > 1 else ""}')
+    def _stop_if_over(self, learn):
+        reason = self._reason()
+        if reason is None or learn.epoch < self.min_epochs: return
+        self.reason,self.stopped_epoch = reason,self._epoch
+        if not is_quiet(learn): print(f'early stopping: {reason}')
         raise CancelFitException
 
-    def after_epoch(self, learn):
-        value = self.watched.value(learn)
-        if value is None: return
-        self._epoch = learn.epoch
-        if self.watched.better(value, self.best, self.min_delta): self.best,self.best_epoch = value,learn.epoch
+    def _reason(self):
+        "Why the fit should end, if it should"
+        if self._epoch is None: return None
+        w,value = self.watched,self._value
+        now = f'{w.name} is {value:.4g} in epoch {self._epoch}'
+        if self.stop_at is not None and (value == self.stop_at or w.better(value, self.stop_at)):
+            return f'{now}, as good as stop_at={self.stop_at} asks for'
+        if self.diverged_at is not None and w.better(self.diverged_at, value):
+            return f'{now}, worse than diverged_at={self.diverged_at}'
+        since = self._epoch - (-1 if self.best_epoch is None else self.best_epoch)
+        if self.patience is None or since < self.patience: return None
+        was = 'a number' if self.best is None else f'better than {self.best:.4g} of epoch {self.best_epoch}'
+        return f'{w.name} has not been {was} for {since} epoch{"s" if since > 1 else ""}'
 
-    def state_dict(self): return dict(best=self.best, best_epoch=self.best_epoch, epoch=self._epoch)
+    def after_epoch(self, learn):
+        value = self.watched.value(learn) if learn.will_train else None
+        if value is None: return
+        self._epoch,self._value = learn.epoch,value
+        by = self.min_delta*abs(self.best or 0) if self.relative else self.min_delta
+        if not self.watched.better(value, self.best, by): return
+        self.best,self.best_epoch = value,learn.epoch
+        if self.average is not None: self.average.update()
+
+    def cleanup_fit(self, learn):
+        if learn.error is not None or not learn.will_train or self.average is None or not self.average.n: return
+        learn.apply(self.name)
+        if is_quiet(learn): return
+        print(f'The model holds its {self.name!r} weights, of epoch {self.best_epoch}; '
+              'learn.restore() gives it its raw ones back.')
+
+    def state_dict(self):
+        return dict(best=self.best, best_epoch=self.best_epoch, epoch=self._epoch, value=self._value)
 
     def load_state_dict(self, state):
         "Go on with a fit; one that was at its end stops before its first batch"
         self.best,self.best_epoch,self._epoch = state['best'],state['best_epoch'],state['epoch']
+        self._value = state['value']
         self._loaded = True
+
+def _share(text):
+    "The number that `'1%'` means"
+    try: return float(text.removesuffix('%') if text.endswith('%') else '')/100
+    except ValueError: raise ValueError(f"min_delta must be a number, or a share such as '1%'; got {text!r}") from None

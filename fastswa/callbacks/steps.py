@@ -74,13 +74,13 @@ class GradAccumCB(Callback):
 
     def after_loss(self, learn):
         if not learn.training: return
-        n = batch_size(learn.batch)
+        n = batch_size(learn.batch, learn.dl)
         weight = n/(self._size or n)
         if weight != 1: learn.loss.register_hook(lambda g: g*weight)
 
     def after_backward(self, learn):
         if not self._at_end:
-            n = batch_size(learn.batch)
+            n = batch_size(learn.batch, learn.dl)
             self._size = self._size or n
             self._n_batches += 1
             self._n_samples += n

@@ -6,14 +6,16 @@
 __all__ = ['AverageCB', 'BNUpdateCB', 'EMACB', 'SWACB', 'LAWACB', 'SWAGCB', 'PostHocEMACB', 'SwitchEMACB']
 
 # %% ../../nbs/callbacks/02_swa.ipynb #00000002
-import math, warnings
+import difflib, math, warnings
+from functools import wraps
+from inspect import signature
 
 from fastcore.meta import delegates
 from torch import nn
 
 from ..averaging.average import Average
 from ..averaging.batchnorm import bn_layers
-from ..averaging.ensembles import LatestAverage
+from ..averaging.ensembles import LatestAverage, decay_weights
 from ..averaging.posthoc import PostHocEMA
 from ..averaging.rules import ema, equal
 from ..averaging.swag import SWAG
@@ -23,6 +25,21 @@ from ..training.optim import OptionChanges, set_option
 from ..training.sandbox import keep_learner, prepared_batches
 
 # %% ../../nbs/callbacks/02_swa.ipynb #00000006
+def _with_arguments_of(cls, but):
+    "`delegates`; and a TypeError for an argument that there is not names the class that was called, and a close name"
+    def decorate(init):
+        init = delegates(cls.__init__, but=but)(init)
+        names = [*signature(init).parameters]
+        @wraps(init)
+        def checked(self, *args, **kwargs):
+            for name in (k for k in kwargs if k not in names):
+                close = difflib.get_close_matches(name, names, 1)
+                hint = f'did you mean {close[0]}?' if close else f'there are {", ".join(names[1:])}'
+                raise TypeError(f'{type(self).__name__} has no argument {name}; {hint}')
+            init(self, *args, **kwargs)
+        return checked
+    return decorate
+
 class AverageCB(Callback):
     "An average of the weights by any rule, with a row at each validation"
     order,role = Stage.average,'averages'
@@ -48,12 +65,16 @@ class AverageCB(Callback):
         self.average = self._loaded = None
         self.options = dict(include=include, exclude=exclude, dtype=dtype, device=device, check_finite=check_finite)
 
+    def __repr__(self):
+        rule = '' if self.rule is None else f'{self.rule}, '
+        return f'{type(self).__name__}({rule}start={self.start!r}, every={self.every!r}, name={self.name!r})'
+
     def new_average(self, model):
         "The `Average` that this callback keeps"
         return Average(model, self.rule, **self.options)
 
     def before_fit(self, learn):
-        applied = [cb.name for cb in learn.cbs if isinstance(cb, AverageCB) and cb.apply]
+        applied = [cb.name for cb in _averaging(learn) if cb.apply]
         if len(applied) > 1:
             raise ValueError(f'the model can hold one average: apply=True is set for {", ".join(applied)}')
         if not learn.will_train and learn.averages.get(self.name) is self.average is not None: return
@@ -83,7 +104,7 @@ class AverageCB(Callback):
 
     def cleanup_fit(self, learn):
         if learn.error is not None or not learn.will_train or self.average is None: return
-        cbs = [cb for cb in learn.cbs if isinstance(cb, AverageCB)]
+        cbs = _averaging(learn)
         chosen = self.apply or (self.apply is None and len(cbs) == 1)
         if self.average.n and chosen:
             learn.apply(self.name)
@@ -107,6 +128,8 @@ class AverageCB(Callback):
         elif state: self.average.load_state_dict(state)
         else: self.average.reset()
         if self.average is not None: self._loaded = None
+
+def _averaging(learn): return [cb for cb in learn.cbs if cb.role == 'averages' and hasattr(cb, 'average')]
 
 def _say(learn, text):
     if not is_quiet(learn): print(text)
@@ -161,11 +184,11 @@ class _TrainingBatches:
 # %% ../../nbs/callbacks/02_swa.ipynb #0000000e
 class EMACB(AverageCB):
     "Exponential moving average of the weights; `decay` is per step and `half_life` a time, whatever `every` is"
-    @delegates(AverageCB.__init__, but=['rule', 'restart'])
+    @_with_arguments_of(AverageCB, but=['rule', 'restart'])
     def __init__(self,
         decay:float|None=None, # what is left of the average after a step, from 0 to 1
         half_life:str|None=None, # or: the time after which a snapshot counts half; `'0.05dur'` if neither is given
-        warmup:str|None=None, # None; `'ratio'` or `'power'`: a shorter memory at the start, see `averaging.rules.ema`
+        warmup:str|None=None, # a shorter memory at the start: `'ratio'`, `'power'`, or None; see `averaging.rules.ema`
         every:str='1ba', # how often
         start:str='0ba', # from when on
         *, name:str='ema', **kwargs
@@ -176,7 +199,7 @@ class EMACB(AverageCB):
 
 class SWACB(AverageCB):
     "Stochastic weight averaging: the mean of snapshots from the last part of the fit, arXiv 1803.05407"
-    @delegates(AverageCB.__init__, but=['rule'])
+    @_with_arguments_of(AverageCB, but=['rule'])
     def __init__(self,
         start:str='0.75dur', # from when on
         every:str='0.01dur', # how often
@@ -236,24 +259,25 @@ class SWACB(AverageCB):
 
 # %% ../../nbs/callbacks/02_swa.ipynb #00000011
 class LAWACB(AverageCB):
-    "Mean of the `k` newest snapshots (LAWA), arXiv 2209.14981; see `LatestAverage`"
-    @delegates(AverageCB.__init__, but=['rule', 'restart'])
+    "Mean of the `k` newest snapshots (LAWA, arXiv 2209.14981), or a merge in place of a decay; see `LatestAverage`"
+    @_with_arguments_of(AverageCB, but=['rule', 'restart'])
     def __init__(self,
         k:int=5, # snapshots in the mean
         every:str='1ep', # how often one is taken
         start:str='0ba', # from when on
+        shape:str='linear', # of the decay that the mean stands for: `'linear'`, `'1-sqrt'` or `'cosine'`
         *, name:str='lawa', **kwargs
     ):
         super().__init__(None, start, every, name=name, **kwargs)
-        self.k = k
-        LatestAverage(nn.PReLU(), k)      # says what is wrong with k, if anything
+        self.k,self.shape = k,shape
+        decay_weights(k, shape)      # says what is wrong with them, if anything
 
-    def new_average(self, model): return LatestAverage(model, self.k, **self.options)
+    def new_average(self, model): return LatestAverage(model, self.k, self.shape, **self.options)
 
 # %% ../../nbs/callbacks/02_swa.ipynb #00000014
 class SWAGCB(SWACB):
     "SWA with the spread of its snapshots, a Gaussian to sample weights from: arXiv 1902.02476; see `SWAG`"
-    @delegates(SWACB.__init__)
+    @_with_arguments_of(SWACB, but=[])
     def __init__(self,
         rank:int=20, # snapshots of which the low-rank part of the covariance is made
         start:str='0.75dur', # from when on
@@ -269,7 +293,7 @@ class SWAGCB(SWACB):
 # %% ../../nbs/callbacks/02_swa.ipynb #00000017
 class PostHocEMACB(AverageCB):
     "Keeps what is needed to choose the length of the average after training: arXiv 2312.02696; see `PostHocEMA`"
-    @delegates(AverageCB.__init__, but=['rule', 'restart'])
+    @_with_arguments_of(AverageCB, but=['rule', 'restart'])
     def __init__(self,
         sigma_rels=(0.05, 0.1), # widths of the averages that are followed; the row shows the first
         every:str='0.05dur', # how often they are stored
@@ -306,7 +330,7 @@ class PostHocEMACB(AverageCB):
 # %% ../../nbs/callbacks/02_swa.ipynb #0000001a
 class SwitchEMACB(EMACB):
     "An `EMACB` from whose average training goes on after each epoch (Switch EMA), arXiv 2402.09240, alg. 1"
-    @delegates(EMACB.__init__)
+    @_with_arguments_of(EMACB, but=[])
     def __init__(self,
         decay:float|None=None, # what is left of the average after a step, from 0 to 1
         half_life:str|None=None, # or: the time after which a snapshot counts half; `'0.05dur'` if neither is given

@@ -87,7 +87,7 @@ class CheckpointCB(Callback):
         every:str='1ep', # how often, as in `'200ba'`, `'0.5ep'`, `'0.1dur'`; and when the fit ends
         keep:int|None=3, # how many stay, the newest; None: all
         best:str|None=None, # a column such as `'accuracy'` or `'ema/loss'`: what was best by it stays as `best.pt`
-        mode:str|None=None, # is `'min'` or `'max'` good? None: `'min'` for names that end in `loss`
+        mode:str|None=None, # is `'min'` or `'max'` good? None: as names of losses, errors and scores tell
     ):
         self.path = Path(path).expanduser()
         self.when = Every(every)
@@ -104,6 +104,7 @@ class CheckpointCB(Callback):
         for p in [*self.path.glob('.step-*'), *self.path.glob('.best-*')]:
             p.unlink(missing_ok=True)      # of a process that was killed while writing
         self._check_found(learn)
+        if self.watched: self.watched.begin(learn)
         if learn is not self._learn: self.best = self.best_epoch = None
         self._learn,self._improved = learn,False
         self.when.begin(learn.clock)
@@ -151,7 +152,7 @@ class CheckpointCB(Callback):
         if learn.training and learn.iter + 1 != learn.clock.epoch_batches: self._write_if(learn, self.when.due())
 
     def after_epoch(self, learn):
-        value = self.watched and self.watched.value(learn)
+        value = self.watched.value(learn) if self.watched and learn.will_train else None
         if value is None or not self.watched.better(value, self.best): return
         self.best,self.best_epoch = value,learn.epoch
         self._improved = True

@@ -216,6 +216,7 @@ class _Rest:
 
     def __iter__(self): return self.batches
     def __len__(self): return len(self.dl)
+    def __getattr__(self, name): return getattr(self.dl, name)
 
 def go_on_from(
     learn, # a learner, whose fit has begun

@@ -8,6 +8,7 @@ __all__ = ['collate_dict', 'collate_device', 'inplace', 'BatchLoader', 'DataLoad
 # %% ../../nbs/data/01_loaders.ipynb #00000002
 import math, re
 from functools import partial, wraps
+from operator import length_hint
 
 import datasets, PIL.Image, torch
 import numpy as np, pyarrow as pa, pyarrow.compute as pc
@@ -74,6 +75,11 @@ class BatchLoader:
         self.dataset, self.tfm = TensorDataset(x, y), tfm
         self.shuffle, self.generator, self.drop_last = shuffle, generator, drop_last
         if not len(self): raise ValueError(f'{len(x)} samples with bs={bs} and drop_last={drop_last} give no batch')
+
+    def __repr__(self):
+        x,_ = self.dataset.tensors
+        order = ', shuffled' if self.shuffle else ''
+        return f'BatchLoader({len(x):,} images {tuple(x.shape[1:])} on {x.device}, bs={self.batch_size}{order})'
 
     def __len__(self):
         n = len(self.dataset)
@@ -160,9 +166,17 @@ def _splits(dd):
         if not len(dd[k]): raise ValueError(f'the split {k!r} is empty')
     return dd['train'], dd[valid]
 
+def _batches(dl):
+    "How much a loader holds, in words, as far as it is known"
+    if dl is None: return 'none'
+    batches, samples = length_hint(dl), length_hint(getattr(dl, 'dataset', ()))
+    said = [f'{batches:,} batch{"" if batches == 1 else "es"}'*bool(batches), f'{samples:,} samples'*bool(samples)]
+    return ', '.join(filter(None, said)) or type(dl).__name__
+
 class DataLoaders:
     "A loader to train on and one to validate on, which may be None"
     def __init__(self, train, valid=None): self.train, self.valid = train, valid
+    def __repr__(self): return f'DataLoaders(train: {_batches(self.train)}; valid: {_batches(self.valid)})'
 
     @classmethod
     def from_dd(cls,

@@ -68,7 +68,7 @@ class LossCB(Callback):
     def before_epoch(self, learn): self.meter = LossMeter()
 
     def after_batch(self, learn):
-        if learn.loss is not None: self.meter.add(learn.loss, batch_size(learn.batch))
+        if learn.loss is not None: self.meter.add(learn.loss, batch_size(learn.batch, learn.dl))
         if learn.training: self._check(learn, wait=False)
 
     def after_epoch(self, learn):

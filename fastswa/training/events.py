@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['CancelFitException', 'CancelEpochException', 'CancelBatchException', 'CancelStepException', 'Stage', 'Callback',
-           'CallbackRunner', 'with_cbs']
+           'short', 'CallbackRunner', 'with_cbs']
 
 # %% ../../nbs/training/00_events.ipynb #00000002
 import difflib, warnings
 from contextlib import ExitStack, suppress
 from enum import IntEnum
 from functools import partial, wraps
+from inspect import signature
 from operator import attrgetter
+from os import PathLike
+
+from ..core import Time
 
 # %% ../../nbs/training/00_events.ipynb #00000005
 class CancelFitException(Exception): "Raised by a callback: the fit ends here; `after_fit` is skipped"
@@ -34,6 +38,21 @@ class Callback:
     "Base of all callbacks: methods named after events, called with the learner, from low `order` to high"
     order = 0
     role = None # what it is for: 'prepares', 'steps', 'schedules', 'averages', 'measures' or 'watches'
+
+    def __repr__(self):
+        "The class and those of its arguments that are not the defaults, as far as they can be told from attributes"
+        given = []
+        for name, p in signature(type(self)).parameters.items():
+            default = () if p.default is p.empty else p.default
+            value = short(getattr(self, name, default))
+            if value != short(default): given.append(f'{name}={value}')
+        return f'{type(self).__name__}({", ".join(given)})'
+
+def short(o) -> str:
+    "An object in few characters"
+    if isinstance(o, (PathLike, Time)): o = str(o)
+    text = getattr(o, '__name__', None) or repr(o)
+    return text if len(text) <= 40 and ' at 0x' not in text else type(o).__name__
 
 # %% ../../nbs/training/00_events.ipynb #00000008
 def by_order(cbs): return sorted(cbs, key=attrgetter('order'))

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
+from torch.nn.parameter import is_lazy
 
 from ..averaging.averages import Averages
 from ..averaging.holding import restore_raw
-from ..core import Clock, later, map_tensors, unwrap
+from ..core import Clock, Report, batch_inputs, batch_targets, later, map_tensors, tensors_in, unwrap
 from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepException
 from .events import as_list, check_cbs, with_cbs
 from .optim import HasOptimizer
@@ -36,6 +37,15 @@ class HasWeights:
 
     @averages.setter
     def averages(self, averages): self._averages = averages
+
+    def __repr__(self):
+        "The model, what it holds, the callbacks, and the epochs trained, in one line"
+        n = sum(0 if is_lazy(p) else p.numel() for p in self.model.parameters())
+        epochs = sum(row['train'] == 'train' for row in self.history)
+        parts = [f'{type(unwrap(self.model)).__name__}, {n:,} parameters, {self.weights} weights',
+                 'callbacks ' + (', '.join(type(cb).__name__ for cb in self.cbs) or 'none'),
+                 f'{epochs} epoch{"" if epochs == 1 else "s"} done']
+        return f'{type(self).__name__}({"; ".join(parts)})'
 
     @property
     def weights(self) -> str:
@@ -68,11 +78,11 @@ class HasWeights:
     def validate(self,
         weights:str|None=None, # `'raw'` or the name of an average; None: a row for each
         dl=None, # batches to validate on; None: `dls.valid`
-    ) -> list: # the rows, as dicts
+    ) -> Report: # a list of the rows, as dicts, that prints as a table
         "Validate now; history and run stay as they are. Raises RuntimeError for an average without a snapshot"
         with sandbox(self, valid=dl):
             self.fit(1, train=False, valid=weights or True)
-            return self.history
+            return Report(self.history)
 
     def get_preds(self,
         weights:str|None=None, # `'raw'` or the name of an average; None: those the model holds
@@ -117,8 +127,7 @@ def _check_fit(learn, n_epochs, train, valid, resume, reset_opt):
 def _say_where(e, learn):
     "Note on an exception where in the run it was raised, and on what"
     if not hasattr(e, 'add_note'): return     # before Python 3.11
-    shapes = []
-    map_tensors(lambda t: shapes.append(f'{tuple(t.shape)} {str(t.dtype).removeprefix("torch.")}'), learn.batch)
+    shapes = [f'{tuple(t.shape)} {str(t.dtype).removeprefix("torch.")}' for t in tensors_in(learn.batch)]
     e.add_note(f'(in batch {learn.iter} of {"training" if learn.training else "validation"} epoch {learn.epoch}, '
                f'which holds {", ".join(shapes) or type(learn.batch).__name__})')
 
@@ -261,16 +270,16 @@ class TrainCB(Callback):
     def __init__(self,
         n_inp:int=1, # how many elements of a batch go to the model; the others go to the loss
     ): self.n_inp = n_inp
-    def predict(self, learn): learn.preds = learn.model(*learn.batch[:self.n_inp])
-    def get_loss(self, learn): learn.loss = learn.loss_func(learn.preds, *learn.batch[self.n_inp:])
+    def predict(self, learn): learn.preds = learn.model(*batch_inputs(learn.batch, self.n_inp))
+    def get_loss(self, learn): learn.loss = learn.loss_func(learn.preds, *batch_targets(learn.batch, self.n_inp))
     def backward(self, learn): learn.loss.backward()
     def step(self, learn): learn.opt.step()
     def zero_grad(self, learn): learn.opt.zero_grad()
 
 class TrainLearner(Learner):
     "A `Learner` that brings the steps itself, for batches of inputs and targets"
-    def predict(self): self.preds = self.model(self.batch[0])
-    def get_loss(self): self.loss = self.loss_func(self.preds, self.batch[1])
+    def predict(self): self.preds = self.model(*batch_inputs(self.batch))
+    def get_loss(self): self.loss = self.loss_func(self.preds, batch_targets(self.batch)[0])
     def backward(self): self.loss.backward()
     def step(self): self.opt.step()
     def zero_grad(self): self.opt.zero_grad()

@@ -65,7 +65,8 @@ class EvaluationCB(Callback):
         "A warning, once in a fit, about a loader that gives other batches when read again in the same random state"
         if not learn.will_train or not learn.in_fit or any(dl is o for o in self._checked): return
         self._checked.append(dl)
-        if getattr(dl, 'num_workers', 0) or hasattr(dl, '__next__'): return      # copies draw; only one pass is possible
+        # in workers it is copies that draw; what is its own iterator can be read once
+        if getattr(dl, 'num_workers', 0) or hasattr(dl, '__next__'): return
         first,again = (_first_batch(learn, dl) for _ in range(2))
         if all(torch.equal(a, b) or bool((a != a).any()) for a, b in zip(first, again)): return
         name = type(getattr(dl, 'dataset', dl)).__name__

@@ -1,0 +1,339 @@
+"What Lightning tests of EarlyStopping, ModelCheckpoint and GradientAccumulationScheduler"
+import math
+import pickle
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+
+from fastswa.callbacks import BatchSchedCB, EarlyStoppingCB, EpochSchedCB, GradAccumCB, MetricsCB
+from fastswa.checkpoint import CheckpointCB, read_checkpoint
+from fastswa.training import Callback, CancelEpochException, MomentumLearner, TrainLearner
+from helpers import AtEpoch, Losses, Scores, copied, linear, quick, regression, same, state
+
+# --- EarlyStopping
+
+
+def last_epoch(losses, *cbs, n=10, **kw):
+    "The last epoch of a fit whose validation has these losses"
+    learn = quick(Losses([*losses, *[losses[-1]]*n]), *cbs, EarlyStoppingCB(**kw))
+    learn.fit(n)
+    return learn.history[-1]['epoch']
+
+
+@pytest.mark.parametrize('losses, patience, stops', [
+    ([6, 5, 5, 5, 5, 5], 3, 4), ([6, 5, 4, 4, 3, 3], 1, 3), ([6, 5, 6, 5, 5, 5], 3, 4),
+    ([8, 4, 2, 3, 4, 5, 8, 10], 3, 5)])
+def test_the_fit_ends_when_patience_is_exhausted(losses, patience, stops):
+    assert last_epoch(losses, patience=patience) == stops
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_of_several_the_first_to_be_exhausted_ends_the_fit(first):
+    "In either order"
+    cbs = [EarlyStoppingCB(patience=2), EarlyStoppingCB('flat', patience=3, mode='min')]
+    learn = quick(MetricsCB(flat=Scores([0.]*20)), Losses([8, 4, 2, 3, 4, 5, 8, 10]), *cbs[::1 if first else -1])
+    learn.fit(8)
+    assert learn.history[-1]['epoch'] == 3
+
+
+def test_a_callback_can_be_pickled():
+    "Before a fit and after one"
+    cb = EarlyStoppingCB(patience=2)
+    assert pickle.loads(pickle.dumps(cb)).patience == 2
+    quick(Losses([1, 2, 2, 2]), cb).fit(4)
+    assert pickle.loads(pickle.dumps(cb)).state_dict() == cb.state_dict()
+
+
+def test_a_mode_that_is_none_is_an_error():
+    with pytest.raises(ValueError, match="mode must be.*got 'unknown_option'"): EarlyStoppingCB(mode='unknown_option')
+    with pytest.raises(ValueError, match="mode must be.*got 'unknown_option'"):
+        CheckpointCB('x', best='loss', mode='unknown_option')
+
+
+def test_it_looks_once_an_epoch():
+    "Wrong: also at the row of another set of weights, or in training"
+    looks = []
+    cb = EarlyStoppingCB()
+    better = cb.watched.better
+    cb.watched.better = lambda *args: looks.append(args) or better(*args)
+    quick(cb).fit(4)
+    assert len(looks) == 4
+
+
+def test_the_state_is_in_the_checkpoint_and_comes_back(tmp_path):
+    losses = [3., 2., 2.5, 2.5, 2.5, 2.5]
+    def make(): return quick(Losses(losses), EarlyStoppingCB(patience=3), CheckpointCB(tmp_path))
+    first = make()
+    first.fit(6, cbs=AtEpoch(4))
+    whole = first.cbs[1].state_dict()
+    learn = make()
+    learn.load(tmp_path)
+    assert learn.cbs[1].state_dict() == whole and (whole['best'], whole['best_epoch']) == (2., 1)
+
+
+def test_a_checkpoint_beyond_the_end_of_the_fit(tmp_path):
+    "MisconfigurationException there; here: an error, and nothing is trained"
+    quick(CheckpointCB(tmp_path)).fit(3)
+    learn = quick(CheckpointCB(tmp_path))
+    with pytest.raises(ValueError, match='epoch'): learn.fit(1, resume=tmp_path)
+    assert learn.history == [] and same(state(learn), copied(linear().state_dict()))
+
+
+# --- ModelCheckpoint
+
+
+def files(folder, best=True): return sorted(p.name for p in folder.glob('*.pt') if best or p.name != 'best.pt')
+
+
+def named(*steps): return [f'step-{s:08}.pt' for s in steps]
+
+
+@pytest.mark.parametrize('kind', ['plateau', 'step'])
+def test_a_checkpoint_holds_score_epoch_step_and_schedule(kind, tmp_path):
+    "As they are after the epoch that it is of"
+    sched = dict(plateau=partial(ReduceLROnPlateau, factor=0.5, patience=0),
+                 step=partial(StepLR, step_size=1, gamma=2.))
+    losses = [3., 4., 5.]
+    learn = quick(Losses(losses), EpochSchedCB(sched[kind]), CheckpointCB(tmp_path, keep=None, best='loss'), lr=1e-3)
+    learn.fit(3)
+    for epoch, name in enumerate(named(7, 14, 21)):
+        saved = read_checkpoint(tmp_path/name)
+        rows = [r for r in saved['history'] if r['train'] == 'eval']
+        assert [r['loss'] for r in rows] == losses[:epoch + 1] and saved['opt_steps'] == 7*(epoch + 1)
+        now = next(cb['state']['now'] for cb in saved['callbacks'] if cb['state'].get('now'))
+        expected = 2e-3*2**epoch if kind == 'step' else 1e-3*0.5**epoch
+        assert now['_last_lr'] == pytest.approx([expected])
+
+
+@pytest.mark.parametrize('keep, left', [(None, (7, 14)), (1, (14,)), (2, (7, 14))])
+def test_how_many_stay(keep, left, tmp_path):
+    quick(CheckpointCB(tmp_path, keep=keep)).fit(2)
+    assert files(tmp_path) == named(*left)
+
+
+@pytest.mark.parametrize('wrong', [dict(keep=0), dict(keep=-3), dict(every='-3ep'), dict(every='-3ba'),
+                                   dict(every='0ba'), dict(every='x')])
+def test_numbers_that_mean_nothing(wrong, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=next(iter(wrong))): CheckpointCB(tmp_path, **wrong)
+
+
+@pytest.mark.differs('a checkpoint callback writes: to write none, leave it out')
+def test_no_checkpoint_at_all_is_no_callback(tmp_path):
+    "save_top_k=0"
+    with pytest.raises(ValueError, match='keep must be'): CheckpointCB(tmp_path, keep=0)
+    quick().fit(1)
+    assert files(tmp_path) == []
+
+
+def test_the_default_is_every_epoch(tmp_path):
+    quick(CheckpointCB(tmp_path, keep=None)).fit(3)
+    assert files(tmp_path) == named(7, 14, 21)
+
+
+@pytest.mark.parametrize('every', [1, 2, 3])
+def test_every_so_many_epochs(every, tmp_path):
+    "And once more when the fit ends, which Lightning asks save_last for"
+    quick(CheckpointCB(tmp_path, f'{every}ep', keep=None)).fit(5)
+    assert files(tmp_path) == named(*sorted({*range(7*every, 36, 7*every), 35}))
+
+
+def test_every_so_many_steps(tmp_path):
+    quick(CheckpointCB(tmp_path, '4ba', keep=None)).fit(2)
+    assert files(tmp_path) == named(4, 8, 12, 14)
+
+
+@pytest.mark.differs('one time in one unit: there are no three arguments that exclude each other')
+def test_there_is_one_interval(tmp_path):
+    with pytest.raises(TypeError): CheckpointCB(tmp_path, every_n_epochs=2, every_n_train_steps=1)
+    with pytest.raises(TypeError): CheckpointCB(tmp_path, every='1ep', every_n_train_steps=1)
+
+
+@pytest.mark.differs('times are steps, epochs or shares of the fit, so that two runs write alike: no minutes')
+def test_there_is_no_interval_in_minutes(tmp_path):
+    with pytest.raises(ValueError, match="every must be a number with a unit, such as '200ba'"):
+        CheckpointCB(tmp_path, '1min')
+
+
+def test_the_last_holds_the_newest(tmp_path):
+    "save_last: the newest file is that of the end; one more of the same step is not written"
+    learn = quick(CheckpointCB(tmp_path, '3ba'))
+    learn.fit(3)
+    assert files(tmp_path) == named(15, 18, 21)
+    assert same(read_checkpoint(tmp_path/named(21)[0])['weights']['raw'], state(learn))
+    new = quick()
+    new.load(tmp_path)      # of a folder the newest
+    assert same(state(new), state(learn))
+
+
+@pytest.mark.parametrize('mode', ['min', 'max'])
+def test_nan_is_never_the_best(mode, tmp_path):
+    "Neither as the first value nor later"
+    losses = [math.nan, *([8., 7., 5.] if mode == 'min' else [5., 7., 8.]), math.nan]
+    quick(Losses(losses), cb := CheckpointCB(tmp_path, best='loss', mode=mode)).fit(5)
+    assert (cb.best, cb.best_epoch) == (losses[3], 3)
+
+
+@pytest.mark.differs('a run in which nothing was ever better has no best: None, where Lightning says infinity')
+@pytest.mark.parametrize('mode', ['min', 'max'])
+def test_without_a_number_there_is_no_best(mode, tmp_path):
+    quick(Losses([math.nan]*2), cb := CheckpointCB(tmp_path, best='loss', mode=mode)).fit(2)
+    assert cb.best is None and not (tmp_path/'best.pt').exists()
+
+
+@pytest.mark.parametrize('times', [1, 4])
+def test_a_finished_run_resumed_does_nothing(times, tmp_path):
+    "No step, no file, no row, however often"
+    quick(CheckpointCB(tmp_path)).fit(2)
+    before = files(tmp_path)
+    for _ in range(times):
+        learn = quick(CheckpointCB(tmp_path))
+        learn.fit(2, resume=tmp_path)
+        assert learn.opt_steps == 14 and len(learn.history) == 4
+    assert files(tmp_path) == before
+
+
+def test_validation_leaves_files_and_counts_alone(tmp_path):
+    learn = quick(CheckpointCB(tmp_path))
+    learn.fit(1)
+    for _ in range(3): learn.validate()
+    assert files(tmp_path) == named(7) and learn.opt_steps == 7
+
+
+def test_several_of_them(tmp_path):
+    "Each to its folder; two to one folder is an error before training"
+    quick(CheckpointCB(tmp_path/'a'), CheckpointCB(tmp_path/'b', '3ba', keep=1)).fit(1)
+    assert files(tmp_path/'a') == named(7) and files(tmp_path/'b') == named(7)
+    with pytest.raises(ValueError, match='two CheckpointCB write to'):
+        quick(CheckpointCB(tmp_path/'c'), CheckpointCB(tmp_path/'c')).fit(1)
+
+
+@pytest.mark.differs('a run does not write among the files of another, with -v1 in the names: a folder for each')
+def test_a_second_run_needs_another_folder(tmp_path):
+    quick(CheckpointCB(tmp_path)).fit(1)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match='give another folder'): quick(CheckpointCB(tmp_path)).fit(1)
+    assert files(tmp_path) == before
+
+
+def test_a_second_fit_of_the_same_learner_goes_on(tmp_path):
+    learn = quick(CheckpointCB(tmp_path, keep=None))
+    learn.fit(1)
+    learn.fit(2)
+    assert files(tmp_path) == named(7, 14, 21)
+
+
+@pytest.mark.differs('what is watched is validated in each epoch: a missing row is an error, not a wait without end')
+@pytest.mark.parametrize('cb', [EarlyStoppingCB, partial(CheckpointCB, best='loss')])
+def test_a_watched_row_is_there_in_each_epoch(cb, tmp_path):
+    "check_val_every_n_epoch=2. A checkpoint that watches nothing does not mind"
+    class EverySecond(Callback):
+        def before_epoch(self, learn):
+            if not learn.training and learn.epoch % 2 == 0: raise CancelEpochException
+    learn = quick(EverySecond(), cb() if cb is EarlyStoppingCB else cb(tmp_path/'best'))
+    with pytest.raises(ValueError, match='does not validate'): learn.fit(4)
+    quick(EverySecond(), CheckpointCB(tmp_path/'all', keep=None)).fit(4)
+    assert files(tmp_path/'all') == named(7, 14, 21, 28)
+
+
+def test_the_state_of_the_callback(tmp_path):
+    "Best and position; a folder of another name is no part of it"
+    quick(Losses([2., 3.]), a := CheckpointCB(tmp_path/'a', best='loss')).fit(2)
+    b = CheckpointCB(tmp_path/'b', best='loss')
+    quick(b).fit(0)
+    b.load_state_dict(a.state_dict())
+    assert (b.best, b.best_epoch, b.path) == (2., 0, tmp_path/'b')
+
+
+def test_going_on_elsewhere_leaves_the_old_folder(tmp_path):
+    quick(CheckpointCB(tmp_path/'a', '1ba', keep=2)).fit(1)
+    before = files(tmp_path/'a')
+    quick(CheckpointCB(tmp_path/'b', '1ba', keep=2)).fit(2, resume=tmp_path/'a')
+    assert files(tmp_path/'a') == before == named(6, 7) and files(tmp_path/'b') == named(13, 14)
+
+
+def test_a_checkpoint_callback_can_be_pickled(tmp_path):
+    cb = CheckpointCB(tmp_path, best='loss')
+    again = pickle.loads(pickle.dumps(cb))
+    assert (again.path, again.keep, again.watched.name) == (tmp_path, 3, 'loss')
+
+
+def test_each_score_is_that_of_its_epoch(tmp_path):
+    "current_score, saved in each file"
+    quick(Losses([0.1, 0.2, 0.3]), CheckpointCB(tmp_path, keep=None, best='loss', mode='min')).fit(3)
+    saved = [read_checkpoint(tmp_path/n)['history'] for n in named(7, 14, 21)]
+    assert [h[-1]['loss'] for h in saved] == [0.1, 0.2, 0.3]
+
+
+# --- gradient accumulation
+
+
+class Zeros(Callback):
+    "How often the optimizer stepped and gradients were cleared"
+    def before_fit(self, learn):
+        self.n = 0
+        clear = learn.opt.zero_grad
+        def count(*args, **kw):
+            self.n += 1
+            clear(*args, **kw)
+        learn.opt.zero_grad = count
+    def cleanup_fit(self, learn): del learn.opt.zero_grad
+
+
+@pytest.mark.parametrize('k', [1, 2, 3])
+def test_gradients_are_cleared_once_a_step(k):
+    "20 batches: the last, shorter window is a step too"
+    learn = TrainLearner(linear(), regression(20), F.mse_loss, 0.1, [GradAccumCB(k), zeros := Zeros()])
+    learn.fit(1)
+    assert zeros.n == learn.opt_steps == math.ceil(20/k)
+
+
+@pytest.mark.parametrize('k', [1, 2, 3])
+def test_accumulated_batches_are_one_large_batch(k):
+    "The weights after a fit by hand, on batches put together"
+    model, dls = linear(), regression(20)
+    learn = TrainLearner(linear(), regression(20), F.mse_loss, 0.1, GradAccumCB(k))
+    learn.fit(1, valid=False)
+    opt = SGD(model.parameters(), 0.1)
+    for i in range(0, 20, k):
+        x, y = (torch.cat(o) for o in zip(*dls.train[i:i + k]))
+        opt.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        opt.step()
+    torch.testing.assert_close(learn.model.weight, model.weight)
+
+
+@pytest.mark.differs('a number of batches for a fit: another number later is another fit, with its own callback')
+@pytest.mark.parametrize('scheduling, steps', [({0: 1, 1: 2, 3: 4}, 10 + 5 + 5 + 3), ({0: 2, 2: 1}, 5 + 5 + 10 + 10)])
+def test_the_number_does_not_change_within_a_fit(scheduling, steps):
+    with pytest.raises((TypeError, ValueError), match='batches'): GradAccumCB(scheduling)
+    learn = TrainLearner(linear(), regression(10), F.mse_loss, 0.1)
+    epochs = [*scheduling, 4]
+    for first, end in zip(epochs, epochs[1:]): learn.fit(end - first, cbs=GradAccumCB(scheduling[first]))
+    assert learn.opt_steps == steps
+
+
+@pytest.mark.parametrize('wrong', [0, -1, '2', 1.5])
+def test_a_number_that_is_none_is_an_error(wrong):
+    with pytest.raises((TypeError, ValueError), match='batches must be'): GradAccumCB(wrong)
+
+
+def test_two_of_them_are_an_error():
+    with pytest.raises(ValueError, match='several GradAccumCB'): quick(GradAccumCB(2), GradAccumCB(2)).fit(1)
+
+
+def test_a_learner_that_keeps_its_gradients_is_an_error():
+    "Their manual optimization"
+    with pytest.raises(ValueError, match='GradAccumCB does not go with MomentumLearner'):
+        MomentumLearner(linear(), regression(), F.mse_loss, 0.1, GradAccumCB(2)).fit(1)
+
+
+def test_schedules_count_the_steps_that_are_taken():
+    "10 batches by two: a schedule of the whole fit makes 5 steps an epoch"
+    learn = TrainLearner(linear(), regression(10), F.mse_loss, 0.1, [GradAccumCB(2), sched := BatchSchedCB(
+        partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1))])
+    learn.fit(2)
+    assert sched.schedo.total_steps == 10 == sched.schedo.last_epoch

@@ -1,0 +1,100 @@
+"What a user sees at once, in a notebook or a shell: signatures, names, errors for arguments, what objects print as"
+from functools import partial
+from inspect import signature
+
+import pytest
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, IterableDataset
+
+import helpers
+from fastswa.averaging.rules import equal
+from fastswa.callbacks.augment import AugmentCB
+from fastswa.callbacks.basics import BatchTransformCB, SingleBatchCB
+from fastswa.callbacks.metrics import MetricsCB
+from fastswa.callbacks.schedule import BatchSchedCB
+from fastswa.callbacks.steps import GradClipCB
+from fastswa.callbacks.swa import AverageCB, EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.data.loaders import DataLoaders
+from fastswa.data.sources import toy_images
+from fastswa.data.transforms import RandFlip
+from fastswa.training.learner import Learner, TrainLearner
+from helpers import Hits
+
+
+@pytest.mark.parametrize('name', ['lr_find', 'save', 'load', 'export', 'summary', 'show_image_batch', 'capture_preds'])
+def test_methods_of_other_rooms_show_their_signature(name):
+    "Wrong: (*args, **kwargs)"
+    method = getattr(Learner, name)
+    first, *others = signature(method).parameters
+    assert first == 'learn' and others != ['args', 'kwargs'] and method.__doc__
+    assert [*signature(getattr(helpers.learner(), name)).parameters] == others
+
+
+@pytest.mark.parametrize('make, says', [
+    (lambda: EMACB(halflife='3ba'), 'EMACB has no argument halflife; did you mean half_life?'),
+    (lambda: SWAGCB(ranks=3), 'SWAGCB has no argument ranks; did you mean rank?'),
+    (lambda: SWACB(freq='1ep'), 'SWACB has no argument freq; there are start, every, swa_lr, '),
+    (lambda: LAWACB(rule=equal()), 'LAWACB has no argument rule'),       # it has a rule of its own
+    (lambda: SwitchEMACB(restart=True), 'SwitchEMACB has no argument restart')])
+def test_an_argument_that_there_is_not(make, says):
+    "Wrong: the base class takes the blame, or takes in silence what the signature does not show"
+    with pytest.raises(TypeError) as e: make()
+    assert says in str(e.value)
+
+
+def test_signatures_show_every_argument():
+    "Those of a base class too, and none that is not taken"
+    for cls in AverageCB, EMACB, SWACB, LAWACB, SWAGCB, PostHocEMACB, SwitchEMACB:
+        names = signature(cls).parameters
+        assert {'name', 'apply', 'valid', 'include', 'device'} <= {*names} and 'kwargs' not in names
+        cls(**{k: p.default for k, p in names.items()})
+
+
+@pytest.mark.parametrize('cb, text', [
+    (SingleBatchCB(), 'SingleBatchCB()'), (GradClipCB(norm=1.), 'GradClipCB(norm=1.0)'),
+    (CheckpointCB('runs/a'), "CheckpointCB(path='runs/a')"),
+    (AugmentCB(RandFlip()), 'AugmentCB(tfms=(RandFlip(p=0.5),))'),
+    (MetricsCB(hits=Hits()), 'MetricsCB(hits)'), (BatchTransformCB(reversed), 'BatchTransformCB(tfm=reversed)'),
+    (BatchSchedCB(partial(StepLR, step_size=list(range(99)))), 'BatchSchedCB(sched=partial)'),
+    (SWACB('0.5dur'), "SWACB(equal(), start='0.5dur', every='0.01dur', name='swa')"),
+    (LAWACB(3), "LAWACB(start='0ba', every='1ep', name='lawa')")])
+def test_a_callback_prints_as_it_is_written(cb, text): assert repr(cb) == text
+
+
+# --- learners, loaders, rows
+
+
+def test_a_learner_prints_in_one_line():
+    learn = helpers.learner(MetricsCB(hits=Hits()), EMACB())
+    assert repr(learn) == ('TrainLearner(Sequential, 75 parameters, raw weights; '
+                           'callbacks MetricsCB, EMACB; 0 epochs done)')
+    learn.quiet = True
+    learn.fit(2)
+    learn.fit(1)
+    assert repr(learn).endswith(', 75 parameters, ema weights; callbacks MetricsCB, EMACB; 3 epochs done)')
+    lazy = nn.Sequential(nn.Linear(3, 2), nn.LazyLinear(5))
+    assert 'Sequential, 8 parameters, raw weights; callbacks none' in repr(TrainLearner(lazy))
+
+
+def test_loaders_print_how_much_they_hold():
+    class Stream(IterableDataset):
+        def __iter__(self): return iter(range(5))
+    dls = DataLoaders.in_memory(toy_images(40, 20), 16, device='cpu')
+    assert repr(dls) == 'DataLoaders(train: 3 batches, 40 samples; valid: 1 batch, 20 samples)'
+    assert repr(dls.train) == 'BatchLoader(40 images (1, 28, 28) on cpu, bs=16, shuffled)'
+    assert repr(DataLoaders([1, 2])) == 'DataLoaders(train: 2 batches; valid: none)'
+    assert repr(DataLoaders(DataLoader(Stream()), iter([1]))) == 'DataLoaders(train: DataLoader; valid: 1 batch)'
+
+
+def test_validation_is_a_table_and_a_list_of_dicts():
+    learn = helpers.learner(MetricsCB(hits=Hits()), EMACB())
+    learn.quiet = True
+    learn.fit(1)
+    rows = learn.validate()
+    assert isinstance(rows, list) and [r['weights'] for r in rows] == ['raw', 'ema'] and type(rows[0]) is dict
+    header, *lines = repr(rows).splitlines()
+    assert header.split() == ['hits', 'loss', 'epoch', 'train', 'weights'] and len(lines) == 2
+    assert lines[1].split() == [f'{rows[1]["hits"]:.4g}', f'{rows[1]["loss"]:.4g}', '0', 'eval', 'ema']
+    assert rows._repr_html_().count('<tr>') == 3

@@ -15,19 +15,19 @@ from fastswa.callbacks.augment import MixUpCB
 from fastswa.data.transforms import RandErase, RandFlip
 from fastswa.callbacks.basics import RecorderCB
 from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
-from fastswa.checkpoint.archive import read_checkpoint
+from fastswa.checkpoint.archive import load_weights, read_checkpoint
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import quiet, set_seed
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB
 from fastswa.data.loaders import BatchLoader
 from fastswa.training.events import Callback
-from fastswa.training.learner import MomentumLearner
+from fastswa.training.learner import MomentumLearner, TrainLearner
 from fastswa.callbacks.speed import MixedPrecisionCB
 from fastswa.callbacks.progress import LogView, ProgressCB
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
-from helpers import Hits, end_workers, in_new_process
+from helpers import AtEpoch, Hits, end_workers, in_new_process
 from killed_run import Data, learner, net, result, the_run
 
 pytestmark = pytest.mark.filterwarnings('ignore:the model has BatchNorm', 'ignore:.*lr_scheduler.step')
@@ -344,7 +344,7 @@ def test_a_full_disk(tmp_path):
     script = f'''
         import resource, signal
         from killed_run import *
-        from fastswa.checkpoint.archive import read_checkpoint
+        from fastswa.checkpoint.archive import load_weights, read_checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         class Full(CheckpointCB):
             order = 94
@@ -530,6 +530,69 @@ def test_export_of_tied_and_channels_last_weights(tmp_path):
     learner(model=model).export(tmp_path/'a.safetensors')
     file = load_file(tmp_path/'a.safetensors')
     for k, v in model.state_dict().items(): assert torch.equal(file[k], v)
+
+
+def zero_net():
+    model = net()
+    for p in model.parameters(): nn.init.zeros_(p)
+    return model
+
+
+@pytest.mark.parametrize('cbs, names', [
+    (lambda: [EMACB(0.8, apply=False), BNUpdateCB(valid_batches=3)], ['raw', 'ema']),
+    (lambda: [SWACB('0.2dur', '2ba', apply=False), EMACB(0.8, include='*weight')], ['raw', 'swa', 'ema']),
+    (lambda: [EMACB(0.8, apply=False), EarlyStoppingCB('ema/loss', restore_best=True), BNUpdateCB()],
+     ['raw', 'best', 'ema'])])
+def test_weights_without_a_learner(cbs, names, tmp_path):
+    "Predictions are those of the last validation. Wrong: raw statistics, or averaged ones, under averaged weights"
+    learn,seen = learner(*cbs()),{}
+    class Preds(Callback):
+        order = 20
+        def after_epoch(self, learn):
+            if not learn.training: seen[learn.weights] = predicted(learn.model)
+    def predicted(model):
+        with torch.no_grad(): return model.eval()(learn.dls.valid.dataset.tensors[0])
+    learn.fit(3, cbs=[Preds(), CheckpointCB(tmp_path)])
+    seen['best'] = seen.get('ema')                          # whose last epoch is the best
+    for name in names:
+        model = zero_net()
+        model.load_state_dict(load_weights(tmp_path, name))
+        assert torch.equal(predicted(model), seen[name])
+    for wrong in ('swag', 'raw '):
+        says = f'holds no weights called {wrong!r}; there are {", ".join(names)}'
+        with pytest.raises(ValueError, match=says): load_weights(tmp_path, wrong)
+    with pytest.raises(FileNotFoundError): load_weights(tmp_path/'nothing.pt')
+
+
+def test_statistics_of_other_weights_are_told(tmp_path):
+    "A checkpoint between two validations. Wrong: statistics of another average, without a word"
+    learner(EMACB(0.8, apply=False), BNUpdateCB()).fit(3, cbs=[CheckpointCB(tmp_path, '2ba'), AtEpoch(2)])
+    load_weights(tmp_path/'step-00000016.pt', 'ema')
+    with pytest.warns(UserWarning, match="of 'ema' after 8 snapshots, and its weights after 14: recompute them"):
+        load_weights(tmp_path/'step-00000014.pt', 'ema')
+
+
+@pytest.mark.parametrize('cbs', [lambda: [EMACB(0.8, apply=False)], lambda: [EMACB(0.8, apply=False), BNUpdateCB()]])
+def test_export_without_data(cbs, tmp_path):
+    "A learner that only loads and exports. Wrong: AttributeError, since its data have no train"
+    from safetensors.torch import load_file
+    learn = learner(*cbs())
+    learn.fit(1)
+    learn.save(tmp_path/'a.pt')
+    other = TrainLearner(zero_net(), cbs=cbs())
+    other.load(tmp_path/'a.pt', opt=False)
+    for name in ('raw', 'ema'):
+        other.export(tmp_path/'b.safetensors', name)
+        file,weights = load_file(tmp_path/'b.safetensors'),load_weights(tmp_path/'a.pt', name)
+        assert file.keys() == weights.keys() and all(torch.equal(file[k], v) for k, v in weights.items())
+    assert torch.equal(other.module('ema')[0].weight, learn.averages['ema'].weights['0.weight'])
+    if len(cbs()) == 1: return
+    other.averages['ema'].update()
+    with pytest.raises(ValueError, match="statistics of 'ema' are not known.*give the learner its training data"):
+        other.export(tmp_path/'b.safetensors', 'ema')
+    assert other.weights == 'raw'
+    other.dls = learn.dls
+    other.export(tmp_path/'b.safetensors', 'ema')
 
 
 # What an audit found

@@ -7,6 +7,7 @@ __all__ = ['AverageCB', 'BNUpdateCB', 'EMACB', 'SWACB', 'LAWACB', 'SWAGCB', 'Pos
 
 # %% ../../nbs/callbacks/02_swa.ipynb #00000002
 import difflib, math, warnings
+from contextlib import suppress
 from functools import wraps
 from inspect import signature
 
@@ -20,7 +21,7 @@ from ..averaging.posthoc import PostHocEMA
 from ..averaging.rules import ema, equal
 from ..averaging.swag import SWAG
 from ..core import Every, Time, check_number, check_whole, is_quiet, unwrap
-from ..training.events import Callback, Stage
+from ..training.events import Callback, CancelBatchException, Stage
 from ..training.optim import OptionChanges, set_option
 from ..training.sandbox import keep_learner, prepared_batches
 
@@ -160,11 +161,12 @@ class BNUpdateCB(Callback):
         averages.bn_data,averages.bn_forward = batches,batches.predict
 
 class _TrainingBatches:
-    "Training batches as the model of a learner gets them, for `update_bn`; called, it begins again"
+    "Training batches as the model of a learner gets them, for `update_bn`; called, it begins again, or gives None"
     def __init__(self, learn):
         self.learn,self.cbs = learn,[*learn.cbs]      # those that prepare a batch may be of this fit only
 
     def __call__(self):
+        if getattr(self.learn.dls, 'train', None) is None: return None      # a learner that only loads and exports
         learn,model = self.learn,self.learn.averages.model
         if not model.training: learn.own_cbs.modes.set(model, True)      # frozen layers stay as they are
         return self
@@ -179,7 +181,7 @@ class _TrainingBatches:
         "A forward pass of the plain model, as the learner makes it"
         learn = self.learn
         learn.model,learn.cbs = model,self.cbs
-        learn.predict()
+        with suppress(CancelBatchException): learn.predict()
 
 # %% ../../nbs/callbacks/02_swa.ipynb #0000000e
 class EMACB(AverageCB):

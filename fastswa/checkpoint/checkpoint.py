@@ -12,7 +12,7 @@ from pathlib import Path
 from ..averaging.interchange import write_tensors
 from ..callbacks.metrics import Watched
 from .archive import newest, numbered, step_of, write_checkpoint
-from .resume import check_model, learner_state, load_weights, match_callbacks
+from .resume import check_model, learner_state, match_callbacks, put_weights
 from ..core import Every, check_whole, unwrap
 from ..files import check_folder, written
 from ..training.events import Callback, Stage, by_order
@@ -48,7 +48,7 @@ def load(
         except ValueError as e: raise ValueError(f'{path}: {e}. With opt=False the optimizer is left alone') from e
         changes.undo()
     learn.restore()
-    load_weights(learn, dict(state, grads={}))
+    put_weights(learn, dict(state, grads={}))
     for cb, saved in match_callbacks(learn, state['callbacks'])[0]: cb.load_state_dict(saved)
     _load_averages(learn, state['averages'], path)
 

@@ -100,7 +100,7 @@ def match_callbacks(
         else: new.append(cb)
     return pairs, [s for rest in left.values() for s in rest], new
 
-def load_weights(
+def put_weights(
     learn, # a learner of the same model
     state:dict, # from `read_checkpoint`
 ):
@@ -161,7 +161,7 @@ class ResumeCB(Callback):
             learn.averages.check_names(self.state['averages'])
         except ValueError as e: raise ValueError(f'{self.path} cannot be resumed: {e}') from e
         self._warn(learn)
-        if not learn.epochs:      # all of them are done
+        if learn.completed == learn.n_epochs:      # all of them are done
             self._load(learn)
             _set_rng(self.state['rng'], generators(learn))
 
@@ -185,7 +185,7 @@ class ResumeCB(Callback):
         self._loaded = True
         for cb, state in self.pairs: cb.load_state_dict(state)
         load_opt_state(learn.model, learn.opt, self.state['opt'])
-        load_weights(learn, self.state)
+        put_weights(learn, self.state)
         learn.averages.load_state_dict(self.state['averages'])
         learn.resuming = None
 
@@ -197,7 +197,7 @@ class ResumeCB(Callback):
             warnings.warn('persistent workers start anew: random numbers that the dataset draws in them are others '
                           'from here on (persistent_workers=False repeats them)')
         n = self.place['batch']
-        loaders = generators_in(learn.dl)
+        loaders = learn.own_cbs.position.generators(learn)
         if n: _set_rng(self.place['rng'], loaders)
         else: _set_rng(self.state['rng'], generators(learn))
         learn.own_cbs.position.rng = get_rng_state(loaders)

@@ -32,7 +32,7 @@ class LossMeter:
         if not torch.is_tensor(self.losses[0]): return torch.tensor(self.losses, dtype=torch.float64)
         return torch.cat([o.reshape(-1) for o in self.losses])
 
-    def mean(self) -> float:
+    def compute(self) -> float:
         "The mean over the samples; waits for the device, once"
         if not self.losses: return math.nan      # every batch was cancelled
         return (self._all().cpu().double() @ torch.tensor(self.sizes).double()).item()/max(sum(self.sizes), 1)
@@ -68,7 +68,8 @@ class LossCB(Callback):
     def before_epoch(self, learn): self.meter = LossMeter()
 
     def after_batch(self, learn):
-        if learn.loss is not None: self.meter.add(learn.loss, batch_size(learn.batch, learn.dl))
+        loss = learn.loss      # predictions alone may be wanted, with a loss function that gives none
+        if torch.is_tensor(loss) and loss.numel() == 1: self.meter.add(loss, batch_size(learn.batch, learn.dl))
         if learn.training: self._check(learn, wait=False)
 
     def after_epoch(self, learn):
@@ -76,7 +77,7 @@ class LossCB(Callback):
             raise ValueError(f'the {"training" if learn.training else "validation"} loader gave no batch')
         if learn.training: self._check(learn, wait=True)
         kind = 'train' if learn.training else 'eval'
-        learn.history.append(dict(loss=self.meter.mean(), epoch=learn.epoch, train=kind, weights=learn.weights))
+        learn.history.append(dict(loss=self.meter.compute(), epoch=learn.epoch, train=kind, weights=learn.weights))
 
     def _check(self, learn, wait):
         bad = self.meter.first_bad(wait)
@@ -110,7 +111,11 @@ class PositionCB(Callback):
     rng = None # random state from which the order of this epoch follows
 
     def before_epoch(self, learn):
-        if learn.training: self.rng = get_rng_state(generators_in(learn.dl))
+        if learn.training: self.rng = get_rng_state(self.generators(learn))
+
+    def generators(self, learn) -> list:
+        "Those that the training data draws from; a callback may have wrapped `learn.dl`"
+        return generators_in(learn.dl, learn.dls.train)
 
     def place(self, learn) -> dict|None:
         "Epoch and batches of it that are done; None outside of a training epoch, and while a batch is half done"

@@ -138,17 +138,17 @@ def prepared_batches(
     training:bool=True, # prepare as in training, or as in validation?
     cbs=None, # the callbacks that prepare are among these; None: the learner's
 ):
-    "The batches of `dl`, each as the model would get it: through the callbacks that prepare; without cancelled ones"
+    "The batches of `dl` as the model would get them: through the callbacks that prepare, which may cancel one"
     cbs = by_order(filter(_prepares, learn.cbs if cbs is None else cbs))
     kept = learn.batch,learn.training,learn.dl,learn.iter
     try:
         learn.training,learn.dl = training,dl
         for learn.iter, learn.batch in enumerate(dl):
             try:
-                run_cbs(cbs, 'before_batch', learn)
+                try: run_cbs(cbs, 'before_batch', learn)
+                except CancelBatchException: continue
+                except (CancelEpochException, CancelFitException): return
                 yield learn.batch
-            except CancelBatchException: continue
-            except (CancelEpochException, CancelFitException): return
             finally: run_cbs(cbs, 'cleanup_batch', learn)
     finally: learn.batch,learn.training,learn.dl,learn.iter = kept
 

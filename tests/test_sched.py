@@ -12,6 +12,8 @@ from torch.optim.swa_utils import SWALR
 from fastswa.averaging.average import Average
 from fastswa.training.events import Callback, CancelStepException
 from fastswa.training.learner import TrainLearner
+from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.core import quiet
 from fastswa.callbacks.basics import RecorderCB
 from fastswa.callbacks.swa import EMACB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
@@ -189,6 +191,36 @@ def resumed(cls, sched, state, opt='sgd', n_epochs=EPOCHS, lr=0.1, **kwargs):
                          opt_func=OPTS[opt])
     learn.fit(n_epochs, valid=False)
     return used.seen
+
+def warm(o, then, n=3): return S.SequentialLR(o, [S.LinearLR(o, 0.01, 1., n), then(o)], [n])
+COMPOSED = dict(
+    multistep=lambda o: warm(o, lambda o: S.MultiStepLR(o, [2, 4], 0.5)),
+    restarts=lambda o: warm(o, lambda o: S.CosineAnnealingWarmRestarts(o, 2, 2)),
+    cycle=lambda o: warm(o, lambda o: S.OneCycleLR(o, 0.3, total_steps=20)),
+    lambdas=lambda o: warm(o, lambda o: S.LambdaLR(o, lambda i: 1/(1 + i))),
+    cyclic=lambda o: warm(o, lambda o: S.CyclicLR(o, 0.01, 0.2, 2, scale_fn=lambda i: 1/(1 + i))),
+    three=lambda o: S.SequentialLR(
+        o, [S.ConstantLR(o, 0.5, 2), S.MultiStepLR(o, [1, 3], 0.7), S.MultiStepLR(o, [1, 2], 0.3)], [2, 6]),
+    nested=lambda o: S.SequentialLR(o, [warm(o, lambda o: S.MultiStepLR(o, [1], 0.5), 2), S.StepLR(o, 2, 0.5)], [5]),
+    chained=lambda o: S.ChainedScheduler([S.LinearLR(o, 0.1, 1., 3), S.MultiStepLR(o, [2, 5, 5], 0.5)], optimizer=o),
+    swa=lambda o: warm(o, lambda o: SWALR(o, 0.02, 3)), plateau=partial(S.ReduceLROnPlateau, factor=0.5, patience=0))
+
+@pytest.mark.filterwarnings('ignore:.*lr_scheduler.step')      # torch's own, where one is inside another
+@pytest.mark.parametrize('name, per', [*((o, 'batch') for o in COMPOSED),
+                                       *((o, 'epoch') for o in ('multistep', 'three', 'chained', 'plateau'))])
+def test_a_composed_schedule_resumes_at_every_step(name, per, tmp_path):
+    "Rates and weights bit for bit. Wrong: AttributeError, hours later, where the milestones were read back as a dict"
+    def go(*cbs, **kwargs):
+        learn = TrainLearner(linear(), regression(5 if per == 'batch' else 1), lr=0.1, opt_func=OPTS['sgd'],
+                             cbs=[CBS[per](COMPOSED[name]), used := Used(), *cbs])
+        with quiet(): learn.fit(2 if per == 'batch' else 8, **kwargs)
+        return used.seen, learn.model.weight.detach()
+    seen, weight = go(CheckpointCB(tmp_path, '1ba', keep=None))
+    files = sorted(tmp_path.glob('step-*.pt'))
+    assert len(files) == len(seen)
+    for i, file in enumerate(files, 1):
+        rest, end = go(resume=file)
+        assert rest == seen[i:] and torch.equal(end, weight)
 
 @pytest.mark.parametrize('per', CBS)
 @pytest.mark.parametrize('opt', ['sgd', 'tensor', 'groups'])

@@ -361,6 +361,48 @@ def test_length_under_accumulation():
         sched.step()
     assert used == want
 
+class NoRate(optim.SGD):
+    "As transformers' Adafactor, which finds its own rate"
+    def __init__(self, params, lr):
+        super().__init__(params, 0.1)
+        for g in self.param_groups: g['lr'] = None
+    def step(self, closure=None): pass
+
+class OtherName(optim.SGD):
+    "Has a rate by another name"
+    def __init__(self, params, lr):
+        super().__init__(params, 0.1)
+        for g in self.param_groups: g['step_size'] = g.pop('lr')
+    def step(self, closure=None): pass
+
+@pytest.mark.parametrize('opt_func', [NoRate, OtherName])
+def test_an_optimizer_without_a_rate(opt_func):
+    "It trains; under a schedule, a search or a cycle an error says so before training. Wrong: float() of None"
+    def make(*cbs): return TrainLearner(linear(), regression(N), lr=0.1, cbs=cbs, opt_func=opt_func)
+    learn = make(EMACB(0.5), RecorderCB(lr=lambda cb: cb.pg.get('lr')))
+    learn.fit(1)
+    assert learn.opt_steps == N
+    for fit in (learn.fit_one_cycle, make(BatchSchedCB(SCHEDS['step'])).fit, make(EpochSchedCB(SCHEDS['plateau'])).fit):
+        with pytest.raises(ValueError, match=f'{opt_func.__name__} has no learning rate that a schedule could change'):
+            fit(1)
+    with pytest.raises(ValueError, match='the finder needs an optimizer whose param_groups have a learning rate'):
+        learn.lr_find(show=False)
+    assert learn.opt_steps == N
+
+def test_one_cycle_in_the_words_of_fastai():
+    "As fastai's: from lr_max/div up to lr_max in a quarter of the fit, down to lr_max/div_final, by cosines"
+    used = Used()
+    learn = TrainLearner(linear(), regression(8), lr=0.1, cbs=used, opt_func=OPTS['sgd'])
+    learn.fit_one_cycle(2, 0.3, div=10., div_final=1e3, pct_start=0.25, cbs=(more := Used()), valid=False)
+    def cos(a, b, x): return a + (1 - math.cos(math.pi*x))/2*(b - a)
+    rises, falls = np.arange(4)/3, np.arange(1, 13)/12            # 16 steps: the first and the last are the ends
+    want = [cos(0.03, 0.3, x) for x in rises] + [cos(0.3, 0.3e-3, x) for x in falls]
+    moms = [cos(0.95, 0.85, x) for x in rises] + [cos(0.85, 0.95, x) for x in falls]
+    np.testing.assert_allclose([o[0] for o in used.seen], [(a, b) for a, b in zip(want, moms)], rtol=1e-9)
+    assert more.seen == used.seen and learn.cbs == [used]
+    with pytest.raises(ValueError, match='lr_max must be a number above 0, or None; got 0'): learn.fit_one_cycle(1, 0)
+    with pytest.raises(TypeError, match='unexpected keyword argument'): learn.fit_one_cycle(1, 0.1, train=False, wd=1)
+
 def test_errors_before_training():
     learn = TrainLearner(linear(), regression(N))
     for sched, exc, match in (

@@ -82,7 +82,8 @@ class MetricsCB(Callback):
         return next(iter(batch_targets(learn.batch, n_inp)), None)
 
     def after_epoch(self, learn):
-        values = {name: plain(m.compute(), tensors=False, strict=False) for name, m in self.metrics.items()}
+        def value(m): return plain(m.compute(), tensors=False, strict=False) if self._batches else None
+        values = {name: value(m) for name, m in self.metrics.items()}
         learn.history[-1] = {**values, **learn.history[-1]}
         self._shown = any(getattr(cb, 'shows_rows', False) for cb in learn.cbs)
         if not is_quiet(learn): self._log({k: format_value(v) for k, v in learn.history[-1].items()})
@@ -132,6 +133,8 @@ class Watched:
         name:str, # a column of the raw row; `'ema/accuracy'` for other weights, `'train/accuracy'` for the training row
         mode:str|None=None, # is `'min'` or `'max'` good? None: as names of losses, errors and scores tell
     ):
+        if not isinstance(name, str):
+            raise TypeError(f"what is watched is the name of a column, such as 'loss' or 'ema/loss'; got {name!r}")
         self.name,self.given = name,check_choice('mode', mode, ('min', 'max', None))
         self.weights,self.column = name.split('/', 1) if '/' in name else ('raw', name)
         self.mode = mode or _mode_of(self.column)

@@ -164,7 +164,7 @@ class CheckpointCB(Callback):
 
     def cleanup_fit(self, learn):
         try:
-            if learn.error is None and learn.will_train and learn.n_epochs: self._write_if(learn, True)
+            if learn.error is None and learn.will_train and learn.epochs: self._write_if(learn, True)
         finally: self._restore_handlers()
 
     def _write_if(self, learn, due):

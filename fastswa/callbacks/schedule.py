@@ -34,8 +34,8 @@ def _takes_length(sched):
 
 def _check_rates(opt):
     if all(g.get('lr') is not None for g in opt.param_groups): return
-    raise ValueError(f'{type(opt).__name__} has no learning rate that a schedule could change (there is no lr, or it is '
-                     'None): leave the schedule out, or give the optimizer a rate')
+    raise ValueError(f'{type(opt).__name__} has no learning rate that a schedule could change (no lr, or None): '
+                     'leave the schedule out, or give the optimizer a rate')
 
 def _check_length(sched, steps):
     "ValueError if a scheduler, or a part of one, ends before it has made so many steps"

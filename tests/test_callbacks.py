@@ -27,7 +27,7 @@ from fastswa.callbacks.speed import MixedPrecisionCB
 from fastswa.callbacks.progress import ProgressCB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
 from fastswa.callbacks.swa import BNUpdateCB
-from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.swa import BEMACB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
 from fastswa.callbacks.progress import LogView, View
 from helpers import At, Hits, image_learner as learner, same, state
@@ -50,7 +50,7 @@ EVERY = dict(
     epochs=lambda tmp: EpochSchedCB(lr_scheduler.ReduceLROnPlateau), one_cycle=lambda tmp: OneCycleCB(),
     wsd=lambda tmp: WarmupStableDecayCB('1ba', '2ba'),
     ema=lambda tmp: EMACB(), swa=lambda tmp: SWACB('3ba', '1ba', swa_lr=0.01, anneal='3ba'),
-    lawa=lambda tmp: LAWACB(2, '2ba'),
+    lawa=lambda tmp: LAWACB(2, '2ba', shape='1-sqrt'), swad=lambda tmp: SWADCB(1, 2), bema=lambda tmp: BEMACB(),
     swag=lambda tmp: SWAGCB(start='2ba', every='2ba'), post_hoc=lambda tmp: PostHocEMACB(every='3ba'),
     switch=lambda tmp: SwitchEMACB(decay=0.9, switch='3ba'),
     bn_update=lambda tmp: [EMACB(name='for bn'), BNUpdateCB()], hooks=lambda tmp: HooksCallback(append_stats),

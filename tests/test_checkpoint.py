@@ -25,7 +25,7 @@ from fastswa.training.learner import MomentumLearner, TrainLearner
 from fastswa.callbacks.speed import MixedPrecisionCB
 from fastswa.callbacks.progress import LogView, ProgressCB
 from fastswa.callbacks.swa import BNUpdateCB
-from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.swa import BEMACB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
 from helpers import AtEpoch, Hits, end_workers, in_new_process
 from killed_run import Data, learner, net, result, the_run
@@ -175,7 +175,7 @@ RUNS = {
     'all averages': lambda: learner(
         EMACB(apply=False), EMACB(0.7, every='3ba', name='slow'), SWACB('0.2dur', '2ba', swa_lr=0.05, anneal='1ep'),
         SWAGCB(3, '5ba', '2ba'), LAWACB(3, '2ba'), PostHocEMACB(every='4ba'),
-        SwitchEMACB(half_life='3ba', switch='5ba'),
+        SwitchEMACB(half_life='3ba', switch='5ba'), SWADCB(1, 2), BEMACB(every='2ba'),
         BNUpdateCB(valid_batches=2)),
     'accumulation, clipping': lambda: learner(GradAccumCB(3), GradClipCB(norm=0.3), EMACB(0.8), OneCycleCB()),
     'accumulation by samples, no length': lambda: learner(GradAccumCB(samples=70), EMACB(0.8, every='2ba'),

@@ -14,7 +14,8 @@ from fastswa.callbacks.basics import BatchTransformCB, SingleBatchCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.schedule import BatchSchedCB
 from fastswa.callbacks.steps import GradClipCB
-from fastswa.callbacks.swa import AverageCB, EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.swa import (
+    AverageCB, BEMACB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB)
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.data.loaders import DataLoaders
 from fastswa.data.sources import toy_images
@@ -46,7 +47,7 @@ def test_an_argument_that_there_is_not(make, says):
 
 def test_signatures_show_every_argument():
     "Those of a base class too, and none that is not taken"
-    for cls in AverageCB, EMACB, SWACB, LAWACB, SWAGCB, PostHocEMACB, SwitchEMACB:
+    for cls in AverageCB, EMACB, SWACB, LAWACB, SWAGCB, PostHocEMACB, SwitchEMACB, SWADCB, BEMACB:
         names = signature(cls).parameters
         assert {'name', 'apply', 'valid', 'include', 'device'} <= {*names} and 'kwargs' not in names
         cls(**{k: p.default for k, p in names.items()})

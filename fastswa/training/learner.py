@@ -130,6 +130,9 @@ def _say_where(e, learn):
     shapes = [f'{tuple(t.shape)} {str(t.dtype).removeprefix("torch.")}' for t in tensors_in(learn.batch)]
     e.add_note(f'(in batch {learn.iter} of {"training" if learn.training else "validation"} epoch {learn.epoch}, '
                f'which holds {", ".join(shapes) or type(learn.batch).__name__})')
+    if 'more than 1 value per channel' in str(e):
+        e.add_note('BatchNorm cannot train on a single sample: leave such a batch out, by drop_last=True in the loader '
+                   "or a callback with the role 'prepares' that raises CancelBatchException in before_batch")
 
 # %% ../../nbs/training/04_learner.ipynb #0000000f
 class Learner(HasOptimizer, HasWeights, CallbackRunner):

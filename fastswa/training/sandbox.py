@@ -15,7 +15,8 @@ import torch
 from ..averaging.averages import Averages
 from ..core import generators_in, keep_rng, loader_generators
 from .essentials import LossCB, ModesCB, PositionCB
-from .events import STEPS, by_order, run_cbs
+from fastswa.training.events import (STEPS, CancelBatchException, CancelEpochException, CancelFitException, by_order,
+    run_cbs)
 
 # %% ../../nbs/training/02_sandbox.ipynb #00000005
 class Essentials(NamedTuple):
@@ -71,14 +72,16 @@ def prepared_batches(
     training:bool=True, # prepare as in training, or as in validation?
     cbs=None, # the callbacks that prepare are among these; None: the learner's
 ):
-    "The batches of `dl`, each as the model would get it: through the callbacks that prepare"
+    "The batches of `dl` as the model would get them: through the callbacks that prepare, which may cancel one"
     cbs = [cb for cb in by_order(learn.cbs if cbs is None else cbs) if cb.role in ('prepares', 'steps')]
     kept = learn.batch,learn.training,learn.dl
     try:
         learn.training,learn.dl = training,dl
         for learn.batch in dl:
             try:
-                run_cbs(cbs, 'before_batch', learn)
+                try: run_cbs(cbs, 'before_batch', learn)
+                except CancelBatchException: continue
+                except (CancelEpochException, CancelFitException): return
                 yield learn.batch
             finally: run_cbs(cbs, 'cleanup_batch', learn)
     finally: learn.batch,learn.training,learn.dl = kept

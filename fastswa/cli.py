@@ -137,8 +137,8 @@ def train(
     import torch
     import torch.nn.functional as F
     from torch import optim
-    with warnings.catch_warnings():      # of torch about torcheval's own functions, a line for each
-        warnings.filterwarnings('ignore', '.torch.jit.script')
+    from fastswa.core import imports_without
+    with imports_without('.torch.jit.script'):      # of torch about torcheval's own functions, a line for each
         from torcheval.metrics import MulticlassAccuracy
     from fastswa.callbacks.basics import DeviceCB
     from fastswa.callbacks.metrics import MetricsCB

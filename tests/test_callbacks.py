@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import lr_scheduler
 
 from fastswa.callbacks.augment import AugmentCB
@@ -181,3 +182,13 @@ def test_the_order_in_the_list_does_not_matter(tmp_path):
     for i, shuffle in enumerate([list.reverse, *(random.Random(k).shuffle for k in range(4))]):
         tensors, *rest = run(shuffle, tmp_path/f'{i + 1}')
         assert same(tensors, first[0]) and rest == list(first[1:])
+
+
+@pytest.mark.parametrize('given', [lambda loss: loss, partial, lambda loss: loss.forward])
+def test_class_weights_move_with_the_model(given):
+    "Wrong: they stay on the CPU, and the first batch fails"
+    loss = nn.CrossEntropyLoss(weight=torch.ones(3))
+    learn = learner(DeviceCB('meta'))
+    learn.loss_func = given(loss)
+    learn.fit(0)
+    assert loss.weight.is_meta and all(t.is_meta for t in learn.model.state_dict().values())

@@ -133,6 +133,8 @@ class Watched:
         name:str, # a column of the raw row; `'ema/accuracy'` for other weights, `'train/accuracy'` for the training row
         mode:str|None=None, # is `'min'` or `'max'` good? None: as names of losses, errors and scores tell
     ):
+        if not isinstance(name, str):
+            raise TypeError(f"what is watched is the name of a column, such as 'loss' or 'ema/loss'; got {name!r}")
         self.name,self.given = name,check_choice('mode', mode, ('min', 'max', None))
         self.weights,self.column = name.split('/', 1) if '/' in name else ('raw', name)
         self.mode = mode or _mode_of(self.column)

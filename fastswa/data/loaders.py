@@ -10,12 +10,15 @@ import math, re
 from functools import partial, wraps
 from operator import length_hint
 
-import datasets, PIL.Image, torch
+import PIL.Image, torch
 import numpy as np, pyarrow as pa, pyarrow.compute as pc
-from datasets import ClassLabel
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from ..core import check_whole, to_device
+from ..core import check_whole, imports_without, to_device
+
+with imports_without('IProgress not found'):      # of tqdm, in a notebook without ipywidgets
+    import datasets
+    from datasets import ClassLabel
 
 # %% ../../nbs/data/01_loaders.ipynb #00000007
 def _pixels(image):

@@ -12,6 +12,7 @@ import torch
 
 from ..core import batch_size, get_rng_state, loader_generators, set_modes
 from .events import Callback
+from .optim import loss_module
 
 # %% ../../nbs/training/01_essentials.ipynb #00000005
 class LossMeter:
@@ -86,12 +87,17 @@ class LossCB(Callback):
                                  'try a lower learning rate (`learn.lr_find()`), or look for bad values in the data')
 
 class ModesCB(Callback):
-    "Train mode for training, eval mode for validation; layers that are frozen, in eval mode already, stay so"
+    """Train mode for training, eval mode for validation, a loss that is a module included; what is frozen, in eval mode
+    already, stays so"""
     order,role = -math.inf,'steps'
-    def __init__(self): self.modes,self.frozen = {},[]
+    def __init__(self): self.modes,self.frozen,self.loss = {},[],[]
 
     def before_fit(self, learn):
-        self.modes,self.frozen = {m: m.training for m in learn.model.modules()},None
+        loss = loss_module(learn)
+        apart = loss is not None and loss not in {*learn.model.modules()}
+        self.loss = [loss] if apart and loss.training else []
+        self.modes = {m: m.training for root in (*self.loss, learn.model) for m in root.modules()}
+        self.frozen = None
 
     def set(self, model, training):
         "Put the model in train or eval mode"
@@ -100,8 +106,9 @@ class ModesCB(Callback):
 
     def before_epoch(self, learn):
         if self.frozen is None:      # now, since a callback may freeze layers when the fit begins
-            self.frozen = [m for m in learn.model.modules() if learn.model.training and not m.training]
-        self.set(learn.model, learn.training)
+            self.frozen = [m for root in (*self.loss, learn.model) for m in root.modules()
+                           if root.training and not m.training]
+        for root in (*self.loss, learn.model): self.set(root, learn.training)
 
     def cleanup_fit(self, learn): set_modes(self.modes)
 

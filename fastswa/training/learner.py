@@ -20,7 +20,7 @@ from ..averaging.holding import restore_raw
 from ..core import Clock, Report, batch_inputs, batch_targets, later, map_tensors, tensors_in, unwrap
 from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepException
 from .events import as_list, check_cbs, with_cbs
-from .optim import HasOptimizer
+from .optim import HasOptimizer, parameters
 from .sandbox import essentials, keep_random_state, sandbox
 
 # %% ../../nbs/training/04_learner.ipynb #0000000c
@@ -206,7 +206,9 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         "One pass over `dls.train` or `dls.valid`, and its row in `learn.history`"
         self.training,self.dl,self.iter = training,self.dls.train if training else self.dls.valid,-1
         self.between_batches = True
-        if training: self.clock.begin_epoch(self.epoch)
+        if training:
+            self.clock.begin_epoch(self.epoch)
+            self._warn_of_new_parameters()
         with torch.set_grad_enabled(training): self._one_epoch()
 
     @with_cbs('epoch')
@@ -237,12 +239,9 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
     def take_step(self):
         "What follows the gradients, from `after_backward` to `zero_grad`"
         self.callback('after_backward')
-        done = self.opt_steps
-        if self._step_hook is not None: self._step_hook.depth = 0      # the last step may have failed
-        self.step()
-        if self._step_hook is None: self.opt_steps += 1      # where nothing tells, a call is a step
-        if self.opt_steps > done:
-            self.clock.steps += self.opt_steps - done
+        if self._step_was_made():
+            self.opt_steps += 1
+            self.clock.steps += 1
             self.callback('after_step')
         self.zero_grad()
 
@@ -263,7 +262,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
 
     @contextmanager
     def _gradients(self):
-        for p in self.model.parameters(): p.grad = None      # what others left there is not part of this fit
+        for p in parameters(self): p.grad = None      # what others left there is not part of this fit
         yield
 
 # %% ../../nbs/training/04_learner.ipynb #00000011
@@ -302,13 +301,13 @@ class MomentumLearner(TrainLearner):
 
     def zero_grad(self):
         with torch.no_grad():
-            for p in self.model.parameters():
+            for p in parameters(self):
                 if p.grad is not None: p.grad *= self.mom
 
     @contextmanager
     def _gradients(self):
-        for p in self.model.parameters(): p.grad = self._grads.get(p)
+        for p in parameters(self): p.grad = self._grads.get(p) if p.requires_grad else None
         try: yield
         finally:
-            self._grads = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+            self._grads = {p: p.grad for p in parameters(self) if p.grad is not None}
             for p in self._grads: p.grad = None

@@ -3,6 +3,7 @@ CIFAR, diffusion, super-resolution and VAE chapters) runs on `from fastswa.all i
 import contextlib
 import inspect
 from functools import partial
+from types import SimpleNamespace
 
 import fastcore.all as fc
 import matplotlib
@@ -471,3 +472,30 @@ def test_accelerate_of_the_course(name):
     assert all(torch.equal(before[k], v) for k, v in learn.model.state_dict().items())
     learn.fit(1)
     assert learn.opt_steps == 30                                       # and not 40, after a look
+
+
+class Noise(nn.Module):
+    "In place of diffusers' `UNet2DModel`: takes images and time steps, and gives an object with a `sample`"
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(1), nn.Conv2d(1, 1, 3, padding=1)
+    def forward(self, x, t): return SimpleNamespace(sample=self.conv(self.norm(x))*(1 + t.view(-1, 1, 1, 1)/1000))
+
+
+def test_predictions_replaced():
+    "A callback that replaces `learn.preds` does so in looks too. Wrong: SimpleNamespace has no attribute 'size'"
+    class DDPMCB2(Callback):
+        def after_predict(self, learn): learn.preds = learn.preds.sample
+
+    class Penalty(Callback):
+        def after_loss(self, learn): learn.loss = learn.loss + 1
+
+    x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    batches = [(x, torch.arange(32), x)]
+    learn = Learner(Noise(), DataLoaders(batches, batches), nn.MSELoss(), lr=1e-2, cbs=[
+        DDPMCB2(), TrainCB(n_inp=2), DeviceCB(), MetricsCB(), ProgressCB(), Penalty(), EMACB(), BNUpdateCB()])
+    learn.fit(2)
+    assert [r['loss'] for r in learn.validate()] == [r['loss'] for r in learn.history[-2:]]
+    assert learn.history[-1]['loss'] > 1
+    assert learn.get_preds()[0].shape == x.shape
+    assert learn.lr_find(show=False, max_steps=5).losses[0] > 1

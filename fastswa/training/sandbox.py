@@ -90,7 +90,8 @@ def prepared_batches(
 # %% ../../nbs/training/02_sandbox.ipynb #00000007
 def takes_part(cb):
     "Does a callback take part where something is only looked at or tried out?"
-    if cb.role is None: return any(hasattr(cb, e) for e in ('before_batch', 'after_backward', *STEPS))
+    changes = 'before_batch', 'after_predict', 'after_loss', 'after_backward', *STEPS
+    if cb.role is None: return any(hasattr(cb, e) for e in changes)
     return cb.role in ('prepares', 'steps', 'measures')
 
 def _tensors(learn): return [*parameters(learn), *learn.model.buffers(), *loss_tensors(learn, 'buffers').values()]

@@ -499,3 +499,59 @@ def test_predictions_replaced():
     assert learn.history[-1]['loss'] > 1
     assert learn.get_preds()[0].shape == x.shape
     assert learn.lr_find(show=False, max_steps=5).losses[0] > 1
+
+
+class DDPMCB(TrainCB):
+    order = DeviceCB.order+1
+    def __init__(self, n_steps, beta_min, beta_max):
+        super().__init__()
+        self.n_steps,self.βmin,self.βmax = n_steps,beta_min,beta_max
+        # variance schedule, linearly increased with timestep
+        self.β = torch.linspace(self.βmin, self.βmax, self.n_steps)
+        self.α = 1. - self.β
+        self.ᾱ = torch.cumprod(self.α, dim=0)
+        self.σ = self.β.sqrt()
+
+    def predict(self, learn): learn.preds = learn.model(*learn.batch[0]).sample
+
+    def before_batch(self, learn):
+        device = learn.batch[0].device
+        ε = torch.randn(learn.batch[0].shape, device=device)  # noise, x_T
+        x0 = learn.batch[0] # original images, x_0
+        self.ᾱ = self.ᾱ.to(device)
+        n = x0.shape[0]
+        # select random timesteps
+        t = torch.randint(0, self.n_steps, (n,), device=device, dtype=torch.long)
+        ᾱ_t = self.ᾱ[t].reshape(-1, 1, 1, 1).to(device)
+        xt = ᾱ_t.sqrt()*x0 + (1-ᾱ_t).sqrt()*ε #noisify the image
+        # input to our model is noisy image and timestep, ground truth is the noise
+        learn.batch = ((xt, t), ε)
+
+
+def test_ddpm_of_the_course():
+    """BatchNorm gets statistics of noisy images, as in training; looks get them too. Wrong: an error, or those of the
+    clean images, mean 3 and variance 0"""
+    x = torch.full((512, 1, 8, 8), 3.)
+    ds = TensorDataset(x, torch.arange(512))
+    dls = DataLoaders(*get_dls(ds, ds, bs=64))
+    set_seed(0)
+    tmax = 2*len(dls.train)
+    sched = partial(lr_scheduler.OneCycleLR, max_lr=1e-2, total_steps=tmax)
+    ddpm_cb, ema = DDPMCB(n_steps=1000, beta_min=0.0001, beta_max=0.02), EMACB()
+    cbs = [ddpm_cb, DeviceCB(), ProgressCB(plot=True), MetricsCB(), BatchSchedCB(sched), ema, BNUpdateCB()]
+    learn = Learner(Noise(), dls, nn.MSELoss(), lr=1e-2, cbs=cbs, opt_func=optim.Adam)
+    learn.fit(2)
+    assert learn.opt_steps == ema.average.n == tmax and learn.weights == 'ema'
+    scale = ddpm_cb.ᾱ.double()                        # of the variance of the images, at each of the steps
+    mean = 3*scale.sqrt().mean()
+    var = (1 - scale + 9*scale).mean() - mean**2
+    assert learn.model.norm.running_mean.item() == pytest.approx(mean.item(), abs=0.2)
+    assert learn.model.norm.running_var.item() == pytest.approx(var.item(), abs=0.3)
+    assert [r['weights'] for r in learn.history[-2:]] == ['raw', 'ema'] and learn.history[-1]['loss'] < 2
+    p, t, (inp, steps) = learn.capture_preds(inps=True)
+    assert p.shape == t.shape == inp.shape == x.shape and steps.shape == (512,)
+    assert abs(t.mean()) < 0.02 < inp.var() and steps.max() > 900
+    assert 'BatchNorm2d' in learn.summary()
+    learn.lr_find(show=False, max_steps=5)
+    (xt, t), ε = learn.batch
+    show_images(xt[:4], titles=[str(o.item()) for o in t[:4]], imsize=1.5)

@@ -16,7 +16,7 @@ import torch
 
 from ..averaging.tensors import some_names
 from .archive import newest, numbered
-from ..core import get_rng_state, is_quiet, loader_generators, plain, set_rng_state, unwrap
+from ..core import get_rng_state, is_quiet, generators_in, plain, set_rng_state, unwrap
 from ..training.events import Callback, by_order
 from ..training.optim import load_opt_state, loss_tensors, named_parameters, opt_state
 from ..training.sandbox import generators, takes_part

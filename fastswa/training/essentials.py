@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..core import batch_size, get_rng_state, loader_generators, set_modes
+from ..core import batch_size, generators_in, get_rng_state, set_modes
 from .events import Callback
 from .optim import loss_module
 
@@ -121,8 +121,8 @@ class PositionCB(Callback):
         if learn.training: self.rng = get_rng_state(self.generators(learn))
 
     def generators(self, learn) -> list:
-        "Those that give the order of the training data; a callback may have wrapped `learn.dl`"
-        return loader_generators(learn.dl) or loader_generators(learn.dls.train)
+        "Those that the training data draws from; a callback may have wrapped `learn.dl`"
+        return generators_in(learn.dl, learn.dls.train)
 
     def place(self, learn) -> dict|None:
         "Epoch and batches of it that are done; None outside of a training epoch, and while a batch is half done"

@@ -21,7 +21,7 @@ from ..core import Clock, Report, batch_inputs, batch_targets, later, map_tensor
 from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepException
 from .events import as_list, check_cbs, with_cbs
 from .optim import HasOptimizer, parameters
-from .sandbox import essentials, keep_random_state, sandbox
+from .sandbox import essentials, keep_learner, sandbox
 
 # %% ../../nbs/training/04_learner.ipynb #0000000c
 class HasWeights:
@@ -63,7 +63,7 @@ class HasWeights:
         weights:str, # the name of an average; `'raw'` as `restore`
     ):
         "The model holds these weights until `restore` or the next fit; RuntimeError if the average is empty"
-        with keep_random_state(self): self.averages.apply(weights)
+        self.averages.apply(weights)
 
     def restore(self):
         "The model holds its raw weights again"
@@ -73,7 +73,7 @@ class HasWeights:
         weights:str, # `'raw'`, or the name of an average
     ) -> nn.Module:
         "A copy of the model with these weights and statistics that fit, on its own: in eval mode, without gradients"
-        with keep_random_state(self): return self.averages.module(weights)
+        return self.averages.module(weights)
 
     def validate(self,
         weights:str|None=None, # `'raw'` or the name of an average; None: a row for each
@@ -198,7 +198,8 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         for name in [valid] if isinstance(valid, str) else self.averages.rows():
             if name == self.weights: self.one_epoch(False)
             else:
-                with keep_random_state(self), self.averages.using(name, quick=self.will_train): self.one_epoch(False)
+                using = self.averages.using(name, quick=self.will_train)
+                with keep_learner(self, row=True), using: self.one_epoch(False)
 
     def one_epoch(self,
         training:bool, # a training epoch, or one of validation?

@@ -243,6 +243,7 @@ def steps(*numbers): return [f'step-{7*n:08}.pt' for n in numbers]
 def test_what_cannot_be_saved_is_an_error_before_training(tmp_path):
     "Theirs when the first checkpoint is due"
     class Odd(Callback):
+        def before_fit(self, learn): pass
         def state_dict(self): return dict(f=lambda: 0)
         def load_state_dict(self, state): pass
     learn = quick(Odd(), CheckpointCB(tmp_path))

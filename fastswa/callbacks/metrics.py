@@ -82,6 +82,7 @@ class MetricsCB(Callback):
     def after_epoch(self, learn):
         values = {name: plain(m.compute(), tensors=False, strict=False) for name, m in self.metrics.items()}
         learn.history[-1] = {**values, **learn.history[-1]}
+        self._batches = 0      # nothing to go on with
         if is_quiet(learn) or any(getattr(cb, 'shows_rows', False) for cb in learn.cbs): return
         print(learn.history[-1])
 

@@ -1,5 +1,5 @@
 """Checkpoints: what is in them, a resume that is exact wherever the run was stopped, and files that are refused"""
-import multiprocessing, os, random, signal, time, warnings
+import contextlib, io, multiprocessing, os, random, signal, time, warnings
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -7,10 +7,12 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn, optim
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset
 
+import helpers
 import killed_run
 from fastswa.callbacks.augment import AugmentCB
 from fastswa.callbacks.augment import MixUpCB
@@ -21,6 +23,7 @@ from fastswa.callbacks.loggers import CSVLoggerCB, TensorBoardCB
 from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
 from fastswa.checkpoint.archive import load_weights, numbered, read_checkpoint
 from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.checkpoint.resume import learner_state
 from fastswa.core import quiet, set_seed
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB
 from fastswa.data.loaders import BatchLoader
@@ -29,7 +32,7 @@ from fastswa.training.learner import MomentumLearner, TrainLearner
 from fastswa.callbacks.speed import MixedPrecisionCB
 from fastswa.callbacks.progress import LogView, ProgressCB
 from fastswa.callbacks.swa import BNUpdateCB
-from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.swa import BEMACB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
 from helpers import AtEpoch, Hits, end_workers, in_new_process
 from killed_run import Data, learner, net, result, the_run
@@ -179,7 +182,7 @@ RUNS = {
     'all averages': lambda: learner(
         EMACB(apply=False), EMACB(0.7, every='3ba', name='slow'), SWACB('0.2dur', '2ba', swa_lr=0.05, anneal='1ep'),
         SWAGCB(3, '5ba', '2ba'), LAWACB(3, '2ba'), PostHocEMACB(every='4ba'),
-        SwitchEMACB(half_life='3ba', switch='5ba'),
+        SwitchEMACB(half_life='3ba', switch='5ba'), SWADCB(1, 2), BEMACB(every='2ba'),
         BNUpdateCB(valid_batches=2)),
     'accumulation, clipping': lambda: learner(GradAccumCB(3), GradClipCB(norm=0.3), EMACB(0.8), OneCycleCB()),
     'accumulation by samples, no length': lambda: learner(GradAccumCB(samples=70), EMACB(0.8, every='2ba'),
@@ -768,7 +771,7 @@ def test_the_first_of_several_processes_writes(tmp_path):
     state = read_checkpoint(tmp_path/'run'/'step-00000016.pt')
     assert state['weights']['raw']['0.weight'].tolist() == weight and state['history'] == history
     assert (tmp_path/'run'/'step-00000024.pt').is_file()
-    assert read_checkpoint(tmp_path/'run'/'best.pt')['history'][-1]['loss'] == best
+    assert read_checkpoint(tmp_path/'run'/'best.pt')['history'][-2]['loss'] == best
 
 
 # What an audit found
@@ -982,3 +985,120 @@ def test_two_of_a_kind():
     for make in (lambda: GradAccumCB(2), MixedPrecisionCB):
         with pytest.raises(ValueError, match=f'there are several {type(make()).__name__} in the callbacks: keep one'):
             learner(make(), make()).fit(1)
+
+
+def equal(a, b):
+    "Bit for bit, whatever is nested"
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, dict): return list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+class Scaled(nn.Module):
+    "A loss with a parameter, class weights and a count"
+    def __init__(self, classes=3):
+        super().__init__()
+        self.s = nn.Parameter(torch.zeros(()))
+        self.register_buffer('classes', torch.linspace(1, 2, classes))
+        self.register_buffer('calls', torch.zeros(()), persistent=False)
+    def forward(self, preds, y):
+        if self.training: self.calls += 1
+        return F.cross_entropy(preds*self.s.exp(), y, self.classes)
+
+
+def test_a_loss_with_parameters_is_saved_and_resumed(tmp_path):
+    "Bit for bit. Wrong: its parameter, or its momentum, starts anew; averages are of the model only"
+    def go(*cbs, loss=None, **kwargs):
+        torch.manual_seed(0)
+        learn = helpers.learner(*cbs, EMACB(0.5, apply=False), opt_func=optim.AdamW)
+        learn.loss_func = loss or Scaled()
+        with contextlib.redirect_stdout(io.StringIO()): learn.fit(2, **kwargs)
+        return learn
+    path = tmp_path/'a.pt'
+    ref, cut = go(), go(PowerCutQuiet(1, 1, path))
+    assert not any('loss_func' in k for k in cut.averages['ema'].weights)
+    torch.manual_seed(5)
+    learn = go(resume=path)
+    a, b = learner_state(learn), learner_state(ref)
+    assert all(equal(a[k], b[k]) for k in ('weights', 'opt', 'loss', 'averages'))
+    assert a['loss']['loss_func.calls'] == 2*len(learn.dls.train) and a['loss']['loss_func.s'] != 0
+    new = helpers.learner(EMACB(0.5), opt_func=optim.AdamW)
+    new.loss_func = Scaled()
+    new.load(path)
+    saved = read_checkpoint(path)
+    assert torch.equal(new.loss_func.s, saved['loss']['loss_func.s']) and new.loss_func.s.is_leaf
+    words = r'another loss function. other shapes: loss_func.classes \(3,\), here \(4,\)'
+    with pytest.raises(ValueError, match=words):
+        go(loss=Scaled(4), resume=path)
+    new.loss_func = (other := Scaled(4))
+    with pytest.warns(UserWarning, match='another loss function.*The loss function stays as it is'): new.load(path)
+    assert other.s == 0
+
+
+class Pair:
+    "Two optimizers in one, with a state of its own"
+    def __init__(self, params, lr):
+        self.a, self.b = optim.Adam(params[::2], lr), optim.SGD(params[1::2], lr, momentum=0.9)
+    def step(self): self.a.step(), self.b.step()
+    def zero_grad(self): self.a.zero_grad(), self.b.zero_grad()
+    def state_dict(self): return dict(a=self.a.state_dict(), b=self.b.state_dict())
+    def load_state_dict(self, state): self.a.load_state_dict(state['a']), self.b.load_state_dict(state['b'])
+
+
+class PairWithGroups(Pair):
+    param_groups = property(lambda self: self.a.param_groups + self.b.param_groups)
+
+
+class InList(Pair):
+    def state_dict(self): return dict(all=[o.state_dict() for o in (self.a, self.b)])
+    def load_state_dict(self, state):
+        for o, s in zip((self.a, self.b), state['all']): o.load_state_dict(s)
+
+
+@pytest.mark.parametrize('opt_func', [Pair, PairWithGroups, InList])
+def test_several_optimizers_in_one(opt_func, tmp_path):
+    "Wrong: KeyError('param_groups') at the first checkpoint"
+    def go(*cbs, **kwargs):
+        learn = helpers.learner(*cbs, opt_func=opt_func)
+        with contextlib.redirect_stdout(io.StringIO()): learn.fit(2, **kwargs)
+        return learn
+    go(PowerCutQuiet(1, 1, path := tmp_path/'a.pt'))
+    ref, learn = go(CheckpointCB(tmp_path/'b')), go(resume=path)
+    assert equal(learner_state(learn)['weights'], learner_state(ref)['weights'])
+    assert equal(learn.opt.state_dict(), ref.opt.state_dict()) and learn.opt_steps == ref.opt_steps
+    other = helpers.learner()
+    with pytest.raises(ValueError, match=f'saved from {opt_func.__name__}, here is SGD'): other.load(path)
+
+
+def test_an_optimizer_whose_state_cannot_be_saved(tmp_path):
+    class Odd(Pair):
+        def state_dict(self): return dict(self=self)
+    class Stateless(Pair): state_dict = None
+    for opt_func, words in ((Odd, 'own.self is a Odd'), (Stateless, 'state_dict')):
+        learn = helpers.learner(CheckpointCB(tmp_path), opt_func=opt_func)
+        with pytest.raises(TypeError, match=words): learn.fit(1)
+        assert learn.opt_steps == 0
+
+
+@pytest.mark.parametrize('saved, here, words', [
+    (lambda: [BNUpdateCB()], lambda: [], 'gone: BNUpdateCB'),
+    (lambda: [], lambda: [GradClipCB(norm=1.)], 'new: GradClipCB'),
+    (lambda: [Mine(), GradClipCB(norm=1.)], lambda: [NaNGuardCB()], 'gone: Mine, GradClipCB; new: NaNGuardCB'),
+    (lambda: [], lambda: [], None), (lambda: [ProgressCB()], lambda: [RecorderCB()], None)])
+def test_other_callbacks_than_the_run_had(saved, here, words, tmp_path):
+    "Those on which the run depends. Wrong: silence, and it goes another way"
+    def go(*cbs, **kwargs):
+        learn = helpers.learner(*cbs, EMACB(0.5, apply=False))
+        with contextlib.redirect_stdout(io.StringIO()): learn.fit(2, **kwargs)
+    go(*saved(), PowerCutQuiet(1, 1, path := tmp_path/'a.pt'))
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        go(*here(), resume=path)
+    told = [str(o.message) for o in w if 'other callbacks' in str(o.message)]
+    assert len(told) == (words is not None)
+    if words: assert f'({words})' in told[0]
+
+
+class Mine(Callback):
+    def before_batch(self, learn): learn.batch = learn.batch

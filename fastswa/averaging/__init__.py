@@ -11,11 +11,12 @@ from .interchange import (
     to_averaged_model)
 from .posthoc import PostHocEMA, power_profile
 from .rules import ema, equal, power, scale_decay
+from .swad import SWAD
 from .swag import SWAG
 from .tensors import find_tensors, stat_buffers
 
 __all__ = [
-    'Average', 'Averages', 'BEMA', 'LatestAverage', 'PostHocEMA', 'SWAG', 'Snapshot', 'Soup', 'avg_params',
+    'Average', 'Averages', 'BEMA', 'LatestAverage', 'PostHocEMA', 'SWAD', 'SWAG', 'Snapshot', 'Soup', 'avg_params',
     'bn_layers', 'bn_state', 'copy_params', 'decay_weights', 'ema', 'equal', 'find_tensors', 'from_averaged_model',
     'greedy_soup', 'held_weights', 'keep_held', 'load_bn_state', 'load_ema_pytorch', 'load_timm_ema',
     'load_torch_ema', 'merge', 'model_stock', 'power', 'power_profile', 'restore_raw', 'save_safetensors',

@@ -11,11 +11,11 @@ import os, shutil, signal, sys, threading, warnings
 from ..averaging.interchange import write_tensors
 from ..callbacks.metrics import Watched
 from .archive import newest, numbered, step_of, write_checkpoint
-from .resume import check_model, learner_state, match_callbacks, put_weights
+from .resume import check_loss, check_model, learner_state, match_callbacks, put_weights
 from ..core import Every, check_whole, unwrap
 from ..files import as_path, check_folder, is_main_process, wait_for_all, written
 from ..training.events import Callback, Stage, by_order
-from ..training.optim import KNOWN_OPTIONS, OptionChanges, load_opt_state
+from ..training.optim import KNOWN_OPTIONS, OptionChanges, load_opt_state, named_parameters
 
 # %% ../../nbs/checkpoint/02_checkpoint.ipynb #00000007
 def save(
@@ -49,10 +49,14 @@ def load(
     check_model(learn.model, state['weights']['raw'], path)
     if opt and state['opt']:
         changes = OptionChanges(learn.opt, KNOWN_OPTIONS)      # those of the file may be of the midst of a schedule
-        try: load_opt_state(learn.model, learn.opt, state['opt'])
+        try: load_opt_state(named_parameters(learn), learn.opt, state['opt'])
         except ValueError as e: raise ValueError(f'{path}: {e}. With opt=False the optimizer is left alone') from e
         changes.undo()
     learn.restore()
+    try: check_loss(learn, state, path)
+    except ValueError as e:
+        warnings.warn(f'{e}. The loss function stays as it is')
+        state['loss'] = {}
     put_weights(learn, dict(state, grads={}))
     for cb, saved in match_callbacks(learn, state['callbacks'])[0]: cb.load_state_dict(saved)
     _load_averages(learn, state['averages'], path)
@@ -117,6 +121,7 @@ class CheckpointCB(Callback):
         self._learn,self._improved = learn,False
         if self.watched: self.watched.begin(learn)
         self.when.begin(learn.clock)
+        learn.opt                 # is made, so that its state counts too
         learner_state(learn)      # says now, rather than in an hour, what cannot be saved
         if _writes(learn): self._prepare(learn)
         if threading.current_thread() is threading.main_thread():
@@ -175,7 +180,7 @@ class CheckpointCB(Callback):
 
     def cleanup_fit(self, learn):
         try:
-            if not learn.will_train or not learn.n_epochs or self._stopped: return
+            if not learn.will_train or not learn.epochs or self._stopped: return
             if learn.error is None or learn.own_cbs.position.is_whole(learn): self._write_if(learn, True)
             if learn.error is None: wait_for_all()
         finally: self._restore_handlers()

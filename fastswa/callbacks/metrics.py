@@ -82,7 +82,8 @@ class MetricsCB(Callback):
         return next(iter(batch_targets(learn.batch, n_inp)), None)
 
     def after_epoch(self, learn):
-        values = {name: plain(m.compute(), tensors=False, strict=False) for name, m in self.metrics.items()}
+        def value(m): return plain(m.compute(), tensors=False, strict=False) if self._batches else None
+        values = {name: value(m) for name, m in self.metrics.items()}
         learn.history[-1] = {**values, **learn.history[-1]}
         self._batches = 0      # nothing to go on with
         self._shown = any(getattr(cb, 'shows_rows', False) for cb in learn.cbs)

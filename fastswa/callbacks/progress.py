@@ -166,8 +166,9 @@ class ProgressCB(Callback):
         if self.began >= self._next: self.draw()
 
     def after_batch(self, learn):
-        loss = learn.loss.detach()
-        self._new.append(loss.item() if loss.device.type == 'cpu' else loss)
+        if learn.loss is not None:
+            loss = learn.loss.detach()
+            self._new.append(loss.item() if loss.device.type == 'cpu' else loss)
         self.n = learn.iter + 1
         if self.clock() >= self._next: self.draw()
 
@@ -200,7 +201,8 @@ class ProgressCB(Callback):
         if self.training: self.losses += new
 
     def _add(self, row):
-        if row['train'] != 'train': self.valid.setdefault(row['weights'], []).append((len(self.losses), row['loss']))
+        if row['train'] != 'train' and row['loss'] is not None:
+            self.valid.setdefault(row['weights'], []).append((len(self.losses), row['loss']))
         shown = {k: v for k, v in row.items() if k != 'weights' or self.averages}
         shown['time'] = format_time(self.clock() - self.began)
         if not self.table.rows: self.table = Table(dict(weights=max(map(len, ['weights', *self.averages]))))

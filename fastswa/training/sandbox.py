@@ -39,7 +39,8 @@ def _gives_steps(cb): return any(hasattr(cb, e) for e in STEPS)
 
 def takes_part(cb):
     "Does a callback take part where something is only looked at or tried out?"
-    if cb.role is None: return _gives_steps(cb) or hasattr(cb, 'before_batch') or hasattr(cb, 'after_backward')
+    changes = 'before_batch', 'after_predict', 'after_loss', 'after_backward'
+    if cb.role is None: return _gives_steps(cb) or any(hasattr(cb, e) for e in changes)
     return cb.role in ('prepares', 'steps', 'measures')
 
 def _prepares(cb): return takes_part(cb) and cb.role != 'measures'

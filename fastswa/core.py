@@ -298,6 +298,22 @@ def _of_a_library(module):
     if top in sys.stdlib_module_names or top in ('torch', 'numpy', 'fastswa'): return True
     return '-packages' in (getattr(sys.modules.get(top), '__file__', None) or '')
 
+# %% ../nbs/00_core.ipynb #e20aef7f
+def _loader_parts(o, depth=6):
+    "What a loader is made of: itself, its samplers and data sets, and what these are made of"
+    if o is None or not depth: return []
+    inner = [getattr(o, k, None) for k in ('batch_sampler', 'sampler', 'dataset')]
+    if isinstance(getattr(o, 'datasets', None), (list, tuple)): inner += o.datasets      # joined ones
+    return [o, *(p for part in inner for p in _loader_parts(part, depth - 1))]
+
+def set_epoch(
+    dl, # any loader
+    epoch:int, # its number, from 0
+):
+    "Tell each part of a loader that has a `set_epoch` which epoch begins"
+    for part in {id(o): o for o in _loader_parts(dl)}.values():
+        if callable(getattr(part, 'set_epoch', None)): part.set_epoch(epoch)
+
 # %% ../nbs/00_core.ipynb #0000001e
 def _range(low, high, include_low, include_high):
     "The numbers from `low` to `high` in words"

@@ -220,7 +220,8 @@ class ResumeCB(Callback):
 
     def _find_place(self, learn):
         "The loader where it was, by the way it went, and the row so far"
-        persistent = [dl for dl in (learn.dls.train, learn.dls.valid) if getattr(dl, 'persistent_workers', False)]
+        persistent = [dl for dl in (learn.dls.train, getattr(learn.dls, 'valid', None))
+                  if getattr(dl, 'persistent_workers', False)]
         if self.epoch and persistent:
             for dl in persistent: iter(dl)      # their workers are seeded in the first epoch only
             warnings.warn('persistent workers start anew: random numbers that the dataset draws in them are others '

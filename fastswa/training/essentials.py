@@ -33,9 +33,9 @@ class LossMeter:
         if not torch.is_tensor(self.losses[0]): return torch.tensor(self.losses, dtype=torch.float64)
         return torch.cat([o.reshape(-1) for o in self.losses])
 
-    def compute(self) -> float:
-        "The mean over the samples; waits for the device, once"
-        if not self.losses: return math.nan      # every batch was cancelled
+    def compute(self) -> float|None:
+        "The mean over the samples, None where no batch had a loss; waits for the device, once"
+        if not self.losses: return None
         return (self._all().cpu().double() @ torch.tensor(self.sizes).double()).item()/max(sum(self.sizes), 1)
 
     def first_bad(self,

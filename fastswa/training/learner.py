@@ -17,7 +17,8 @@ from torch.nn.parameter import is_lazy
 
 from ..averaging.averages import Averages
 from ..averaging.holding import restore_raw
-from ..core import Clock, Report, batch_inputs, batch_targets, later, map_tensors, tensors_in, unwrap
+from fastswa.core import (Clock, Report, batch_inputs, batch_targets, later, map_tensors, set_epoch, tensors_in,
+    unwrap)
 from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepException
 from .events import as_list, check_cbs, with_cbs
 from .optim import HasOptimizer, parameters
@@ -93,6 +94,7 @@ class HasWeights:
 
     if TYPE_CHECKING:
         from fastswa.callbacks.finder import lr_find
+        from fastswa.callbacks.schedule import fit_one_cycle
         from fastswa.callbacks.inspection import capture_preds, show_image_batch, summary
         from fastswa.checkpoint.checkpoint import export, load, save
     else:
@@ -100,6 +102,7 @@ class HasWeights:
         summary = later('callbacks.inspection', 'summary')
         show_image_batch = later('callbacks.inspection', 'show_image_batch')
         lr_find = later('callbacks.finder', 'lr_find')
+        fit_one_cycle = later('callbacks.schedule', 'fit_one_cycle')
         save = later('checkpoint.checkpoint', 'save')
         load = later('checkpoint.checkpoint', 'load')
         export = later('checkpoint.checkpoint', 'export')
@@ -110,16 +113,21 @@ def _length(dl):
     try: return len(dl)
     except TypeError: return None            # an iterable without a length
 
+def _valid_loader(learn): return getattr(learn.dls, 'valid', None)
+
 def _check_fit(learn, n_epochs, train, valid, resume, reset_opt):
     "Raise what is wrong with a fit before it begins"
     if not isinstance(n_epochs, Integral) or n_epochs < 0:
         raise ValueError(f'n_epochs must be a whole number, 0 or more; got {n_epochs!r}')
-    for need, name in ((train, 'train'), (valid, 'valid')):
-        if need and not hasattr(learn.dls, name):
-            raise TypeError('dls must have the loaders `train` and `valid`, as DataLoaders has; '
-                            f'got {type(learn.dls).__name__}')
-    if valid and not train and learn.dls.valid is None:
-        raise ValueError('there is no validation loader: dls.valid is None')
+    if train and not hasattr(learn.dls, 'train'):
+        raise TypeError('dls must have the loaders `train` and `valid`, as DataLoaders has; '
+                        f'got {type(learn.dls).__name__}')
+    if valid and not train and _valid_loader(learn) is None:
+        raise ValueError('there is no validation loader: dls.valid is None. Give batches, as in validate(dl=…)')
+    for name, dl in (('training', train and learn.dls.train), ('validation', valid and _valid_loader(learn))):
+        if dl is not None and dl is not False and _length(dl) == 0:
+            raise ValueError(f'the {name} loader has length 0: there are fewer samples than a batch holds, '
+                             'and drop_last=True leaves them out, or there are none at all')
     if resume is not None and (reset_opt or not train):
         raise ValueError('resume= goes on with a training run and its optimizer: '
                          'it needs train=True and reset_opt=False')
@@ -190,7 +198,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         if train: self.opt      # is made by now; an error in making it comes before any training
         for self.epoch in self.epochs:
             if train: self.one_epoch(True)
-            if valid and self.dls.valid is not None: self._validate(valid)
+            if valid and _valid_loader(self) is not None: self._validate(valid)
             self.completed = self.epoch + 1
 
     def _validate(self, valid):
@@ -209,6 +217,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         self.between_batches = True
         if training:
             self.clock.begin_epoch(self.epoch)
+            set_epoch(self.dl, self.epoch)
             self._warn_of_new_parameters()
         with torch.set_grad_enabled(training): self._one_epoch()
 
@@ -281,7 +290,10 @@ class TrainCB(Callback):
 class TrainLearner(Learner):
     "A `Learner` that brings the steps itself, for batches of inputs and targets"
     def predict(self): self.preds = self.model(*batch_inputs(self.batch))
-    def get_loss(self): self.loss = self.loss_func(self.preds, batch_targets(self.batch)[0])
+    def get_loss(self):
+        targets = batch_targets(self.batch)
+        if not targets: raise ValueError('the batch has no targets for the loss: it holds inputs only')
+        self.loss = self.loss_func(self.preds, targets[0])
     def backward(self): self.loss.backward()
     def step(self): self.opt.step()
     def zero_grad(self): self.opt.zero_grad()

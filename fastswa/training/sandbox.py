@@ -7,14 +7,16 @@ __all__ = ['generators', 'takes_part', 'EvaluationCB', 'Essentials', 'essentials
 
 # %% ../../nbs/training/02_sandbox.ipynb #00000002
 import math, warnings
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from typing import NamedTuple
 
 import torch
+from torch.utils.data import Dataset, IterableDataset
 
 from ..averaging.averages import Averages
-from ..core import generators_in, keep_rng, keep_state, map_tensors
+from ..core import generators_in, keep_rng, keep_state, tensors_in
 from .essentials import LossCB, ModesCB, PositionCB
 from fastswa.training.events import (STEPS, Callback, CancelBatchException, CancelEpochException, CancelFitException,
     by_order, run_cbs)
@@ -37,7 +39,8 @@ def _gives_steps(cb): return any(hasattr(cb, e) for e in STEPS)
 
 def takes_part(cb):
     "Does a callback take part where something is only looked at or tried out?"
-    if cb.role is None: return _gives_steps(cb) or hasattr(cb, 'before_batch') or hasattr(cb, 'after_backward')
+    changes = 'before_batch', 'after_predict', 'after_loss', 'after_backward'
+    if cb.role is None: return _gives_steps(cb) or any(hasattr(cb, e) for e in changes)
     return cb.role in ('prepares', 'steps', 'measures')
 
 def _prepares(cb): return takes_part(cb) and cb.role != 'measures'
@@ -88,8 +91,7 @@ class EvaluationCB(Callback):
 
 def _first_batch(learn, dl):
     "The tensors of the first batch"
-    tensors = []
-    with keep_rng(*generators(learn)): map_tensors(tensors.append, next(iter(dl), None))
+    with keep_rng(*generators(learn)): tensors = [*tensors_in(next(iter(dl), None))]
     return [t for t in tensors if t.layout is torch.strided and not t.is_nested]
 
 class Essentials(NamedTuple):
@@ -112,6 +114,13 @@ class _Loaders:
 
     def __getattr__(self, name): return getattr(self.__dict__.get('dls'), name)
 
+def _batches(dl):
+    "A loader; of an iterator the list, as there may be several passes; TypeError for what gives samples"
+    if isinstance(dl, torch.Tensor) or isinstance(dl, Dataset) and not isinstance(dl, IterableDataset):
+        raise TypeError(f'dl gives batches, as DataLoader(dataset, batch_size=64) does, or is a list of them; '
+                        f'got a {type(dl).__name__}, which gives samples')
+    return [*dl] if isinstance(dl, Iterator) else dl
+
 @contextmanager
 def keep_learner(
     learn, # a learner
@@ -123,7 +132,7 @@ def keep_learner(
     "Afterwards learner, callbacks, loaders and random state are as before"
     kept,evaluation,in_fit = learn.dls,learn.own_cbs.evaluation,learn.in_fit
     loaders = {name: evaluation.loader(getattr(kept, name)) for name in ('train', 'valid') if hasattr(kept, name)}
-    if valid is not None: loaders['valid'] = valid
+    if valid is not None: loaders['valid'] = _batches(valid)
     changing = [] if row else [learn, *filter(_prepares, learn.cbs if cbs is None else cbs)]
     if (loss := loss_module(learn)) is not None: changing += loss.modules()
     try:

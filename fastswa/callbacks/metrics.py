@@ -85,6 +85,7 @@ class MetricsCB(Callback):
         def value(m): return plain(m.compute(), tensors=False, strict=False) if self._batches else None
         values = {name: value(m) for name, m in self.metrics.items()}
         learn.history[-1] = {**values, **learn.history[-1]}
+        self._batches = 0      # nothing to go on with
         self._shown,self.train = any(getattr(cb, 'shows_rows', False) for cb in learn.cbs),learn.training
         if not is_quiet(learn): self._log({k: format_value(v) for k, v in learn.history[-1].items()})
 

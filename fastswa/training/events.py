@@ -7,7 +7,7 @@ __all__ = ['CancelFitException', 'CancelEpochException', 'CancelBatchException',
            'short', 'CallbackRunner', 'with_cbs']
 
 # %% ../../nbs/training/00_events.ipynb #00000002
-import difflib, warnings
+import difflib, re, warnings
 from contextlib import ExitStack, suppress
 from enum import IntEnum
 from functools import partial, wraps
@@ -117,6 +117,13 @@ STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
 _EVENTS = {f'{when}_{what}' for when in ('before', 'after', 'cleanup') for what in ('fit', 'epoch', 'batch')} | {
     f'after_{what}' for what in ('predict', 'loss', 'backward', 'step')}
 
+def _like_event(name):
+    "Events that a name is close to, or what an event of Keras or Lightning is called here"
+    m = re.fullmatch('(on_)?((train|valid|validation|test)_)?(fit|train|epoch|batch|step)_(begin|start|end)', name)
+    if m is None: return difflib.get_close_matches(name, _EVENTS, 1, 0.85)
+    end, what = m[5] == 'end', m[4].replace('train', 'fit')
+    return [f'after_{what}' if end else f'before_{what.replace("step", "batch")}']
+
 def check_cbs(
     cbs, # the callbacks of a fit
     own=(), # step methods that the learner itself provides
@@ -132,7 +139,7 @@ def check_cbs(
         if any(cb is o for o in cbs[:i]):
             raise ValueError(f'{type(cb).__name__} is in the callbacks twice (the same object)')
         for name in (n for n in dir(cb) if '_' in n and n[0] != '_' and n not in _EVENTS):
-            close = difflib.get_close_matches(name, _EVENTS, 1, 0.85)
+            close = _like_event(name)
             if (close or name.startswith(('before_', 'after_', 'cleanup_'))) and callable(getattr(cb, name)):
                 hint = f'; did you mean {close[0]}?' if close else f'; there are {", ".join(sorted(_EVENTS))}'
                 raise ValueError(f'{type(cb).__name__}.{name} is not an event{hint}')

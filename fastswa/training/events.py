@@ -116,13 +116,7 @@ ROLES = None, 'prepares', 'steps', 'schedules', 'averages', 'measures', 'watches
 STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
 _EVENTS = {f'{when}_{what}' for when in ('before', 'after', 'cleanup') for what in ('fit', 'epoch', 'batch')} | {
     f'after_{what}' for what in ('predict', 'loss', 'backward', 'step')}
-
-def _like_event(name):
-    "Events that a name is close to, or what an event of Keras or Lightning is called here"
-    m = re.fullmatch('(on_)?((train|valid|validation|test)_)?(fit|train|epoch|batch|step)_(begin|start|end)', name)
-    if m is None: return difflib.get_close_matches(name, _EVENTS, 1, 0.85)
-    end, what = m[5] == 'end', m[4].replace('train', 'fit')
-    return [f'after_{what}' if end else f'before_{what.replace("step", "batch")}']
+_LIKE_EVENTS = re.compile('(before|after|cleanup)_|on_.+_(begin|start|end)$')      # the second: as Keras names them
 
 def check_cbs(
     cbs, # the callbacks of a fit
@@ -139,10 +133,13 @@ def check_cbs(
         if any(cb is o for o in cbs[:i]):
             raise ValueError(f'{type(cb).__name__} is in the callbacks twice (the same object)')
         for name in (n for n in dir(cb) if '_' in n and n[0] != '_' and n not in _EVENTS):
-            close = _like_event(name)
-            if (close or name.startswith(('before_', 'after_', 'cleanup_'))) and callable(getattr(cb, name)):
+            close = difflib.get_close_matches(name, _EVENTS, 1, 0.85)
+            if (close or _LIKE_EVENTS.match(name)) and callable(getattr(cb, name)):
                 hint = f'; did you mean {close[0]}?' if close else f'; there are {", ".join(sorted(_EVENTS))}'
                 raise ValueError(f'{type(cb).__name__}.{name} is not an event{hint}')
+        if type(cb) is not Callback and not any(hasattr(cb, e) for e in (*_EVENTS, *STEPS)):
+            raise ValueError(f'{type(cb).__name__} has no method named after an event, so that nothing would call it; '
+                             f'there are {", ".join(sorted(_EVENTS))}')
     for step in STEPS if train else STEPS[:2]:
         givers = ['the learner'] if step in own else []
         givers += [type(cb).__name__ for cb in cbs if callable(getattr(cb, step, None))]

@@ -327,6 +327,21 @@ def test_a_sparse_gradient_that_is_not_finite():
         words(True, n, loss=spoil)
 
 
+def test_a_window_of_sparse_gradients_is_saved(tmp_path):
+    "In the midst of it. Wrong: the file cannot be written, or read"
+    class Save(Callback):
+        order = 99
+        def after_batch(self, learn):
+            if learn.iter == 3: learn.save(tmp_path/f'{learn.epoch}.pt')
+    def go(**kwargs):
+        learn = TrainLearner(Words(), SimpleNamespace(train=batches), F.mse_loss, 0.1, [GradAccumCB(3), Save()])
+        learn.fit(2, valid=False, **kwargs)
+        return vec(learn)
+    batches = [(torch.arange(6).view(2, 3) + i, torch.ones(2, 1)) for i in range(5)]
+    whole = go()
+    for epoch in 0, 1: assert torch.equal(go(resume=tmp_path/f'{epoch}.pt'), whole)
+
+
 class Writes(nn.Module):
     "Buffers that a forward pass replaces by others, fills, and changes"
     def __init__(self):

@@ -224,7 +224,7 @@ class EarlyStoppingCB(Callback):
         restore_best:bool=False, # does the model hold the weights of the best epoch after the fit? See above
         min_epochs:int=0, # the fit has at least so many epochs
         stop_at:float|None=None, # the fit ends when the column is as good as this
-        diverged_at:float|None=None, # or worse than this
+        diverged_at:float|None=None, # or worse than this; NaN is
     ):
         self.watched = Watched(metric, mode)
         self.patience = check_whole('patience', patience, none=True)
@@ -272,7 +272,7 @@ class EarlyStoppingCB(Callback):
         now = f'{w.name} is {value:.4g} in epoch {self._epoch}'
         if self.stop_at is not None and (value == self.stop_at or w.better(value, self.stop_at)):
             return f'{now}, as good as stop_at={self.stop_at} asks for'
-        if self.diverged_at is not None and w.better(self.diverged_at, value):
+        if self.diverged_at is not None and (value != value or w.better(self.diverged_at, value)):
             return f'{now}, worse than diverged_at={self.diverged_at}'
         since = self._epoch - (-1 if self.best_epoch is None else self.best_epoch)
         if self.patience is None or since < self.patience: return None

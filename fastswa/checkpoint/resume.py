@@ -179,12 +179,15 @@ class ResumeCB(Callback):
         if self.epoch + (self.place['batch'] > 0) > learn.n_epochs:
             raise ValueError(f'{self.path} has done {self.epoch} epochs and {self.place["batch"]} batches; '
                              f'n_epochs, which counts them too, must be more; got {learn.n_epochs}')
+
+    def _check_generators(self, learn):
         n,n_here = len(self.state['rng']['generators']),len(generators(learn))
         if n != n_here:
-            raise ValueError(f'{self.path} is of a run with {n} generators of its own, '
-                             f'in loaders and transforms; here are {n_here}')
+            raise ValueError(f'{self.path} is of a run with {n} generators of its own, in loaders and transforms; here '
+                             f'are {n_here}: those that are made at the first sample have to be there from the start')
 
     def before_fit(self, learn):
+        self._check_generators(learn)      # now, since callbacks may make theirs when the fit begins
         try:
             load_opt_state(named_parameters(learn), learn.opt, self.state['opt'], load=False)
             learn.averages.check_names(self.state['averages'])

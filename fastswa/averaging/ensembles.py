@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from .average import Average
-from .tensors import check_same
+from .snapshots import moving_of
+from .tensors import check_same, locked
 from ..core import check_whole, uninterrupted, unwrap
 
 # %% ../../nbs/averaging/08_ensembles.ipynb #00000006
@@ -70,14 +71,16 @@ class LatestAverage(KeepsSnapshots):
         self.k = check_whole('k', k)
         super().__init__(module, latest(k), **kwargs)
 
+    @locked
     def update(self,
         module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
         steps:int=1, # not used: snapshots count the same
     ) -> int: # snapshots taken
         "Take a snapshot; one that is not finite is skipped whole"
         self._ready()
+        if self._taken == 0: self._check_values()
         values = self._values(module)
-        if self._is_bad(values): self._skip()
+        if self._is_bad(moving_of(values, self._selection.fixed_now())): self._skip()
         else:
             with uninterrupted():
                 oldest = self._kept.pop(0) if len(self._kept) == self.k else None
@@ -90,7 +93,8 @@ class LatestAverage(KeepsSnapshots):
     def _compute_mean(self):
         first,*others = self._kept
         self._avg = self._copies(first, self._avg)
-        for i, other in enumerate(others, 2): torch._foreach_lerp_(self._avg, other, 1/i)
+        moving = [moving_of(values, self._selection.fixed) for values in (self._avg, *others)]
+        for i, other in enumerate(moving[1:], 2): torch._foreach_lerp_(moving[0], other, 1/i)
 
     def load_state_dict(self, state):
         super().load_state_dict(state)

@@ -14,7 +14,7 @@ import torch
 from .holding import is_held
 from fastswa.averaging.kernels import (Blocks, DelayedFlags, PinnedCopy, all_finite, bad_anywhere, bad_flag, can_mask,
     move_unless)
-from .tensors import ShadowWeights
+from .tensors import ShadowWeights, locked
 from ..core import uninterrupted
 
 # %% ../../nbs/averaging/04_snapshots.ipynb #00000005
@@ -46,6 +46,12 @@ class CountedSnapshots(ShadowWeights):
         "What was computed from this average is stale once its stamp is another"
         return self._origin, self.n
 
+    def _check_values(self):
+        "Raise an error if the module has no values yet"
+        if any(t.is_meta for t in self._selection.live):
+            raise RuntimeError('the weights are on the meta device, which keeps no values: materialise the model, as by '
+                               'to_empty(), and load its weights before the first update')
+
     def _is_held(self): return is_held(self._selection.owners)
 
     def _need(self):
@@ -63,6 +69,7 @@ class CountedSnapshots(ShadowWeights):
     def _count(self, flag=None):
         "A snapshot is in; a flag on the device will tell whether it really is"
         self._taken += 1
+        if self._lives: self._share()
         if flag is None: return
         if self._flags is None: self._flags = DelayedFlags(flag.device)
         self._flags.add(flag)
@@ -83,6 +90,7 @@ class CountedSnapshots(ShadowWeights):
         if times and warn and not self._skipped:
             warnings.warn('the weights hold NaN or infinity: such snapshots are left out of the average')
         self._skipped += times
+        if times: vars(self._selection).pop('fixed', None)      # a frozen weight may have become infinite meanwhile
 
     def _follow(self, old, new):
         super()._follow(old, new)
@@ -96,6 +104,7 @@ class CountedSnapshots(ShadowWeights):
         self._steps_on_the_way = steps
         self._host_copy.start(self._selection.live)
 
+    @locked
     def _settle(self):
         "Wait for what is still under way: weights that come from a GPU, checks that are not read yet"
         if self._steps_on_the_way is not None:
@@ -116,7 +125,7 @@ class CountedSnapshots(ShadowWeights):
     def __getstate__(self):
         "For deepcopy and pickle, which take no events and streams"
         self._settle()
-        return vars(self) | dict(_flags=None, _host_copy=None, _blocks={})
+        return vars(self) | dict(_flags=None, _host_copy=None, _blocks={}, _lives=None, _shared=None)
 
 # %% ../../nbs/averaging/04_snapshots.ipynb #00000007
 def move(averages, snapshot, steps):
@@ -133,30 +142,38 @@ def move_all(groups, then):
     with torch.no_grad():
         for plan in plans: _move(*plan)
 
-def _move(averages, snapshot, weights):
+def moving_of(tensors, fixed): return [t for i, t in enumerate(tensors) if i not in fixed] if fixed else tensors
+
+def _move(averages, values, weights):
     lead,flag = averages[0],None
+    fixed = lead._selection.fixed_now()
+    snapshot = moving_of(values, fixed)
     check = lead.check_finite
     if check and (lead.sharded or None in weights or _can_mask(lead, snapshot)):
         bad = _check(lead, snapshot)
         if bad is True: return _skip_all(averages)
         check,flag = False,bad if torch.is_tensor(bad) else None
     with _guarded(averages):
-        if not _move_those_begun(averages, snapshot, weights, check, flag): return _skip_all(averages)
+        if not _move_those_begun(averages, values, fixed, weights, check, flag): return _skip_all(averages)
         for a, w in zip(averages, weights):
-            if w is None: a._avg = a._copies(snapshot)
+            if w is None: a._avg = a._copies(values)
+            for i in fixed: a._avg[i].copy_(values[i])
             a._count(flag)
 
-def _move_those_begun(averages, snapshot, weights, check, flag):
+def _move_those_begun(averages, values, fixed, weights, check, flag):
     "Was the snapshot finite, so that the averages moved (or, by the flag, will have)?"
     lead,moving = averages[0],[a for a, w in zip(averages, weights) if w is not None]
     weights = [w for w in weights if w is not None]
     if not moving: return True
+    key = id(values), *fixed, *(id(a._avg) for a in moving)
+    blocks = lead._blocks.get(key)
+    if flag is None and blocks: return blocks.move(weights, check)
+    snapshot,avgs = moving_of(values, fixed),[moving_of(a._avg, fixed) for a in moving]
     if flag is not None:
-        move_unless(flag, [a._avg for a in moving], snapshot, weights)
+        move_unless(flag, avgs, snapshot, weights)
         return True
-    key = id(snapshot), *(id(a._avg) for a in moving)
-    blocks = lead._blocks.get(key) or Blocks([a._avg for a in moving], snapshot)
-    if snapshot is lead._selection.live: lead._blocks[key] = blocks      # cut into views once
+    blocks = Blocks(avgs, snapshot)
+    if values is lead._selection.live: lead._blocks[key] = blocks      # cut into views once
     return blocks.move(weights, check)
 
 def _can_mask(lead, snapshot):

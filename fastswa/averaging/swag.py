@@ -16,6 +16,7 @@ from .batchnorm import bn_layers, outputs, update_bn
 from .ensembles import KeepsSnapshots, average_of
 from .holding import holding_as_before
 from .rules import equal
+from .tensors import locked
 from ..core import check_number, check_whole, keep_modes, keep_rng, loader_generators, uninterrupted
 
 # %% ../../nbs/averaging/09_swag.ipynb #00000006
@@ -39,6 +40,7 @@ class SWAG(KeepsSnapshots):
         self.rank = check_whole('rank', rank, 0)
         super().__init__(module, equal(), **kwargs)
 
+    @locked
     def update(self,
         module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
         steps:int=1, # not used: snapshots count the same
@@ -56,6 +58,7 @@ class SWAG(KeepsSnapshots):
         oldest = self._kept.pop(1) if self.rank and len(self._kept) > self.rank else None
         d = self._copies(values, oldest)
         torch._foreach_sub_(d, self._avg)
+        for i in self._selection.fixed: d[i].zero_()
         if not self._kept: self._kept = [self._copies(d)]      # zeros: the first snapshot is the mean
         else: torch._foreach_addcmul_(self._kept[0], d, [t.conj() for t in d], value=self.n/(self.n - 1))
         if self.rank: self._kept.append(d)
@@ -91,12 +94,12 @@ class SWAG(KeepsSnapshots):
         check_number('scale', scale, include_low=True)
         self._need_two()
         squares,*deviations = self._kept
-        res = self._copies(self._selection.in_order(self.weights))
+        res,params = self._copies(self._selection.in_order(self.weights)),self._selection.params
         device = generator.device if generator else squares[0].device
         def normal(*shape, **kw): return torch.randn(*shape, device=device, generator=generator, **kw)
         z2 = (normal(len(deviations))/math.sqrt(max(len(deviations) - 1, 1))).tolist()
         for i, (r, t) in enumerate(zip(res, squares)):
-            if not self._selection.params[i]: continue
+            if not params[i]: continue
             noise = (t/self.n).sqrt()*normal(t.shape, dtype=t.dtype).to(t.device)
             for d, z in zip(deviations, z2): noise.add_(d[i], alpha=z)
             r.add_(noise, alpha=math.sqrt(scale))

@@ -32,11 +32,14 @@ def weights_of(cb): return cb.average.weights['0.weight']
 
 
 def test_defaults_to_the_letter():
-    "Half-life a twentieth of the fit; snapshots every hundredth from three quarters on: of 200 steps, every second"
+    """Half-life a twentieth of the fit, after a warm-up; snapshots every hundredth from three quarters on: of 200 steps,
+    every second"""
     trail, e, s = Trail(), EMACB(), SWACB()
     learner(trail, e, s, BNUpdateCB()).fit(20)
-    d, avg = 2**(-1/10), trail.weights[0]
-    for w in trail.weights[1:]: avg = d*avg + (1 - d)*w
+    avg = trail.weights[0]
+    for n, w in enumerate(trail.weights[1:], 1):
+        d = min(2**(-1/10), (1 + n)/(10 + n))
+        avg = d*avg + (1 - d)*w
     np.testing.assert_allclose(weights_of(e), avg, rtol=1e-4, atol=1e-6)
     assert s.average.n == 26
     np.testing.assert_allclose(weights_of(s), np.mean(trail.weights[149::2], axis=0), rtol=1e-4, atol=1e-6)
@@ -52,6 +55,19 @@ def test_rules(kw, rule):
     avg = trail.weights[0]
     for n, w in enumerate(trail.weights[1:], 1): avg = avg + rule(n)*(w - avg)
     np.testing.assert_allclose(weights_of(cb), avg, rtol=1e-5, atol=1e-6)
+
+
+def test_a_warm_up_is_of_steps():
+    """With a snapshot every 5 steps the warm-up is as long as with one at each
+
+    Wrong: each snapshot counts as one step, and the memory stays five times too short"""
+    trail, cb = Trail(), EMACB(every='5ba', apply=False)
+    learner(trail, cb).fit(20)
+    seen, avg = trail.weights[4::5], None
+    for n, w in enumerate(seen):
+        left = min(2**(-1/10), (1 + 5*n)/(10 + 5*n))**5
+        avg = w if avg is None else left*avg + (1 - left)*w
+    np.testing.assert_allclose(weights_of(cb), avg, rtol=1e-4, atol=1e-6)
 
 
 def test_choice_of_weights_and_rows():

@@ -62,7 +62,7 @@ class Average(CountedSnapshots):
         "How far the next snapshot moves the average; None where there is none yet, so that it is copied"
         self._read_flags_if_needed(getattr(self.rule, 'constant', False))
         if self._taken == 0: return self._check_values()
-        w = self.rule(self._taken)
+        w = self.rule(self._taken*steps)
         if not (isinstance(w, (float, Real)) and 0 <= w <= 1):      # float is told faster than Real
             raise ValueError(f'{self.rule} gave {w!r} for n = {self._taken}: '
                              'a weight must be a number between 0 and 1')

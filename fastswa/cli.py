@@ -7,6 +7,7 @@ __all__ = ['train', 'main']
 
 # %% ../nbs/90_cli.ipynb #00000002
 import csv, json, sys, warnings
+from contextlib import suppress
 from functools import partial
 
 from fastcore.script import anno_parser
@@ -15,10 +16,11 @@ from . import __version__
 from .files import check_folder, written
 
 # %% ../nbs/90_cli.ipynb #00000005
-def _check(epochs, lr, sched, averages, init, bs, momentum, seed, device, out):
-    "The device and the folder; raises ValueError, which says what would be right, for the first option that is wrong"
-    import torch
-    from fastswa.core import check_choice, check_number, check_whole, default_device
+_FILES = 'history.csv', 'weights.safetensors', 'curves.png'
+
+def _check(epochs, lr, sched, averages, init, bs, momentum, seed):
+    "Raises ValueError, which says what would be right, for the first option that is wrong"
+    from fastswa.core import check_choice, check_number, check_whole
     check_whole('--epochs', epochs)
     check_number('--lr', lr)
     check_choice('--sched', sched, ['constant', 'onecycle'])
@@ -27,12 +29,48 @@ def _check(epochs, lr, sched, averages, init, bs, momentum, seed, device, out):
     check_whole('--bs', bs)
     check_number('--momentum', momentum, high=1, include_low=True, include_high=False)
     check_whole('--seed', seed, 0, 2**32 - 1)
+
+def _check_device(device):
+    "The device; ValueError if nothing can be computed there"
+    import torch
+    from fastswa.core import default_device
     if device == 'auto': device = default_device()
     try: torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as e:
+    except Exception as e:      # each kind of device has its own
         raise ValueError(f'--device must be auto, cpu or an accelerator of this machine; got {device!r}') from e
-    try: return device, check_folder(out)
+    return device
+
+def _check_out(out, resume, overwrite):
+    "The folder; ValueError if it holds an earlier run and it is not said what is to become of that"
+    from fastswa.checkpoint.archive import numbered
+    if not out.strip(): raise ValueError("--out must be the name of a folder; got ''")
+    if resume and overwrite: raise ValueError('give --resume or --overwrite, not both')
+    try: out = check_folder(out)
     except OSError as e: raise ValueError(f'--out: {e.strerror}') from e
+    results,checkpoints = [o for o in _FILES if (out/o).exists()],numbered(out/'checkpoints')
+    if overwrite or not (results or checkpoints): return out
+    ways = '--overwrite replaces it, or --out names another folder'
+    if not checkpoints: raise ValueError(f'{out} holds {results[0]} of an earlier run, but no checkpoint: {ways}')
+    if not resume: raise ValueError(f'{out} holds an earlier run: --resume goes on with it, {ways}')
+    return out
+
+# %% ../nbs/90_cli.ipynb #a2107050
+def _settings_cb(settings):
+    "A callback through which the options of the command get into its checkpoints"
+    from fastswa.training.events import Callback
+    class CommandCB(Callback):
+        role = 'watches'
+        def state_dict(self): return settings
+        def load_state_dict(self, state): "Compared before the fit, by `_check_resumed`"
+    return CommandCB()
+
+def _check_resumed(folder, settings):
+    "ValueError if the run whose checkpoints are in the folder was given other options"
+    from fastswa.checkpoint.archive import newest, numbered
+    if not numbered(folder): return
+    saved = {cb['name']: cb['state'] for cb in newest(folder)[1]['callbacks']}.get('CommandCB', {})
+    other = [f'--{k} was {saved.get(k)} and is {v}' for k, v in settings.items() if k != 'epochs' and saved.get(k) != v]
+    if other: raise ValueError(f'--resume goes on with a run as it was: {"; ".join(other)}')
 
 # %% ../nbs/90_cli.ipynb #00000007
 def _loaders(data, bs, device):
@@ -77,33 +115,46 @@ def train(
     bs:int=256, # images in a batch
     momentum:float=0.85, # of SGD, from 0 to below 1
     seed:int=0, # of weights and shuffling: the same seed gives the same run
-    device:str='auto', # auto, cpu, cuda, mps …
-    out:str='runs/demo', # folder for history.csv, weights.safetensors and curves.png
+    device:str='auto', # auto, cpu, cuda, mps, ...
+    out:str='runs/demo', # folder for history.csv, weights.safetensors, curves.png and checkpoints
+    resume:bool=False, # go on with the run in that folder; --epochs counts from its beginning
+    overwrite:bool=False, # replace an earlier run in that folder
 ):
     """Train the convnet of the fast.ai course with BatchNorm, and watch averages of its weights beside it.
 
     Prints a table with a row per set of weights and epoch, and writes history.csv (that table), weights.safetensors
-    (every set of weights, as raw/NAME, swa/NAME, ema/NAME) and curves.png (accuracy and loss over the epochs)."""
+    (every set of weights, as raw/NAME, swa/NAME, ema/NAME), curves.png (accuracy and loss over the epochs) and, after
+    each epoch, a checkpoint, from which --resume goes on."""
     averages = averages.replace(' ', '')
     settings = dict(epochs=epochs, lr=lr, sched=sched, averages=averages, init=init, bs=bs, momentum=momentum,
                     seed=seed)
-    device,out = _check(**settings, device=device, out=out)
+    _check(**settings)
+    device,out = _check_device(device),_check_out(out, resume, overwrite)
+    settings['data'] = data
+    checkpoints = out/'checkpoints'
+    if resume: _check_resumed(checkpoints, settings)
 
+    import torch
     import torch.nn.functional as F
     from torch import optim
-    from torcheval.metrics import MulticlassAccuracy
+    from fastswa.core import imports_without
+    with imports_without('.torch.jit.script'):      # of torch about torcheval's own functions, a line for each
+        from torcheval.metrics import MulticlassAccuracy
     from fastswa.callbacks.basics import DeviceCB
     from fastswa.callbacks.metrics import MetricsCB
     from fastswa.callbacks.progress import ProgressCB
     from fastswa.callbacks.schedule import BatchSchedCB
     from fastswa.callbacks.swa import EMACB, SWACB, BNUpdateCB
+    from fastswa.checkpoint.archive import numbered
+    from fastswa.checkpoint.checkpoint import CheckpointCB
     from fastswa.core import set_seed
     from fastswa.training.learner import TrainLearner
 
     set_seed(seed)
     dls = _loaders(data, bs, device)
     model = _model(init, next(iter(dls.valid))[0], device)
-    cbs = [DeviceCB(device), MetricsCB(accuracy=MulticlassAccuracy()), ProgressCB()]
+    cbs = [DeviceCB(device), MetricsCB(accuracy=MulticlassAccuracy()), ProgressCB(),
+           CheckpointCB(checkpoints, keep=1), _settings_cb(settings)]
     if averages != 'none':
         cbs += [dict(swa=SWACB, ema=EMACB)[name](apply=False) for name in averages.split(',')]
         cbs.append(BNUpdateCB())
@@ -112,9 +163,15 @@ def train(
     learn = TrainLearner(model, dls, F.cross_entropy, lr, cbs, partial(optim.SGD, momentum=momentum))
     set_seed(seed)
     print(f'{len(dls.train.dataset):,} images to train on, {len(dls.valid.dataset):,} to validate, on {device}')
-    learn.fit(epochs)
+    if overwrite:
+        for path in numbered(checkpoints): path.unlink()
+    try: learn.fit(epochs, resume=checkpoints if resume else None)
+    except FloatingPointError as e:
+        raise FloatingPointError(f'{str(e).partition(":")[0]}: try a lower --lr than {lr}') from e
+    except torch.OutOfMemoryError as e:
+        raise MemoryError(f'the memory of {device} is full: try a lower --bs than {bs}') from e
     _report(learn)
-    _write(learn, out, dict(settings, data=data))
+    _write(learn, out, settings)
     return learn
 
 # %% ../nbs/90_cli.ipynb #00000009
@@ -136,7 +193,8 @@ def _write(learn, out, settings):
     names = ['raw', *learn.averages]
     weights = {f'{name}/{k}': v for name in names for k, v in learn.module(name).state_dict().items()}
     plot_history(learn.history)
-    with written(out/'history.csv') as h, written(out/'weights.safetensors') as w, written(out/'curves.png') as c:
+    history,tensors,curves = map(out.joinpath, _FILES)
+    with written(history) as h, written(tensors) as w, written(curves) as c:
         with open(h, 'w', newline='') as f:
             rows = csv.DictWriter(f, list(learn.history[-1]))
             rows.writeheader()
@@ -144,7 +202,7 @@ def _write(learn, out, settings):
         write_tensors(weights, w, dict(settings=json.dumps(settings)))
         plt.savefig(c, dpi=150)
     plt.close()
-    print(f'\nWritten to {out}: history.csv, weights.safetensors, curves.png')
+    print(f'\nWritten to {out}: {", ".join(_FILES)}')
 
 # %% ../nbs/90_cli.ipynb #0000000b
 _HELP = """usage: fastswa COMMAND [OPTION ...]
@@ -158,8 +216,9 @@ Every command tells its options with --help; none is needed:
   fastswa train                             Fashion-MNIST, 5 epochs, SWA and EMA
   fastswa train --data toy --epochs 3       the same without any files
   fastswa train --sched onecycle            a rate that goes down to zero
+  fastswa train --resume                    go on with a run that was stopped
 
-fastswa --version prints the version."""
+fastswa --version prints the version. Exit status: 0 done, 1 failed, 2 wrong option, 130 interrupted."""
 
 def _fail(message): raise ValueError(message)
 
@@ -178,10 +237,12 @@ def main(
     argv=None, # the command line without the program; None: that of the process
 ) -> int: # exit status
     "The `fastswa` command. Exit status: 0 done, 1 failed, 2 wrong value, 130 interrupted"
+    for stream in (sys.stdout, sys.stderr):      # what an encoding does not have becomes a question mark
+        with suppress(AttributeError): stream.reconfigure(errors='replace')
     try: _run(*(sys.argv[1:] if argv is None else argv))
     except (ValueError, FileNotFoundError) as e: return _say(e, 2)
-    except (FloatingPointError, OSError) as e: return _say(e, 1)
-    except KeyboardInterrupt: return _say('interrupted; nothing was written', 130)
+    except (FloatingPointError, MemoryError, OSError) as e: return _say(e, 1)
+    except KeyboardInterrupt: return _say('interrupted; with --resume it goes on from the last checkpoint', 130)
     return 0
 
 def _say(message, status):

@@ -9,7 +9,7 @@ __all__ = ['def_device', 'map_tensors', 'default_device', 'to_device', 'to_cpu',
            'clean_ipython_hist', 'clean_tb', 'clean_mem', 'format_value', 'format_time', 'Table', 'quiet']
 
 # %% ../nbs/00_core.ipynb #00000002
-import gc, math, random, signal, sys, threading, traceback
+import gc, math, random, signal, sys, threading, traceback, warnings
 from collections.abc import Mapping, MutableMapping
 from contextlib import contextmanager
 from copy import copy
@@ -453,6 +453,16 @@ class later:
         f = getattr(import_module(f'fastswa.{self.module}'), self.name)
         return f if obj is None else MethodType(f, obj)
 
+# %% ../nbs/00_core.ipynb #b6b87240
+@contextmanager
+def imports_without(
+    warning:str, # a regular expression for the beginning of its text
+):
+    "A context in which libraries are imported without this warning; all others are shown"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', warning)
+        yield
+
 # %% ../nbs/00_core.ipynb #00000032
 def clean_ipython_hist():
     "Make IPython forget the inputs and outputs of the cells that ran; nothing happens outside IPython"
@@ -493,11 +503,12 @@ def plain(
     value, # nested dicts, lists and tuples
     name:str='', # what it is called in the error message
     *,
-    tensors:bool=True, # do tensors stay tensors? Or else they become numbers and lists of numbers
+    tensors:bool=True, # do tensors stay tensors? Or else they become numbers (of one element), or lists of numbers
     strict:bool=True, # raise TypeError for other objects? Or else they stay as they are
 ):
     "`value` with NumPy's numbers and arrays as Python's and torch's, and tensors detached"
-    if isinstance(value, (torch.Tensor, np.ndarray)) and not tensors: return value.tolist()
+    if isinstance(value, (torch.Tensor, np.ndarray)) and not tensors:
+        return value.item() if math.prod(value.shape) == 1 else value.tolist()
     if isinstance(value, np.generic): return value.item()
     if type(value) in _PLAIN: return value.detach() if isinstance(value, torch.Tensor) else value
     if isinstance(value, np.ndarray) and value.dtype.kind in 'biuf':

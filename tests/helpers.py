@@ -152,7 +152,7 @@ class Losses(Callback):
         if learn.history[-1]['train'] == self.rows: learn.history[-1]['loss'] = self.values[learn.epoch]
 
 
-class Scores:
+class Scripted:
     "A metric that is one of these, epoch by epoch: the same for the training row and the raw row of validation"
     def __init__(self, values): self.values, self.rows = values, 0
     def reset(self): pass

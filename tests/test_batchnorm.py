@@ -1,5 +1,6 @@
 "`update_bn` on any layer, batch, wrapper and fault, against float64 NumPy; layers of others take part too"
 import copy
+import sys
 import warnings
 import weakref
 from collections import UserDict, namedtuple
@@ -17,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastswa.averaging.average import Average
 from fastswa.averaging.batchnorm import bn_layers, bn_state, update_bn
+from fastswa.nets.norms import BatchNorm
+from fastswa.training.events import Callback, CancelBatchException, CancelEpochException
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
@@ -688,3 +691,88 @@ def test_on_a_gpu():
         m, x = nn.BatchNorm2d(3, affine=False).cuda(), inputs(512, shape=(3, 9, 9), mean=mean, std=std)
         update_bn(m, x.split(100))
         assert_stats(m, *stats(x, (0, 2, 3)), rtol=rtol)
+
+
+@pytest.mark.parametrize('sizes', [(4, 4, 1), (1, 1, 1, 6), (1, 5)], ids=str)
+@pytest.mark.parametrize('ndim', [2, 3, 4])
+def test_batches_of_a_single_sample_count_too(sizes, ndim):
+    """BatchNorm refuses one value per channel in train mode; normalised by batch, it gives the layer's bias
+
+    Wrong: ValueError, for a last batch of one sample, or its layers' running statistics in it"""
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[ndim]
+    x = inputs(sum(sizes), shape=(3, *[1]*(ndim - 2)))
+    torch.manual_seed(0)
+    net = nn.Sequential(kind(3), BatchNorm(3))
+    nn.init.normal_(net[0].weight)
+    nn.init.normal_(net[0].bias)
+    firsts = [o.double().numpy() for o in x.reshape(len(x), 3).split(sizes)]
+    w, b = (p.detach().double().numpy() for p in (net[0].weight, net[0].bias))
+    seconds = [(h - h.mean(0))/np.sqrt(h.var(0) + net[0].eps)*w + b for h in firsts]
+    for module in (net, nn.Sequential(Named(net[0]), net[1])):      # its input by position, or by name
+        net[0].reset_running_stats()
+        update_bn(module, x.split(sizes))
+        assert_stats(net[0], *stats(np.concatenate(firsts)))
+        assert_stats(net[1], *stats(np.concatenate(seconds)))
+    assert net[0](x[:4]).shape == x[:4].shape
+
+
+class Named(nn.Module):
+    "Calls a layer with its input by name"
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+    def forward(self, x): return self.layer(input=x)
+
+
+class SkipSingle(Callback):
+    "Leave out batches of one sample"
+    role = 'prepares'
+    def before_batch(self, learn):
+        if len(learn.batch[0]) == 1: raise CancelBatchException
+
+
+def with_single(*cbs):
+    "A learner with a batch of one sample, and its batches"
+    train = [(o, o.sum(1, keepdim=True)) for o in inputs(13).split((4, 4, 1, 4))]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    return TrainLearner(model, SimpleNamespace(train=train, valid=train[:1]), F.mse_loss, 0.01, cbs), train
+
+
+def test_a_batch_that_a_callback_cancels_is_left_out_of_the_statistics():
+    "Wrong: CancelBatchException out of `fit`, at the first row of an average, or the batch counted"
+    learn, train = with_single(SkipSingle(), EMACB(), BNUpdateCB())
+    learn.fit(2)
+    assert learn.opt_steps == 6 and learn.weights == 'ema'
+    assert_stats(learn.model[0], *stats(torch.cat([x for x, _ in train if len(x) > 1])))
+    assert '|(1, 3)|' in learn.summary()
+    train.insert(0, train.pop(2))
+    assert '|(1, 3)|' in learn.summary() and len(learn.get_preds(dl=train)[0]) == 12
+    assert learn.validate('raw', dl=train) == learn.validate('raw', dl=train[1:])
+
+
+def test_a_batch_that_is_cancelled_in_predict_leaves_a_look_too():
+    class Half(TrainLearner):
+        def predict(self):
+            if len(self.batch[0]) == 1: raise CancelBatchException
+            super().predict()
+    learn, train = with_single(EMACB(), BNUpdateCB())
+    learn = Half(learn.model, learn.dls, F.mse_loss, 0.01, learn.cbs)
+    learn.fit(1)
+    assert_stats(learn.model[0], *stats(torch.cat([x for x, _ in train if len(x) > 1])))
+
+
+def test_an_epoch_that_a_preparing_callback_ends_ends_there_for_the_statistics():
+    class Ends(Callback):
+        role = 'prepares'
+        def before_batch(self, learn):
+            if len(learn.batch[0]) == 1: raise CancelEpochException
+    learn, train = with_single(Ends(), EMACB(), BNUpdateCB())
+    learn.fit(1)
+    assert_stats(learn.model[0], *stats(torch.cat([x for x, _ in train[:2]])))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes since Python 3.11")
+def test_training_on_a_single_sample_says_what_to_do():
+    with pytest.raises(ValueError, match='more than 1 value per channel') as e: with_single()[0].fit(1)
+    assert 'drop_last=True' in e.value.__notes__[-1] and 'CancelBatchException' in e.value.__notes__[-1]

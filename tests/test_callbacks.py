@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import lr_scheduler
 
 from fastswa.callbacks.augment import AugmentCB
@@ -27,7 +28,7 @@ from fastswa.callbacks.speed import MixedPrecisionCB
 from fastswa.callbacks.progress import ProgressCB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
 from fastswa.callbacks.swa import BNUpdateCB
-from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.swa import BEMACB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
 from fastswa.callbacks.progress import LogView, View
 from helpers import At, Hits, image_learner as learner, same, state
@@ -50,7 +51,7 @@ EVERY = dict(
     epochs=lambda tmp: EpochSchedCB(lr_scheduler.ReduceLROnPlateau), one_cycle=lambda tmp: OneCycleCB(),
     wsd=lambda tmp: WarmupStableDecayCB('1ba', '2ba'),
     ema=lambda tmp: EMACB(), swa=lambda tmp: SWACB('3ba', '1ba', swa_lr=0.01, anneal='3ba'),
-    lawa=lambda tmp: LAWACB(2, '2ba'),
+    lawa=lambda tmp: LAWACB(2, '2ba', shape='1-sqrt'), swad=lambda tmp: SWADCB(1, 2), bema=lambda tmp: BEMACB(),
     swag=lambda tmp: SWAGCB(start='2ba', every='2ba'), post_hoc=lambda tmp: PostHocEMACB(every='3ba'),
     switch=lambda tmp: SwitchEMACB(decay=0.9, switch='3ba'),
     bn_update=lambda tmp: [EMACB(name='for bn'), BNUpdateCB()], hooks=lambda tmp: HooksCallback(append_stats),
@@ -181,3 +182,13 @@ def test_the_order_in_the_list_does_not_matter(tmp_path):
     for i, shuffle in enumerate([list.reverse, *(random.Random(k).shuffle for k in range(4))]):
         tensors, *rest = run(shuffle, tmp_path/f'{i + 1}')
         assert same(tensors, first[0]) and rest == list(first[1:])
+
+
+@pytest.mark.parametrize('given', [lambda loss: loss, partial, lambda loss: loss.forward])
+def test_class_weights_move_with_the_model(given):
+    "Wrong: they stay on the CPU, and the first batch fails"
+    loss = nn.CrossEntropyLoss(weight=torch.ones(3))
+    learn = learner(DeviceCB('meta'))
+    learn.loss_func = given(loss)
+    learn.fit(0)
+    assert loss.weight.is_meta and all(t.is_meta for t in learn.model.state_dict().values())

@@ -1,33 +1,36 @@
 """Checkpoints: what is in them, a resume that is exact wherever the run was stopped, and files that are refused"""
-import multiprocessing, os, random, signal, time, warnings
+import contextlib, io, multiprocessing, os, random, signal, time, warnings
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn, optim
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset
 
+import helpers
 import killed_run
 from fastswa.callbacks.augment import AugmentCB
 from fastswa.callbacks.augment import MixUpCB
 from fastswa.data.transforms import RandErase, RandFlip
 from fastswa.callbacks.basics import RecorderCB
 from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
-from fastswa.checkpoint.archive import read_checkpoint
+from fastswa.checkpoint.archive import load_weights, read_checkpoint
 from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.checkpoint.resume import learner_state
 from fastswa.core import quiet, set_seed
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB
 from fastswa.data.loaders import BatchLoader
 from fastswa.training.events import Callback
-from fastswa.training.learner import MomentumLearner
+from fastswa.training.learner import MomentumLearner, TrainLearner
 from fastswa.callbacks.speed import MixedPrecisionCB
 from fastswa.callbacks.progress import LogView, ProgressCB
 from fastswa.callbacks.swa import BNUpdateCB
-from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.swa import BEMACB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
-from helpers import Hits, end_workers, in_new_process
+from helpers import AtEpoch, Hits, end_workers, in_new_process
 from killed_run import Data, learner, net, result, the_run
 
 pytestmark = pytest.mark.filterwarnings('ignore:the model has BatchNorm', 'ignore:.*lr_scheduler.step')
@@ -175,7 +178,7 @@ RUNS = {
     'all averages': lambda: learner(
         EMACB(apply=False), EMACB(0.7, every='3ba', name='slow'), SWACB('0.2dur', '2ba', swa_lr=0.05, anneal='1ep'),
         SWAGCB(3, '5ba', '2ba'), LAWACB(3, '2ba'), PostHocEMACB(every='4ba'),
-        SwitchEMACB(half_life='3ba', switch='5ba'),
+        SwitchEMACB(half_life='3ba', switch='5ba'), SWADCB(1, 2), BEMACB(every='2ba'),
         BNUpdateCB(valid_batches=2)),
     'accumulation, clipping': lambda: learner(GradAccumCB(3), GradClipCB(norm=0.3), EMACB(0.8), OneCycleCB()),
     'accumulation by samples, no length': lambda: learner(GradAccumCB(samples=70), EMACB(0.8, every='2ba'),
@@ -344,7 +347,7 @@ def test_a_full_disk(tmp_path):
     script = f'''
         import resource, signal
         from killed_run import *
-        from fastswa.checkpoint.archive import read_checkpoint
+        from fastswa.checkpoint.archive import load_weights, read_checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         class Full(CheckpointCB):
             order = 94
@@ -530,6 +533,69 @@ def test_export_of_tied_and_channels_last_weights(tmp_path):
     learner(model=model).export(tmp_path/'a.safetensors')
     file = load_file(tmp_path/'a.safetensors')
     for k, v in model.state_dict().items(): assert torch.equal(file[k], v)
+
+
+def zero_net():
+    model = net()
+    for p in model.parameters(): nn.init.zeros_(p)
+    return model
+
+
+@pytest.mark.parametrize('cbs, names', [
+    (lambda: [EMACB(0.8, apply=False), BNUpdateCB(valid_batches=3)], ['raw', 'ema']),
+    (lambda: [SWACB('0.2dur', '2ba', apply=False), EMACB(0.8, include='*weight')], ['raw', 'swa', 'ema']),
+    (lambda: [EMACB(0.8, apply=False), EarlyStoppingCB('ema/loss', restore_best=True), BNUpdateCB()],
+     ['raw', 'best', 'ema'])])
+def test_weights_without_a_learner(cbs, names, tmp_path):
+    "Predictions are those of the last validation. Wrong: raw statistics, or averaged ones, under averaged weights"
+    learn,seen = learner(*cbs()),{}
+    class Preds(Callback):
+        order = 20
+        def after_epoch(self, learn):
+            if not learn.training: seen[learn.weights] = predicted(learn.model)
+    def predicted(model):
+        with torch.no_grad(): return model.eval()(learn.dls.valid.dataset.tensors[0])
+    learn.fit(3, cbs=[Preds(), CheckpointCB(tmp_path)])
+    seen['best'] = seen.get('ema')                          # whose last epoch is the best
+    for name in names:
+        model = zero_net()
+        model.load_state_dict(load_weights(tmp_path, name))
+        assert torch.equal(predicted(model), seen[name])
+    for wrong in ('swag', 'raw '):
+        says = f'holds no weights called {wrong!r}; there are {", ".join(names)}'
+        with pytest.raises(ValueError, match=says): load_weights(tmp_path, wrong)
+    with pytest.raises(FileNotFoundError): load_weights(tmp_path/'nothing.pt')
+
+
+def test_statistics_of_other_weights_are_told(tmp_path):
+    "A checkpoint between two validations. Wrong: statistics of another average, without a word"
+    learner(EMACB(0.8, apply=False), BNUpdateCB()).fit(3, cbs=[CheckpointCB(tmp_path, '2ba'), AtEpoch(2)])
+    load_weights(tmp_path/'step-00000016.pt', 'ema')
+    with pytest.warns(UserWarning, match="of 'ema' after 8 snapshots, and its weights after 14: recompute them"):
+        load_weights(tmp_path/'step-00000014.pt', 'ema')
+
+
+@pytest.mark.parametrize('cbs', [lambda: [EMACB(0.8, apply=False)], lambda: [EMACB(0.8, apply=False), BNUpdateCB()]])
+def test_export_without_data(cbs, tmp_path):
+    "A learner that only loads and exports. Wrong: AttributeError, since its data have no train"
+    from safetensors.torch import load_file
+    learn = learner(*cbs())
+    learn.fit(1)
+    learn.save(tmp_path/'a.pt')
+    other = TrainLearner(zero_net(), cbs=cbs())
+    other.load(tmp_path/'a.pt', opt=False)
+    for name in ('raw', 'ema'):
+        other.export(tmp_path/'b.safetensors', name)
+        file,weights = load_file(tmp_path/'b.safetensors'),load_weights(tmp_path/'a.pt', name)
+        assert file.keys() == weights.keys() and all(torch.equal(file[k], v) for k, v in weights.items())
+    assert torch.equal(other.module('ema')[0].weight, learn.averages['ema'].weights['0.weight'])
+    if len(cbs()) == 1: return
+    other.averages['ema'].update()
+    with pytest.raises(ValueError, match="statistics of 'ema' are not known.*give the learner its training data"):
+        other.export(tmp_path/'b.safetensors', 'ema')
+    assert other.weights == 'raw'
+    other.dls = learn.dls
+    other.export(tmp_path/'b.safetensors', 'ema')
 
 
 # What an audit found
@@ -743,3 +809,120 @@ def test_two_of_a_kind():
     for make in (lambda: GradAccumCB(2), MixedPrecisionCB):
         with pytest.raises(ValueError, match=f'there are several {type(make()).__name__} in the callbacks: keep one'):
             learner(make(), make()).fit(1)
+
+
+def equal(a, b):
+    "Bit for bit, whatever is nested"
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, dict): return list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+class Scaled(nn.Module):
+    "A loss with a parameter, class weights and a count"
+    def __init__(self, classes=3):
+        super().__init__()
+        self.s = nn.Parameter(torch.zeros(()))
+        self.register_buffer('classes', torch.linspace(1, 2, classes))
+        self.register_buffer('calls', torch.zeros(()), persistent=False)
+    def forward(self, preds, y):
+        if self.training: self.calls += 1
+        return F.cross_entropy(preds*self.s.exp(), y, self.classes)
+
+
+def test_a_loss_with_parameters_is_saved_and_resumed(tmp_path):
+    "Bit for bit. Wrong: its parameter, or its momentum, starts anew; averages are of the model only"
+    def go(*cbs, loss=None, **kwargs):
+        torch.manual_seed(0)
+        learn = helpers.learner(*cbs, EMACB(0.5, apply=False), opt_func=optim.AdamW)
+        learn.loss_func = loss or Scaled()
+        with contextlib.redirect_stdout(io.StringIO()): learn.fit(2, **kwargs)
+        return learn
+    path = tmp_path/'a.pt'
+    ref, cut = go(), go(PowerCutQuiet(1, 1, path))
+    assert not any('loss_func' in k for k in cut.averages['ema'].weights)
+    torch.manual_seed(5)
+    learn = go(resume=path)
+    a, b = learner_state(learn), learner_state(ref)
+    assert all(equal(a[k], b[k]) for k in ('weights', 'opt', 'loss', 'averages'))
+    assert a['loss']['loss_func.calls'] == 2*len(learn.dls.train) and a['loss']['loss_func.s'] != 0
+    new = helpers.learner(EMACB(0.5), opt_func=optim.AdamW)
+    new.loss_func = Scaled()
+    new.load(path)
+    saved = read_checkpoint(path)
+    assert torch.equal(new.loss_func.s, saved['loss']['loss_func.s']) and new.loss_func.s.is_leaf
+    words = r'another loss function. other shapes: loss_func.classes \(3,\), here \(4,\)'
+    with pytest.raises(ValueError, match=words):
+        go(loss=Scaled(4), resume=path)
+    new.loss_func = (other := Scaled(4))
+    with pytest.warns(UserWarning, match='another loss function.*The loss function stays as it is'): new.load(path)
+    assert other.s == 0
+
+
+class Pair:
+    "Two optimizers in one, with a state of its own"
+    def __init__(self, params, lr):
+        self.a, self.b = optim.Adam(params[::2], lr), optim.SGD(params[1::2], lr, momentum=0.9)
+    def step(self): self.a.step(), self.b.step()
+    def zero_grad(self): self.a.zero_grad(), self.b.zero_grad()
+    def state_dict(self): return dict(a=self.a.state_dict(), b=self.b.state_dict())
+    def load_state_dict(self, state): self.a.load_state_dict(state['a']), self.b.load_state_dict(state['b'])
+
+
+class PairWithGroups(Pair):
+    param_groups = property(lambda self: self.a.param_groups + self.b.param_groups)
+
+
+class InList(Pair):
+    def state_dict(self): return dict(all=[o.state_dict() for o in (self.a, self.b)])
+    def load_state_dict(self, state):
+        for o, s in zip((self.a, self.b), state['all']): o.load_state_dict(s)
+
+
+@pytest.mark.parametrize('opt_func', [Pair, PairWithGroups, InList])
+def test_several_optimizers_in_one(opt_func, tmp_path):
+    "Wrong: KeyError('param_groups') at the first checkpoint"
+    def go(*cbs, **kwargs):
+        learn = helpers.learner(*cbs, opt_func=opt_func)
+        with contextlib.redirect_stdout(io.StringIO()): learn.fit(2, **kwargs)
+        return learn
+    go(PowerCutQuiet(1, 1, path := tmp_path/'a.pt'))
+    ref, learn = go(CheckpointCB(tmp_path/'b')), go(resume=path)
+    assert equal(learner_state(learn)['weights'], learner_state(ref)['weights'])
+    assert equal(learn.opt.state_dict(), ref.opt.state_dict()) and learn.opt_steps == ref.opt_steps
+    other = helpers.learner()
+    with pytest.raises(ValueError, match=f'saved from {opt_func.__name__}, here is SGD'): other.load(path)
+
+
+def test_an_optimizer_whose_state_cannot_be_saved(tmp_path):
+    class Odd(Pair):
+        def state_dict(self): return dict(self=self)
+    class Stateless(Pair): state_dict = None
+    for opt_func, words in ((Odd, 'own.self is a Odd'), (Stateless, 'state_dict')):
+        learn = helpers.learner(CheckpointCB(tmp_path), opt_func=opt_func)
+        with pytest.raises(TypeError, match=words): learn.fit(1)
+        assert learn.opt_steps == 0
+
+
+@pytest.mark.parametrize('saved, here, words', [
+    (lambda: [BNUpdateCB()], lambda: [], 'gone: BNUpdateCB'),
+    (lambda: [], lambda: [GradClipCB(norm=1.)], 'new: GradClipCB'),
+    (lambda: [Mine(), GradClipCB(norm=1.)], lambda: [NaNGuardCB()], 'gone: Mine, GradClipCB; new: NaNGuardCB'),
+    (lambda: [], lambda: [], None), (lambda: [ProgressCB()], lambda: [RecorderCB()], None)])
+def test_other_callbacks_than_the_run_had(saved, here, words, tmp_path):
+    "Those on which the run depends. Wrong: silence, and it goes another way"
+    def go(*cbs, **kwargs):
+        learn = helpers.learner(*cbs, EMACB(0.5, apply=False))
+        with contextlib.redirect_stdout(io.StringIO()): learn.fit(2, **kwargs)
+    go(*saved(), PowerCutQuiet(1, 1, path := tmp_path/'a.pt'))
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        go(*here(), resume=path)
+    told = [str(o.message) for o in w if 'other callbacks' in str(o.message)]
+    assert len(told) == (words is not None)
+    if words: assert f'({words})' in told[0]
+
+
+class Mine(Callback):
+    def before_batch(self, learn): learn.batch = learn.batch

@@ -14,6 +14,7 @@ from torcheval.metrics import MulticlassAccuracy
 
 matplotlib.use('agg')
 
+import helpers  # noqa: E402
 from fastswa.all import *  # noqa: E402, F403
 
 
@@ -131,3 +132,53 @@ def test_all_brings_public_names_and_none_that_a_notebook_has_for_its_own():
     own = ('batch_size save load export plain reading style newest VERSION STEPS FORMAT say written '
            'opt model data dls learn').split()
     assert [n for n in own if hasattr(fastswa.all, n)] == []
+
+
+class StandIn(optim.Optimizer):
+    "As accelerate's AcceleratedOptimizer: no hooks of its own, passes on where gradients are complete"
+    def __init__(self, opt, every): self.optimizer, self.every, self.calls = opt, every, 0
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+    def complete(self): return self.calls % self.every == 0
+    def state_dict(self): return self.optimizer.state_dict()
+    def load_state_dict(self, state): self.optimizer.load_state_dict(state)
+    def step(self, closure=None):
+        self.calls += 1
+        if self.complete(): self.optimizer.step(closure)
+    def zero_grad(self, set_to_none=True):
+        if self.complete(): self.optimizer.zero_grad()
+
+
+class Accelerated(TrainCB):
+    "The course's AccelerateCB, with a stand-in for accelerate"
+    order = DeviceCB.order + 10
+    def __init__(self, every=1): self.n_inp, self.every = 1, every
+    def before_fit(self, learn): learn.opt = StandIn(learn.opt, self.every)
+
+
+class WithAccelerate(TrainCB):
+    "The same with accelerate"
+    order = DeviceCB.order + 10
+    def __init__(self, every=1):
+        accelerate = pytest.importorskip('accelerate')
+        self.n_inp, self.acc = 1, accelerate.Accelerator(cpu=True, gradient_accumulation_steps=every)
+    def before_fit(self, learn):
+        dls = learn.dls
+        learn.model, learn.opt, dls.train, dls.valid = self.acc.prepare(learn.model, learn.opt, dls.train, dls.valid)
+    def before_batch(self, learn):
+        self.inside = self.acc.accumulate(learn.model)
+        self.inside.__enter__()
+    def cleanup_batch(self, learn): self.inside.__exit__(None, None, None)
+    def backward(self, learn): self.acc.backward(learn.loss)
+
+
+@pytest.mark.parametrize('every', [1, 2])
+@pytest.mark.parametrize('cls', [Accelerated, WithAccelerate])
+def test_steps_behind_accelerate(cls, every):
+    "Wrong: none is seen, so no snapshot and no schedule; or also those that it leaves out while it accumulates"
+    ema, rec = EMACB(0.5, apply=False), RecorderCB(lr=lambda cb: cb.pg['lr'])
+    learn = helpers.learner(cls(every), ema, rec, BatchSchedCB(partial(lr_scheduler.StepLR, step_size=1, gamma=0.5)),
+                            cls=Learner, lr=0.1)
+    learn.fit(1)
+    assert learn.opt_steps == ema.average.n == 10//every
+    np.testing.assert_allclose(rec.recs['lr'], [0.1*0.5**(i//every) for i in range(10)])

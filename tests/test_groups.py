@@ -3,18 +3,23 @@ import copy
 import warnings
 from collections import OrderedDict
 from fnmatch import fnmatchcase
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest, torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
-from fastswa.training.learner import TrainLearner
-from fastswa.training.optim import (KNOWN_OPTIONS, OptionChanges, group_options, hook_steps, load_opt_state, make_opt,
+from fastswa.callbacks.steps import ClosureCB
+from fastswa.training.events import Callback
+from fastswa.training.learner import MomentumLearner, TrainLearner
+from fastswa.training.optim import (KNOWN_OPTIONS, OptionChanges, StepWatch, group_options, load_opt_state, make_opt,
                                     opt_fits, opt_state, param_groups, set_rates)
-from helpers import reopened
+import helpers
+from helpers import copied, learner, linear, regression, reopened, same, state
 
 class Net(nn.Module):
     def __init__(self, bypass=False, n_in=3):
@@ -343,7 +348,7 @@ def test_state_errors():
         def step(self): pass
         def zero_grad(self): pass
     for f in (lambda: opt_state(a, NoState(ps(a), 1)), lambda: load_opt_state(a, NoState(ps(a), 1), state)):
-        with pytest.raises(TypeError, match='state_dict, load_state_dict and param_groups is needed; got NoState'): f()
+        with pytest.raises(TypeError, match='with state_dict and load_state_dict is needed; got NoState'): f()
     load_opt_state(a, opt, opt_state(a, named(a)), load=False)     # it would fit, and is not loaded
     for p, v in before.items(): assert torch.equal(mom(opt, p), v)
     wide = nn.ModuleDict({c: nn.Linear(1, 1, bias=False) for c in 'abcdefghij'} | dict(head=a.head))
@@ -433,13 +438,14 @@ def test_an_optimizer_of_the_model():
     whole, by_hand = make_opt(optim.SGD, model, 0.1), optim.SGD(ps(model), 0.1)
     opts = [part, whole, by_hand, make_opt(lambda params, lr: SimpleNamespace(step=None), model, 0.1), object()]
     twin_model, twin = copy.deepcopy((model, whole))
-    assert all(opt_fits(o, model) for o in opts) and opt_fits(twin, twin_model) and not opt_fits(twin, model)
-    assert opt_fits(whole, torch.compile(model)) and opt_fits(whole, nn.DataParallel(model))
+    assert all(opt_fits(o, ps(model)) for o in opts)
+    assert opt_fits(twin, ps(twin_model)) and not opt_fits(twin, ps(model))
+    for wrap in torch.compile, nn.DataParallel: assert opt_fits(whole, ps(wrap(model)))
     model.extra = nn.Linear(1, 1)
-    assert [opt_fits(o, model) for o in opts] == [False, False, True, False, True]
+    assert [opt_fits(o, ps(model)) for o in opts] == [False, False, True, False, True]
     del model.extra
     model.head = nn.Linear(4, 2)
-    assert [opt_fits(o, model) for o in opts] == [False, False, False, False, True]
+    assert [opt_fits(o, ps(model)) for o in opts] == [False, False, False, False, True]
 
 class Slots:
     __slots__ = ()
@@ -481,25 +487,290 @@ class Wrapper:
         self.calls += 1
         if self.calls % 2 == 0: self.optimizer.step()
 
+class Accelerated(Wrapper):
+    def zero_grad(self): self.optimizer.base.zero_grad()
+
 class Parent(optim.Adam):
     def step(self, closure=None): return super().step(closure)
 
-@pytest.mark.parametrize('wrap, steps', [(lambda o: o, 4), (Lookahead, 4), (Wrapper, 2),
-                                         (lambda o: Wrapper(Lookahead(o)), 2),
-                                         (lambda o: Parent(o.param_groups), 4)])
-def test_steps_are_seen_through_wrappers(wrap, steps):
-    opt, seen, count = wrap(optim.Adam([torch.ones(1, requires_grad=True)])), [], 0
-    handle = hook_steps(opt, lambda: seen.append(1))
-    for _ in range(4):
-        before = len(seen)
-        opt.step()
-        count += len(seen) > before
-    assert count == steps
-    handle.remove()
-    before = len(seen)
-    for _ in range(2): opt.step()
-    assert len(seen) == before
+class Several:
+    "As a wrapper of one optimizer for matrices and one for the rest, in a list"
+    def __init__(self, opt): self.opts = [optim.SGD([p], 0.1) for g in opt.param_groups for p in g['params']]
+    def step(self):
+        for o in self.opts: o.step()
 
-def test_steps_that_have_no_hooks():
-    two = SimpleNamespace(a=optim.SGD(ps(net())), b=optim.SGD(ps(net())), step=None)
-    assert [hook_steps(o, print) for o in (Slots(), two, SimpleNamespace(step=None))] == [None]*3
+class Extragradient(optim.SGD):
+    "Steps twice with the optimizer inside for one step of its own"
+    def __init__(self, opt):
+        super().__init__(opt.param_groups, 0.1)
+        self.base = opt
+    def step(self, closure=None):
+        for _ in range(2): self.base.step()
+
+class SAM(optim.Optimizer):
+    "As davda54's: a loop may also call first_step and second_step, which is not `step`"
+    def __init__(self, base):
+        super().__init__(base.param_groups, {})
+        self.base_optimizer = base
+        self.param_groups = base.param_groups
+    def first_step(self): pass
+    def second_step(self): self.base_optimizer.step()
+
+class OwnStep(optim.Optimizer):
+    "Updates itself, and its class has hooks that never fire: no `super().__init__()`"
+    def __init__(self, base): self.base, self.param_groups = SimpleNamespace(opt=base), base.param_groups
+    @torch.no_grad()
+    def step(self, closure=None):
+        for g in self.param_groups:
+            for p in g['params']: p.sub_(p.grad)
+
+class GroupsOnly(OwnStep):
+    "Makes an optimizer for its groups, whose `step` is never called"
+    def __init__(self, base): self.base, self.param_groups = base, base.param_groups
+
+def replaced_step(base):
+    def step(): base.param_groups[0]['params'][0].data.sub_(1.)      # without a version
+    base.step = step
+    return base
+
+STEPS = dict(
+    plain=(lambda o: o, 'step', [0, 1, 2, 3]), lookahead=(Lookahead, 'step', [0, 1, 2, 3]),
+    accelerate=(Wrapper, 'step', [1, 3]), both=(lambda o: Wrapper(Lookahead(o)), 'step', [1, 3]),
+    parent=(lambda o: Parent(o.param_groups), 'step', [0, 1, 2, 3]), several=(Several, 'step', [0, 1, 2, 3]),
+    skipped_several=(lambda o: Wrapper(Several(o)), 'step', [1, 3]), twice=(Extragradient, 'step', [0, 1, 2, 3]),
+    another_name=(SAM, 'second_step', [0, 1, 2, 3]), first_half=(SAM, 'first_step', []),
+    no_hooks=(OwnStep, 'step', [0, 1, 2, 3]), other_hooks=(GroupsOnly, 'step', [0, 1, 2, 3]),
+    replaced=(replaced_step, 'step', [0, 1, 2, 3]),
+    not_torchs=(lambda o: SimpleNamespace(step=int), 'step', [0, 1, 2, 3]),
+    slots=(lambda o: Slots(), 'step', [0, 1, 2, 3]))
+
+
+@pytest.mark.parametrize('name', STEPS)
+def test_a_step_that_was_made_is_seen_once(name):
+    "However the optimizer is made. Wrong: 0, since its hooks never fire, or 2, since those of two optimizers fire"
+    wrap, call, want = STEPS[name]
+    model = nn.Linear(2, 1)
+    opt = wrap(optim.Adam(model.parameters(), 0.1))
+    watch, made = StepWatch(opt), []
+    for i in range(4):
+        model(torch.ones(1, 2)).sum().backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        if watch.made(getattr(opt, call), model): made.append(i)
+        moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
+        assert moved == (i in want) or name in ('not_torchs', 'slots')
+    assert made == want
+    watch.remove()
+    watch.told = False
+    getattr(opt, call)()
+    assert not watch.told
+
+def test_a_learner_counts_steps_of_an_optimizer_that_is_replaced():
+    "Wrong: those of the first only, or, where a second learner has the same optimizer, its steps too"
+    class Replace(Callback):
+        def before_epoch(self, learn):
+            if learn.training and learn.epoch: learn.opt = Accelerated(Lookahead(learn.opt))
+    a, b = learner(Replace()), learner()
+    a.fit(2)
+    assert a.opt_steps == 10 + 5
+    b.model = a.model
+    b.opt = a.opt.optimizer.base
+    b.fit(1)
+    assert (a.opt_steps, b.opt_steps) == (15, 10)
+
+# the model changes
+
+def momentum(params, lr): return optim.SGD(params, lr, momentum=0.9)
+
+def test_a_replaced_head_keeps_the_momentum_of_the_body():
+    "Wrong: all of it is lost, in silence"
+    learn = learner(opt_func=momentum)
+    learn.fit(1)
+    body, old = learn.model[0].weight, learn.opt
+    kept = mom(old, body).clone()
+    learn.model[-1] = nn.Linear(8, 3)
+    class Look(Callback):
+        def before_epoch(self, learn): self.kept = mom(learn.opt, body).clone()
+    with pytest.warns(UserWarning, match=r'other parameters than its optimizer \(2 are new\).*keeps the momentum'):
+        learn.fit(1, valid=False, cbs=(look := Look()))
+    assert learn.opt is not old and torch.equal(look.kept, kept) and len(learn.opt.state) == 6
+    learn.opt_func = optim.Adam                   # another kind starts anew, and says so
+    learn.model[-1] = nn.Linear(8, 3)
+    with pytest.warns(UserWarning, match='starts without momentum'): learn.fit(1, valid=False)
+
+def test_parameters_that_were_added_by_hand_keep_the_optimizer():
+    "Wrong: a new optimizer, without the group that was added"
+    learn = learner(opt_func=momentum)
+    learn.fit(1)
+    learn.model.append(new := nn.Linear(3, 3))
+    learn.opt.add_param_group(dict(params=[*new.parameters()], lr=0.3))
+    old, before = learn.opt, new.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(1)
+    assert learn.opt is old and not torch.equal(new.weight, before)
+
+@pytest.mark.parametrize('given', [False, True])
+def test_parameters_that_come_during_a_fit(given):
+    "They train from the next fit on, and this one says so. Wrong: silence. `given`: the optimizer is the user's own"
+    class Grow(Callback):
+        def before_batch(self, learn):
+            if learn.training and (learn.epoch, learn.iter) == (0, 3) and len(learn.model) == 1:
+                learn.model.append(nn.Linear(1, 1))
+    learn = TrainLearner(nn.Sequential(linear()), regression(), lr=0.01, cbs=Grow(), opt_func=momentum)
+    if given: learn.opt = momentum(learn.model.parameters(), 0.01)
+    with pytest.warns(UserWarning, match='during the fit, which its optimizer does not train: 1.weight, 1.bias. Add'):
+        learn.fit(2)
+    before = learn.model[1].weight.detach().clone()
+    with pytest.warns(UserWarning, match=r'\(2 are new\)'): learn.fit(1)
+    assert not torch.equal(learn.model[1].weight, before)
+
+def test_an_option_that_no_optimizer_knows():
+    "Wrong: torch takes it, and it means nothing"
+    model = net()
+    def groups(key): return lambda ps, lr: optim.SGD(param_groups(model, {'head.*': {key: 10}}), lr)
+    with pytest.raises(ValueError, match="option 'lr_mul', given for 'head.*': did you mean 'lr_mult'"):
+        make_opt(groups('lr_mul'), model, 0.1)
+    with pytest.warns(UserWarning, match="SGD has no option 'lr_scale'.*lr_mult"):
+        make_opt(groups('lr_scale'), model, 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for key in 'lr_mult', 'momentum': make_opt(groups(key), model, 0.1)
+        make_opt(lambda ps, lr: OwnState(ps, lr), model, 0.1)          # writes options of its own
+
+# freezing
+
+def with_groups(cls=TrainLearner, **kw):
+    "Three groups: linear, BatchNorm, linear"
+    model = helpers.net()
+    options = {'1.*': dict(lr_mult=1.5), '3.*': dict(lr_mult=2)}
+    def three(ps, lr): return optim.SGD(param_groups(model, options), lr, **kw)
+    return learner(model=model, cls=cls, opt_func=three)
+
+@pytest.mark.parametrize('n, train_bn', [(0, True), (1, True), (2, True), (-1, False), (2, False), (-3, False)])
+def test_frozen_groups(n, train_bn):
+    "As a loop in which `requires_grad` is False for them. Wrong: weight decay or momentum moves them all the same"
+    learn, ref = with_groups(momentum=0.9, weight_decay=0.1), with_groups(momentum=0.9, weight_decay=0.1)
+    for o in (learn, ref): o.fit(1)               # there is momentum already
+    learn.freeze_to(n, train_bn=train_bn)
+    learn.fit(1)
+    first = n % 3
+    modules = [ref.model[0], ref.model[1], ref.model[3]]
+    for i, m in enumerate(modules): m.requires_grad_(i >= first or (train_bn and i == 1))
+    if first == 2 and not train_bn: ref.model[1].eval()
+    for x, y in ref.dls.train:
+        ref.opt.zero_grad()
+        F.cross_entropy(ref.model(x), y).backward()
+        ref.opt.step()
+    assert same(state(learn), state(ref))
+    assert learn.model[1].training == (train_bn or first < 2)
+    learn.unfreeze()
+    assert learn.model[1].training and all(p.requires_grad for p in learn.model.parameters())
+    before = state(learn)
+    learn.fit(1)
+    assert not any(torch.equal(v, before[k]) for k, v in state(learn).items())
+
+def test_frozen_weights_keep_still_under_momentum_in_the_gradients():
+    "Wrong: the gradients that MomentumLearner kept are stepped on"
+    learn = with_groups(MomentumLearner)
+    learn.fit(1)
+    learn.freeze()
+    before = state(learn)
+    learn.fit(1)
+    moved = {k.split('.')[0] for k, v in state(learn).items() if not torch.equal(v, before[k])}
+    assert moved == {'1', '3'} and all(p.requires_grad for p in learn.model[1].parameters())
+
+def test_frozen_by_hand_stays_so():
+    "Statistics that the user froze, with weights that train, and a new head after the optimizer was made"
+    learn = with_groups()
+    learn.fit(1)
+    learn.model[1].eval()
+    for freeze in (learn.freeze, learn.unfreeze):
+        freeze()
+        assert not learn.model[1].training
+    learn.model[3] = nn.Linear(8, 3)
+    with pytest.warns(UserWarning, match='2 are new'): learn.freeze()
+    assert [p.requires_grad for p in learn.model.parameters()] == [False, False, True, True, True, True]
+
+def test_freezing_needs_groups():
+    learn = learner()
+    with pytest.raises(ValueError, match=r'several parameter groups: param_groups\(\) in opt_func'): learn.freeze()
+    for n in (1, -2):
+        with pytest.raises(ValueError, match=f'has 1 parameter groups; there is no group {n}'): learn.freeze_to(n)
+
+# a loss with parameters
+
+class Scaled(nn.Module):
+    "Uncertainty weighting: a parameter, a buffer that counts, and, if asked, the model"
+    def __init__(self, model=None):
+        super().__init__()
+        self.s = nn.Parameter(torch.zeros(()))
+        self.register_buffer('calls', torch.zeros(()))
+        self.model = model
+    def forward(self, preds, y):
+        if self.training: self.calls += 1
+        return F.mse_loss(preds, y)*torch.exp(-self.s) + self.s
+    def method(self, preds, y): return self(preds, y)
+
+LOSSES = dict(module=lambda m: Scaled(), partial=lambda m: partial(Scaled()), method=lambda m: Scaled().method,
+              holds_the_model=lambda m: Scaled(m))
+
+def loss_of(f): return getattr(f := getattr(f, 'func', f), '__self__', f)
+
+@pytest.mark.parametrize('name', LOSSES)
+@pytest.mark.parametrize('opt_func', [momentum, optim.LBFGS, lambda ps, lr: optim.Adam([dict(params=ps[:1]),
+                                                                                       dict(params=ps[1:])], lr)])
+def test_the_parameters_of_a_loss_train(name, opt_func):
+    "As in a loop that gives both to the optimizer. Wrong: its gradient piles up, and it never moves"
+    cbs = [ClosureCB()] if opt_func is optim.LBFGS else []
+    learn = TrainLearner(model := linear(), regression(), LOSSES[name](model), 0.01, cbs, opt_func)
+    learn.fit(2)
+    m, loss = linear(), Scaled()
+    opt = opt_func([*m.parameters(), *loss.parameters()], 0.01)
+    for x, y in 2*regression().train:
+        def closure():
+            opt.zero_grad()
+            (res := loss(m(x), y)).backward()
+            return res
+        closure()
+        opt.step(closure if cbs else None)
+    mine = loss_of(learn.loss_func)
+    assert torch.equal(mine.s, loss.s) and loss.s != 0 and same(state(learn), copied(m.state_dict()))
+    assert mine.training
+
+
+def test_a_loss_that_the_optimizer_leaves_out():
+    "It gets a group of its own, at the rate of the fit; where that cannot be, an error before training"
+    def head(ps, lr): return optim.SGD(param_groups(model), lr)
+    model, loss = linear(), Scaled()
+    learn = TrainLearner(model, regression(), loss, 0.01, opt_func=head)
+    learn.fit(1)
+    assert [g['name'] for g in learn.opt.param_groups] == ['others', 'loss_func'] and loss.s != 0
+    learn.fit(1, lr=0.)
+    assert [g['lr'] for g in learn.opt.param_groups] == [0, 0]
+    def lbfgs(ps, lr): return optim.LBFGS(model.parameters(), lr)
+    learn = TrainLearner(model, regression(), loss, 0.01, ClosureCB(), lbfgs)
+    with pytest.raises(ValueError, match='leaves out 1 parameters of the loss function: give the optimizer all'):
+        learn.fit(1)
+    loss.requires_grad_(False)                    # then there is nothing to train
+    learn.fit(1)
+
+def test_modes_of_a_loss():
+    "Eval in validation; a teacher in it that is in eval mode, and a loss that is, stay so"
+    loss = Scaled(nn.Sequential(nn.Dropout()).eval())
+    learn = TrainLearner(linear(), regression(), loss, 0.01)
+    learn.fit(2)
+    assert loss.calls == 2*7 and loss.training and not loss.model.training and not loss.model[0].training
+    loss.eval()
+    learn.fit(1)
+    learn.validate()
+    assert loss.calls == 2*7 and not loss.training
+
+def test_looking_leaves_the_loss_as_it_was():
+    "Wrong: a search for the rate trains it"
+    loss = Scaled()
+    learn = TrainLearner(linear(), regression(), loss, 0.01)
+    learn.fit(1)
+    before = copied(loss.state_dict())
+    learn.lr_find(show=False, max_steps=5)
+    learn.validate()
+    assert same(copied(loss.state_dict()), before) and loss.s.grad is None

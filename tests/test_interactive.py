@@ -14,13 +14,14 @@ from fastswa.callbacks.basics import BatchTransformCB, SingleBatchCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.schedule import BatchSchedCB
 from fastswa.callbacks.steps import GradClipCB
-from fastswa.callbacks.swa import AverageCB, EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.swa import (
+    AverageCB, BEMACB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB)
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.data.loaders import DataLoaders
 from fastswa.data.sources import toy_images
 from fastswa.data.transforms import RandFlip
 from fastswa.training.learner import Learner, TrainLearner
-from helpers import Hits
+from helpers import Hits, in_new_process
 
 
 @pytest.mark.parametrize('name', ['lr_find', 'save', 'load', 'export', 'summary', 'show_image_batch', 'capture_preds'])
@@ -46,7 +47,7 @@ def test_an_argument_that_there_is_not(make, says):
 
 def test_signatures_show_every_argument():
     "Those of a base class too, and none that is not taken"
-    for cls in AverageCB, EMACB, SWACB, LAWACB, SWAGCB, PostHocEMACB, SwitchEMACB:
+    for cls in AverageCB, EMACB, SWACB, LAWACB, SWAGCB, PostHocEMACB, SwitchEMACB, SWADCB, BEMACB:
         names = signature(cls).parameters
         assert {'name', 'apply', 'valid', 'include', 'device'} <= {*names} and 'kwargs' not in names
         cls(**{k: p.default for k, p in names.items()})
@@ -98,3 +99,20 @@ def test_validation_is_a_table_and_a_list_of_dicts():
     assert header.split() == ['hits', 'loss', 'epoch', 'train', 'weights'] and len(lines) == 2
     assert lines[1].split() == [f'{rows[1]["hits"]:.4g}', f'{rows[1]["loss"]:.4g}', '0', 'eval', 'ema']
     assert rows._repr_html_().count('<tr>') == 3
+
+
+# --- what importing says
+
+
+@pytest.mark.parametrize('module', ['data.sources', 'data.loaders'])
+def test_a_notebook_without_ipywidgets_begins_without_a_warning(module):
+    "tqdm's, in red, is of a bar that nothing here shows"
+    in_new_process(f"""
+        import sys, types, warnings
+        kernel = types.SimpleNamespace(config=dict(IPKernelApp={{}}), kernel=None)      # what tqdm asks for
+        sys.modules['IPython'] = types.SimpleNamespace(get_ipython=lambda: kernel)
+        sys.modules['ipykernel.zmqshell'] = types.SimpleNamespace()
+        sys.modules['ipywidgets'] = None
+        with warnings.catch_warnings(record=True) as seen: import fastswa.{module}
+        assert 'tqdm.auto' in sys.modules
+        assert not [w for w in seen if 'IProgress' in str(w.message)]""")

@@ -250,7 +250,8 @@ class RMS(nn.Module):
 def test_bias_by_what_the_norm_is(norm, bias):
     "A class, a partial of one or a function makes it; looking at these and not at the norm, a bias was always there"
     assert (conv(1, 4, norm=norm)[0].bias is not None) == bias
-    assert all((m.bias is not None) == bias for m in ResBlock(2, 4, 2, norm=norm).modules() if isinstance(m, nn.Conv2d))
+    block = ResBlock(2, 4, 2, norm=norm, bias=None)
+    assert all((m.bias is not None) == bias for m in block.modules() if isinstance(m, nn.Conv2d))
     assert (conv(1, 4, norm=norm, bias=not bias)[0].bias is None) == bias
     for o in conv(1, 4, norm=norm), ResBlock(1, 4, 3, norm=norm): assert o(torch.rand(2, 1, 9, 9)).isfinite().all()
 

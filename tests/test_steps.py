@@ -189,6 +189,226 @@ def test_autocast_ends_with_the_batch(where, exc, training):
         assert not torch.is_autocast_enabled('cpu') and torch.is_grad_enabled()
 
 
+class SAM(optim.Optimizer):
+    "As davda54's: gradients are there; the closure is for the second evaluation, at other weights"
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+        self.base = optim.SGD(self.param_groups, lr, momentum=0.9)
+        self.param_groups = self.base.param_groups
+    @torch.no_grad()
+    def first_step(self):
+        for p in self.param_groups[0]['params']:
+            self.state[p]['e'] = e = 0.05*p.grad/p.grad.norm()
+            p.data.add_(e)                                   # without a version that could be compared
+    @torch.no_grad()
+    def second_step(self):
+        for p in self.param_groups[0]['params']: p.data.sub_(self.state[p]['e'])
+        self.base.step()
+    def step(self, closure):
+        self.first_step()
+        self.zero_grad()
+        closure()
+        self.second_step()
+
+
+class KeepsGrads(SAM):
+    "Leaves it to the closure to drop the first gradients"
+    def step(self, closure):
+        self.first_step()
+        closure()
+        self.second_step()
+
+
+class TwoClosures(SAM):
+    "Asks for the first gradients too"
+    def step(self, closure):
+        closure()
+        self.first_step()
+        closure()
+        self.second_step()
+
+
+class DropsFirst(TwoClosures):
+    def step(self, closure):
+        self.zero_grad()
+        return super().step(closure)
+
+
+class Inside(optim.Optimizer):
+    "As accelerate's wrapper: hooks that never fire, and an optimizer that passes the closure on"
+    def __init__(self, params, lr): self.optimizer = TwoClosures(params, lr)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    def zero_grad(self, set_to_none=True): self.optimizer.zero_grad()
+    def step(self, closure=None): self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize('opt_func, first', [
+    (SAM, True), (KeepsGrads, True), (TwoClosures, False), (DropsFirst, True), (Inside, False),
+    (partial(optim.LBFGS, max_iter=3), False)])
+def test_closures_as_in_a_loop_by_hand(opt_func, first):
+    """`first`: the loop has gradients before it calls `step`
+
+    Wrong: the evaluation at the weights before the step serves as that at other weights: SAM climbs the loss"""
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.2), nn.Linear(5, 3)).double()
+    batches,losses = data([8]*4),[]
+    learn = TrainLearner(model(), SimpleNamespace(train=batches), F.cross_entropy, 0.1, [ClosureCB()], opt_func)
+    torch.manual_seed(1)
+    learn.fit(2, valid=False)
+    m = model()
+    opt = opt_func(m.parameters(), 0.1)
+    torch.manual_seed(1)
+    for x, y in 2*batches:
+        def closure():
+            opt.zero_grad()
+            loss = F.cross_entropy(m(x), y)
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+        n = len(losses)
+        if first: closure()
+        with torch.enable_grad(): opt.step(torch.enable_grad()(closure))
+        opt.zero_grad()
+        del losses[n + 1:]
+    for a, b in zip(learn.model.state_dict().values(), m.state_dict().values()): assert torch.equal(a, b)
+    assert learn.opt_steps == 8
+    np.testing.assert_allclose([r['loss'] for r in learn.history], np.reshape(losses, (2, 4)).mean(1))
+
+
+def test_an_optimizer_whose_step_takes_no_closure():
+    "Wrong: a TypeError of torch's in the first batch"
+    class Bare(optim.SGD):
+        def step(self): super().step()
+    with pytest.raises(TypeError, match='the step of Bare takes no closure: leave ClosureCB out'):
+        trained(data([4]), ClosureCB(), opt_func=lambda ps, lr: Bare(ps, lr))
+
+
+class Words(nn.Module):
+    "Sparse gradients in one layer, dense ones in another"
+    def __init__(self, sparse=True, **kw):
+        super().__init__()
+        torch.manual_seed(0)
+        self.e,self.l = nn.Embedding(20, 4, sparse=sparse, **kw),nn.Linear(4, 1)
+    def forward(self, x): return self.l(self.e(x).mean(1))
+
+
+def words(sparse, *cbs, loss=F.mse_loss, n=6, **kw):
+    "A learner of batches in which words come twice"
+    g = torch.Generator().manual_seed(0)
+    batches = [(torch.randint(20, (3, 5), generator=g), torch.randn(3, 1, generator=g)*10) for _ in range(n)]
+    learn = TrainLearner(Words(sparse, **kw), SimpleNamespace(train=batches, valid=batches), loss, 0.1, cbs)
+    learn.fit(2, valid=False)
+    return learn
+
+
+@pytest.mark.parametrize('cbs', [
+    lambda: [GradClipCB(norm=0.5), NaNGuardCB()], lambda: [GradClipCB(value=0.01)],
+    lambda: [GradClipCB(norm=0.1, norm_type=float('inf')), GradAccumCB(4), EMACB(0.5, apply=False)]])
+def test_sparse_gradients_as_dense_ones(cbs):
+    "Wrong: NotImplementedError of a torch kernel in the first batch, or words that come twice count as two"
+    a,b = words(True, *(mine := cbs())),words(False, *(other := cbs()))
+    torch.testing.assert_close(vec(a), vec(b))
+    if mine[0].norm: torch.testing.assert_close(mine[0].grad_norm, other[0].grad_norm)
+    if 'ema' in a.averages:
+        torch.testing.assert_close(dict(a.averages['ema'].weights), dict(b.averages['ema'].weights))
+
+
+def test_a_sparse_gradient_that_is_not_finite():
+    def spoil(preds, y):
+        if len(seen) in (1, 4): preds.register_hook(lambda g: g*float('inf'))
+        seen.append(1)
+        return F.mse_loss(preds, y)
+    seen,guard = [],NaNGuardCB()
+    learn = words(True, guard, loss=spoil)
+    assert guard.skipped == 2 and learn.opt_steps == 10 and vec(learn).isfinite().all()
+    seen,n = [],NaNGuardCB(0)
+    with pytest.raises(FloatingPointError, match='the gradient of e.weight, l.weight, l.bias was not finite'):
+        words(True, n, loss=spoil)
+
+
+class Writes(nn.Module):
+    "Buffers that a forward pass replaces by others, fills, and changes"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(3))
+        self.register_buffer('last', None)
+        self.register_buffer('calls', torch.zeros(()))
+    def forward(self, x):
+        self.mean = 0.9*self.mean + 0.1*x.detach().mean(0)
+        self.last = x.detach()[0]
+        self.calls += 1
+        return x - self.mean
+
+
+def test_a_skipped_batch_leaves_what_a_forward_pass_writes():
+    "Wrong: `mean` is NaN for ever, since the guard put the values back into a tensor that is not the buffer any more"
+    def run(bad):
+        batches = data([4]*6, torch.float)
+        for i in bad: batches.insert(i, (batches[0][0]*torch.nan, batches[0][1]))
+        learn = TrainLearner(nn.Sequential(Writes(), net(torch.float)), SimpleNamespace(train=batches), F.cross_entropy,
+                             0.1, NaNGuardCB())
+        learn.fit(1, valid=False)
+        return learn.model.state_dict()
+    for a, b in ((run([0, 3]), run([])),): assert [*a] == [*b] and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_skipped_batch_leaves_the_weights_of_an_embedding():
+    "`max_norm` shrinks them in the forward pass. Wrong: those of words in the bad batch are shrunk"
+    class Bad(Callback):
+        def after_predict(self, learn): learn.preds = learn.preds*float('nan')
+    start = vec(SimpleNamespace(model=Words(max_norm=0.5)))
+    for sparse in True, False:
+        learn = words(sparse, Bad(), NaNGuardCB(99), max_norm=0.5)
+        assert learn.opt_steps == 0 and torch.equal(vec(learn), start)
+
+
+def test_the_parameters_of_a_loss_are_clipped_guarded_and_accumulated():
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.s = nn.Parameter(torch.zeros((), dtype=torch.double))
+        def forward(self, preds, y): return F.cross_entropy(preds*self.s.exp(), y)
+    def run(batches, *cbs):
+        learn = TrainLearner(net(), SimpleNamespace(train=batches), Loss(), 0.1, cbs)
+        learn.fit(1 if batches else 0, valid=False)
+        return torch.cat([vec(learn), learn.loss_func.s.detach()[None]])
+    batches = data([4]*6)
+    large = [tuple(torch.cat(o) for o in zip(*batches[i:i + 3])) for i in (0, 3)]
+    torch.testing.assert_close(run(batches, GradAccumCB(3)), run(large), rtol=1e-12, atol=1e-14)
+    clip = GradClipCB(norm=1e-3)
+    assert (run(batches[:1], clip) - run([])).norm().item() == pytest.approx(1e-4, rel=1e-3)
+    bad = [(batches[0][0]*float('nan'), batches[0][1]), *batches]
+    assert torch.equal(run(bad, NaNGuardCB()), run(batches))
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 4))
+def test_accumulation_weighed_by_tokens_is_one_large_batch(lengths, k):
+    """The loss is the mean over tokens that are not padding; every batch has 2 sequences
+
+    Wrong: each batch counts by its sequences, so that a token in a short one counts more (transformers#34191)"""
+    g = torch.Generator().manual_seed(0)
+    batches = []
+    for n in lengths:
+        y = torch.randint(3, (2, 9), generator=g)
+        y[0, n:] = y[1, 1:] = -100
+        batches.append((torch.randn(2, 9, 3, generator=g, dtype=torch.double), y))
+    def loss(preds, y): return F.cross_entropy(preds.flatten(0, 1), y.flatten(), ignore_index=-100)
+    def run(batches, *cbs):
+        learn = TrainLearner(net(), SimpleNamespace(train=batches), loss, 0.1, cbs, partial(optim.SGD, momentum=0.9))
+        learn.fit(2, valid=False)
+        return vec(learn)
+    large = [tuple(torch.cat(o) for o in zip(*batches[i:i + k])) for i in range(0, len(batches), k)]
+    got = run(batches, GradAccumCB(k, weight=lambda batch: (batch[1] != -100).sum()))
+    torch.testing.assert_close(got, run(large), rtol=1e-12, atol=1e-14)
+
+
+def test_a_batch_must_count_for_something():
+    with pytest.raises(ValueError, match='weight must be a number above 0; got 0.0'):
+        trained(data([4]), GradAccumCB(2, weight=lambda batch: 0))
+
+
 def everything():
     return [MixedPrecisionCB('fp16'), GradAccumCB(samples=7), GradClipCB(value=0.05), NaNGuardCB(),
             BatchSchedCB(partial(lr_scheduler.StepLR, step_size=2))]

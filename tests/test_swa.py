@@ -22,7 +22,7 @@ from fastswa.callbacks.schedule import EpochSchedCB
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import AverageCB
-from fastswa.callbacks.swa import EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.swa import BEMACB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB
 from helpers import Accumulate, Trail, copied, data, learner, net, one, same
 
 N, BS = 160, 16      # samples and batch size of `data()`
@@ -398,7 +398,7 @@ def test_real_changes_are_still_noticed():
     with pytest.warns(UserWarning, match='were changed'): learn.validate()
 
 
-@pytest.mark.parametrize('make', [EMACB, SWACB, LAWACB, SWAGCB, PostHocEMACB, SwitchEMACB, BNUpdateCB])
+@pytest.mark.parametrize('make', [EMACB, SWACB, LAWACB, SWAGCB, PostHocEMACB, SwitchEMACB, SWADCB, BEMACB, BNUpdateCB])
 def test_making_a_callback_draws_no_random_number(make):
     before = torch.get_rng_state()
     make()

@@ -188,10 +188,15 @@ class FittedStatistics:
         key = stamp, n_batches, data
         if name in self._loaded:      # of a file: they fit as long as the average is the one that was saved
             n,loaded_batches,stats = self._loaded.pop(name)
-            if (n, loaded_batches) == (stamp[1], n_batches): self._known[name] = key, stats
+            if n == stamp[1]: self._known[name] = (stamp, loaded_batches, data), stats
         if self._is_known(name, *key): return load_bn_state(model, self._known[name][1])
-        if data is None: return
         batches = data() if callable(data) else data
+        if batches is None:      # those of other batches are better than none
+            if name in self._known and self._known[name][0][0] == stamp: load_bn_state(model, self._known[name][1])
+            elif data is not None:
+                raise ValueError(f'the BatchNorm statistics of {name!r} are not known, and there are no batches to '
+                                 'compute them from: give the learner its training data, or bn_data=')
+            return
         with keep_rng(*loader_generators(batches)): update_bn(model, batches, n_batches=n_batches, forward=forward)
         self._known[name] = key, bn_state(model)
 

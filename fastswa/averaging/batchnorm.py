@@ -56,14 +56,22 @@ class _Pool:
     def __init__(self):
         self.n = self.inputs = 0
         self.mean = self.squares = 0.
+        self.doubled = False      # was the last input given twice?
 
-    def __call__(self, layer, args, kwargs):
-        "A forward pre-hook"
-        if hasattr(layer, 'stats_input'): x = layer.stats_input(*args, **kwargs)
-        else: x = args[0] if args else next(iter(kwargs.values()))
-        if not x.numel(): return
+    def before(self, layer, args, kwargs):
+        "A forward pre-hook; one value per channel, which BatchNorm refuses in train mode, goes in twice"
+        self.doubled = False
+        own = hasattr(layer, 'stats_input')
+        x = layer.stats_input(*args, **kwargs) if own else args[0] if args else next(iter(kwargs.values()))
+        if not x.numel(): return None
         self.add(layer, x.detach().to(torch.promote_types(x.dtype, torch.float32)))      # (N, C) or (N, C, …)
         self.inputs += 1
+        self.doubled = not own and x.numel() == x.shape[1]
+        return ((torch.cat([x, x]),), {}) if self.doubled else None
+
+    def after(self, layer, args, out):
+        "A forward hook; what comes of a value is what comes of it twice"
+        return out[:1] if self.doubled else None
 
     def add(self, layer, x):
         var,mean = map(_wide, torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=0))
@@ -76,7 +84,8 @@ class _Pool:
 
     def var(self):
         "The unbiased variance, as in torch"
-        return self.squares/max(self.n - 1, 1)
+        if self.n < 2: raise ValueError('running statistics need more than 1 value per channel: the data is one sample')
+        return self.squares/(self.n - 1)
 
     def put(self, layer, name):
         "Write the pooled statistics into a layer; ValueError if they are not finite"
@@ -153,7 +162,8 @@ def _recompute(model, layers, data, forward, old_state, undo):
     with uninterrupted():
         for name, m in layers.items():
             m.training = True      # not m.train(): it may hold dropout
-            undo.callback(m.register_forward_pre_hook(pools[name], with_kwargs=True).remove)
+            undo.callback(m.register_forward_pre_hook(pools[name].before, with_kwargs=True).remove)
+            undo.callback(m.register_forward_hook(pools[name].after).remove)
         # compiled parts of a model run uncompiled: the hooks would have them compiled anew
         if 'torch._dynamo' in sys.modules: undo.enter_context(torch.compiler.set_stance('force_eager'))
     n = 0

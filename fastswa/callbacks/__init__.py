@@ -8,16 +8,17 @@ from .loggers import CSVLoggerCB, LogCB, TensorBoardCB
 from .metrics import EarlyStoppingCB, MetricsCB, Watched
 from .progress import LogView, NotebookView, ProgressCB, TerminalView, View
 from .schedule import BaseSchedCB, BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB, plot_sched, sched_rates
-from .speed import ChannelsLastCB, CompileCB, MixedPrecisionCB
+from .speed import ChannelsLastCB, CompileCB, MixedPrecision, MixedPrecisionCB
 from .steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB, gradients
-from .swa import AverageCB, BNUpdateCB, EMACB, LAWACB, PostHocEMACB, SWACB, SWAGCB, SwitchEMACB
+from .swa import AverageCB, BEMACB, BNUpdateCB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB
 
 __all__ = [
-    'ActivationStats', 'AugmentCB', 'AverageCB', 'BNUpdateCB', 'BaseSchedCB', 'BatchSchedCB', 'BatchTransformCB',
-    'CSVLoggerCB', 'CapturePreds', 'ChannelsLastCB', 'ClosureCB', 'CompileCB', 'CutMixCB', 'DeviceCB', 'EMACB',
-    'EarlyStoppingCB', 'EpochSchedCB', 'GradAccumCB', 'GradClipCB', 'HasLearnCB', 'HooksCallback', 'LAWACB',
-    'LRFinderCB', 'LRFound', 'LogCB', 'LogView', 'MetricsCB', 'MixUpCB', 'MixedPrecisionCB', 'NaNGuardCB',
-    'NotebookView', 'OneCycleCB', 'PostHocEMACB', 'ProgressCB', 'RecorderCB', 'SWACB', 'SWAGCB', 'SingleBatchCB',
-    'StatsRow', 'SwitchEMACB', 'TTA', 'TensorBoardCB', 'TerminalView', 'View', 'WarmupStableDecayCB', 'Watched',
-    'capture_preds', 'gradients', 'is_leaf', 'log_mean_probs', 'lr_find', 'plot_sched', 'sched_rates',
-    'show_image_batch', 'suggest_lr', 'summary', 'tta', 'tta_views']
+    'ActivationStats', 'AugmentCB', 'AverageCB', 'BEMACB', 'BNUpdateCB', 'BaseSchedCB', 'BatchSchedCB',
+    'BatchTransformCB', 'CSVLoggerCB', 'CapturePreds', 'ChannelsLastCB', 'ClosureCB', 'CompileCB', 'CutMixCB',
+    'DeviceCB', 'EMACB', 'EarlyStoppingCB', 'EpochSchedCB', 'GradAccumCB', 'GradClipCB', 'HasLearnCB',
+    'HooksCallback', 'LAWACB', 'LRFinderCB', 'LRFound', 'LogCB', 'LogView', 'MetricsCB', 'MixUpCB',
+    'MixedPrecision', 'MixedPrecisionCB', 'NaNGuardCB', 'NotebookView', 'OneCycleCB', 'PostHocEMACB', 'ProgressCB',
+    'RecorderCB', 'SWACB', 'SWADCB', 'SWAGCB', 'SingleBatchCB', 'StatsRow', 'SwitchEMACB', 'TTA', 'TensorBoardCB',
+    'TerminalView', 'View', 'WarmupStableDecayCB', 'Watched', 'capture_preds', 'gradients', 'is_leaf',
+    'log_mean_probs', 'lr_find', 'plot_sched', 'sched_rates', 'show_image_batch', 'suggest_lr', 'summary', 'tta',
+    'tta_views']

@@ -8,15 +8,18 @@ __all__ = ['DeviceCB', 'BatchTransformCB', 'SingleBatchCB', 'HasLearnCB', 'Recor
 # %% ../../nbs/callbacks/00_basics.ipynb #00000002
 from ..core import default_device, to_cpu, to_device
 from ..training.events import Callback, CancelFitException, Stage
+from ..training.optim import loss_module
 
 # %% ../../nbs/callbacks/00_basics.ipynb #00000006
 class DeviceCB(Callback):
-    "Move the model and every batch to a device"
+    "Move the model, a loss that is a module, and every batch to a device"
     order,role = Stage.prepare,'prepares'
     def __init__(self,
         device=None, # a torch device; None: the accelerator, or the CPU where there is none
     ): self.device = default_device() if device is None else device
-    def before_fit(self, learn): learn.model.to(self.device)
+    def before_fit(self, learn):
+        for module in (learn.model, loss_module(learn)):
+            if module is not None: module.to(self.device)
     def before_batch(self, learn): learn.batch = to_device(learn.batch, self.device)
 
 class BatchTransformCB(Callback):

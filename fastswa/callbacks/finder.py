@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core import check_number, check_whole
 from ..training.events import Callback, CancelFitException, Stage
-from ..training.optim import OptionChanges, set_option
+from ..training.optim import KNOWN_OPTIONS, OptionChanges, set_option
 from ..training.sandbox import sandbox
 
 # %% ../../nbs/callbacks/03_finder.ipynb #00000009
@@ -132,7 +132,7 @@ class _SameOptionsCB(Callback):
         members,known = ([[id(p) for p in g['params']] for g in groups] for groups in (new, self.groups))
         for g, old in zip(new, self.groups) if members == known else ():
             if 'lr' in g: set_option(g, 'lr', self.lr*old.get('lr_mult', 1.))
-            for k in old.keys() - {'params', 'lr'}: set_option(g, k, old[k])
+            for k in {*KNOWN_OPTIONS} & old.keys() - {'lr'}: set_option(g, k, old[k])
 
 def lr_find(
     learn, # a `Learner`

@@ -90,7 +90,7 @@ class LogCB(RowsCB):
 
     def _flush(self, learn):
         meter,self._meter,self._due = self._meter,LossMeter(),False
-        self._log(learn, {'train/loss': meter.mean(), **{k: float(v) for k, v in self._lrs.items()}})
+        self._log(learn, {'train/loss': meter.compute(), **{k: float(v) for k, v in self._lrs.items()}})
 
     def _log(self, learn, values): self.logger.log({**values, 'epoch': learn.epoch, 'step': learn.opt_steps})
 

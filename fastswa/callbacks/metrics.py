@@ -12,8 +12,8 @@ from numbers import Real
 import torch
 
 from ..averaging.ensembles import Snapshot
-from ..core import (
-    batch_targets, check_choice, check_number, check_whole, is_quiet, map_tensors, plain, unwrap)
+from ..core import (batch_targets, check_choice, check_number, check_whole, first_tensor, format_value, is_quiet,
+                          map_tensors, plain, unwrap)
 from ..training.events import Callback, CancelFitException, Stage
 
 # %% ../../nbs/callbacks/01_metrics.ipynb #00000006
@@ -50,26 +50,28 @@ class MetricsCB(Callback):
             metrics[name] = m
         for name, m in metrics.items(): _check_metric(name, m)
         self.metrics = metrics
+        self.all_metrics = dict(metrics)      # in a fit, also the mean loss
         self._batches = 0      # that the metrics have seen in this epoch
 
     def __repr__(self): return f'MetricsCB({", ".join(self.metrics)})'
 
     def before_fit(self, learn):
-        self._batches = 0
+        self._batches,learn.metrics = 0,self
         names = [name for cb in learn.cbs if isinstance(cb, MetricsCB) for name in cb.metrics]
         twice = {name for name in names if names.count(name) > 1}
         if twice: raise ValueError(f'several MetricsCB have a metric called {", ".join(sorted(twice))}')
 
     def before_epoch(self, learn):
         for m in self.metrics.values(): m.reset()
-        self._batches = 0
+        self._batches,self.all_metrics['loss'] = 0,learn.own_cbs.loss.meter
 
     def after_batch(self, learn):
         if not self.metrics: return
         self._batches += 1
         preds,targets = map_tensors(torch.Tensor.detach, learn.preds),self.targets(learn)
+        first = first_tensor(preds)
         for m in self.metrics.values():
-            if torch.is_tensor(preds) and getattr(m, 'device', preds.device) != preds.device: m.to(preds.device)
+            if first is not None and getattr(m, 'device', first.device) != first.device: m.to(first.device)
             m.update(preds, targets)
 
     def targets(self,
@@ -82,8 +84,14 @@ class MetricsCB(Callback):
     def after_epoch(self, learn):
         values = {name: plain(m.compute(), tensors=False, strict=False) for name, m in self.metrics.items()}
         learn.history[-1] = {**values, **learn.history[-1]}
-        if is_quiet(learn) or any(getattr(cb, 'shows_rows', False) for cb in learn.cbs): return
-        print(learn.history[-1])
+        self._shown = any(getattr(cb, 'shows_rows', False) for cb in learn.cbs)
+        if not is_quiet(learn): self._log({k: format_value(v) for k, v in learn.history[-1].items()})
+
+    def _log(self, row):
+        "Print a row, its values as text; a callback that shows rows may put a function of its own in this place"
+        if not self._shown: print(row)
+
+    def cleanup_fit(self, learn): vars(self).pop('_log', None)
 
     def state_dict(self):
         saved = {name: m.state_dict() for name, m in self.metrics.items() if self._batches and hasattr(m, 'state_dict')}
@@ -124,6 +132,8 @@ class Watched:
         name:str, # a column of the raw row; `'ema/accuracy'` for other weights, `'train/accuracy'` for the training row
         mode:str|None=None, # is `'min'` or `'max'` good? None: as names of losses, errors and scores tell
     ):
+        if not isinstance(name, str):
+            raise TypeError(f"what is watched is the name of a column, such as 'loss' or 'ema/loss'; got {name!r}")
         self.name,self.given = name,check_choice('mode', mode, ('min', 'max', None))
         self.weights,self.column = name.split('/', 1) if '/' in name else ('raw', name)
         self.mode = mode or _mode_of(self.column)

@@ -16,6 +16,7 @@ import torch
 from torch import optim
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from ..averaging.ensembles import DECAYS
 from .metrics import Watched
 from ..core import Clock, Time, check_choice, check_number, check_whole, plain
 from ..training.events import Callback, Stage
@@ -224,9 +225,6 @@ class OneCycleCB(BatchSchedCB):
                           final_div_factor=self.div_final/self.div, **moms)
 
 # %% ../../nbs/callbacks/04_schedule.ipynb #5f276a5d
-_SHAPES = {'1-sqrt': lambda x: 1 - math.sqrt(x), 'linear': lambda x: 1 - x,
-           'cosine': lambda x: (1 + math.cos(math.pi*x))/2}
-
 class _StableDecay:
     "The share of the highest rate at each step; its attributes are part of the schedule's state"
     def __init__(self, total, warmup, decay, shape, final):
@@ -237,7 +235,7 @@ class _StableDecay:
         left = self.total - i
         if i < self.warmup: return min(1, (i + 1)/self.warmup)
         if left >= self.decay: return 1.
-        return self.final + (1 - self.final)*_SHAPES[self.shape](1 - max(left, 0)/self.decay)
+        return self.final + (1 - self.final)*DECAYS[self.shape](1 - max(left, 0)/self.decay)
 
 class WarmupStableDecayCB(BatchSchedCB):
     "Linear warm-up, a plateau at the rate of the fit, and a decay at its end (WSD: arXiv 2404.06395, 2405.18392)"
@@ -248,7 +246,7 @@ class WarmupStableDecayCB(BatchSchedCB):
         final:float=0., # where the decay leads to, as a share of the highest rate
     ):
         self.warmup,self.decay = Time.parse(warmup, 'warmup'),Time.parse(decay, 'decay')
-        self.shape = check_choice('shape', shape, _SHAPES)
+        self.shape = check_choice('shape', shape, DECAYS)
         self.final = float(check_number('final', final, high=1, include_low=True))
 
     def before_fit(self, learn):

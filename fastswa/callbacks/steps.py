@@ -6,8 +6,9 @@
 __all__ = ['gradients', 'GradAccumCB', 'GradClipCB', 'NaNGuardCB', 'ClosureCB']
 
 # %% ../../nbs/callbacks/06_steps.ipynb #00000003
-import math
+import inspect, math
 from contextlib import suppress
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from ..averaging.kernels import all_finite
 from ..core import batch_size, check_number, check_whole
 from ..training.events import Callback, CancelBatchException, CancelStepException, Stage
 from ..training.learner import MomentumLearner
+from ..training.optim import hooked_optimizers, loss_module, named_parameters, parameters
 
 # %% ../../nbs/callbacks/06_steps.ipynb #9f71992e
 def check_alone(cb, learn):
@@ -32,22 +34,29 @@ def refuse_momentum_learner(cb, learn):
 # %% ../../nbs/callbacks/06_steps.ipynb #00000008
 def gradients(
     learn, # a learner
-) -> list:
-    "The gradients of its model"
-    return [p.grad for p in learn.model.parameters() if p.grad is not None]
+) -> list: # dense tensors; changed in place, they change the gradients
+    "The gradients of its model and loss; of a sparse one its values"
+    return [_dense(p) for p in parameters(learn) if p.grad is not None]
+
+def _dense(p):
+    if not p.grad.is_sparse: return p.grad
+    p.grad = p.grad.coalesce()
+    return p.grad.values()
 
 class GradAccumCB(Callback):
-    """A step for several batches: their gradients add up, each counts by its size, and a last, shorter window by what
-    it has. For losses that are means over the batch"""
+    """A step for several batches: their gradients add up, each counts by its size or `weight`, and a last, shorter
+    window by what it has. For losses that are means over the batch"""
     order,role = Stage.step,'steps'
     def __init__(self,
         batches:int|None=None, # in a step
         samples:int|None=None, # or: at least so many samples
+        weight=None, # called with a batch: what it counts, a number above 0 such as its tokens; None: its samples
     ):
         if (batches is None) == (samples is None):
             raise ValueError(f'give batches or samples; got batches={batches!r} and samples={samples!r}')
         self.batches = check_whole('batches', batches, none=True)
         self.samples = check_whole('samples', samples, none=True)
+        self.weight = weight
         self._start()
 
     def _start(self):
@@ -74,28 +83,29 @@ class GradAccumCB(Callback):
 
     def after_loss(self, learn):
         if not learn.training: return
-        n = batch_size(learn.batch, learn.dl)
-        weight = n/(self._size or n)
+        self._n = self._count(learn)
+        weight = self._n/(self._size or self._n)
         if weight != 1: learn.loss.register_hook(lambda g: g*weight)
+
+    def _count(self, learn):
+        if self.weight is None: return batch_size(learn.batch, learn.dl)
+        return check_number('weight', float(self.weight(learn.batch)))
 
     def after_backward(self, learn):
         if not self._at_end:
-            n = batch_size(learn.batch, learn.dl)
-            self._size = self._size or n
+            self._size = self._size or self._n
             self._n_batches += 1
-            self._n_samples += n
-            self._weight += n/self._size
+            self._n_samples += batch_size(learn.batch, learn.dl)
+            self._weight += self._n/self._size
         full = self._n_batches >= self.batches if self.batches else self._n_samples >= self.samples
         if not (full or self._at_end): raise CancelStepException
         if self._weight != 1: torch._foreach_div_(gradients(learn), self._weight)
         self._start()
 
-
     def after_epoch(self, learn):
         if not (learn.training and self._n_batches): return
         self._at_end = True
         with suppress(CancelStepException): learn.take_step()
-
 
     def state_dict(self):
         return dict(batches=self._n_batches, samples=self._n_samples, size=self._size, weight=self._weight)
@@ -121,9 +131,9 @@ class GradClipCB(Callback):
         self.norm_type,self.grad_norm = norm_type,None
 
     def after_backward(self, learn):
-        params = [*learn.model.parameters()]
-        if self.norm is None: nn.utils.clip_grad_value_(params, self.value)
-        else: self.grad_norm = nn.utils.clip_grad_norm_(params, self.norm, self.norm_type)
+        held = [SimpleNamespace(grad=g) for g in gradients(learn)]      # torch cannot clip a sparse one, but its values
+        if self.norm is None: nn.utils.clip_grad_value_(held, self.value)
+        else: self.grad_norm = nn.utils.clip_grad_norm_(held, self.norm, self.norm_type)
 
 # %% ../../nbs/callbacks/06_steps.ipynb #00000011
 class NaNGuardCB(Callback):
@@ -139,7 +149,11 @@ class NaNGuardCB(Callback):
     def before_fit(self, learn): self._in_a_row = 0
 
     def before_batch(self, learn):
-        if learn.training: self._buffers = [(b, b.clone()) for b in learn.model.buffers()]
+        if not learn.training: return
+        modules = [m for root in (learn.model, loss_module(learn)) if root is not None for m in root.modules()]
+        places = [(m._buffers, k) for m in modules for k in m._buffers]
+        places += [(m._parameters, 'weight') for m in modules if getattr(m, 'max_norm', None) is not None]
+        self._before = [(d, k, d[k], d[k] if d[k] is None else d[k].clone()) for d, k in places]
 
     def after_loss(self, learn):
         if not learn.training or torch.isfinite(learn.loss.detach()).all(): return
@@ -151,14 +165,17 @@ class NaNGuardCB(Callback):
         if not grads or all_finite(grads):
             self._in_a_row = 0
             return
-        names = [n for n, p in learn.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        with_grad = {n: p for n, p in named_parameters(learn).items() if p.grad is not None}
+        names = [n for n, p in with_grad.items() if not _dense(p).isfinite().all()]
         learn.zero_grad()
         more = f' and {len(names) - 5} more' if len(names) > 5 else ''
         self._skip(f'the gradient of {", ".join(names[:5])}{more}')
         raise CancelStepException
 
     def _skip(self, what):
-        for b, old in self._buffers: b.copy_(old)          # BatchNorm has seen the batch
+        for d, k, tensor, value in self._before:           # BatchNorm, or an embedding's max_norm, has seen the batch
+            d[k] = tensor
+            if tensor is not None: tensor.detach().copy_(value)
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row <= self.patience: return
@@ -167,9 +184,9 @@ class NaNGuardCB(Callback):
 
 # %% ../../nbs/callbacks/06_steps.ipynb #00000015
 class ClosureCB(Callback):
-    """Give the optimizer a closure that computes loss and gradients of the batch anew, as `optim.LBFGS` needs;
+    """Give the optimizer a closure that computes loss and gradients of the batch anew, as `optim.LBFGS` and SAM need;
     the table has the first loss"""
-    role,_handle = 'steps',None
+    role,_handles = 'steps',()
     def before_fit(self, learn):
         if not learn.will_train: return
         refuse_momentum_learner(self, learn)
@@ -178,26 +195,35 @@ class ClosureCB(Callback):
         if others:
             raise ValueError(f'ClosureCB does not go with {", ".join(others)}: '
                              'the gradients that the closure computes do not pass there')
-        if not hasattr(learn.opt, 'register_step_pre_hook'):
-            raise TypeError(f'a closure needs an optimizer of torch; got {type(learn.opt).__name__}')
-        def with_closure(opt, args, kwargs): return (*args, self._closure(learn)), kwargs
-        self._handle = learn.opt.register_step_pre_hook(with_closure)
+        opts = hooked_optimizers(learn.opt, outermost=True)
+        if not opts: raise TypeError(f'a closure needs an optimizer of torch; got {type(learn.opt).__name__}')
+        for opt in opts:
+            try: inspect.signature(type(opt).step).bind(opt, None)
+            except TypeError as e:
+                raise TypeError(f'the step of {type(opt).__name__} takes no closure: leave ClosureCB out') from e
+        def with_closure(opt, args, kwargs):
+            given = any(map(callable, (*args[1:], *kwargs.values())))      # to the step of a parent class
+            return None if given else ((opt, self._closure(learn)), {})
+        self._handles = [opt.register_step_pre_hook(with_closure) for opt in opts]
 
     def _closure(self, learn):
-        self._first = None
+        self._first = learn.loss,learn.preds
+        seen = [(p, p.detach().clone(), p.grad, p.grad._version) for p in parameters(learn) if p.grad is not None]
+        @torch.enable_grad()
         def closure():
-            if self._first is None: self._first = learn.loss,learn.preds      # they are there already, with gradients
-            else:
-                learn.opt.zero_grad()
-                learn.predict()
-                learn.callback('after_predict')
-                learn.get_loss()
-                learn.backward()
+            valid = seen and all(p.grad is g and g._version == v and torch.equal(p, old) for p, old, g, v in seen)
+            seen.clear()      # what was computed serves once
+            if valid: return learn.loss
+            learn.opt.zero_grad()
+            learn.predict()
+            learn.callback('after_predict')
+            learn.get_loss()
+            learn.backward()
             return learn.loss
         return closure
 
     def after_step(self, learn): learn.loss,learn.preds = self._first
 
     def cleanup_fit(self, learn):
-        if self._handle is not None: self._handle.remove()
-        self._handle = self._first = None
+        for h in self._handles: h.remove()
+        self._handles,self._first = (),None

@@ -1,6 +1,6 @@
 "Save, load, export, and go on with a run as if it had never stopped"
-from .archive import read_checkpoint
+from .archive import load_weights, read_checkpoint
 from .checkpoint import CheckpointCB
 
 __all__ = [
-    'CheckpointCB', 'read_checkpoint']
+    'CheckpointCB', 'load_weights', 'read_checkpoint']

@@ -12,11 +12,11 @@ from pathlib import Path
 from ..averaging.interchange import write_tensors
 from ..callbacks.metrics import Watched
 from .archive import newest, numbered, step_of, write_checkpoint
-from .resume import check_model, learner_state, load_weights, match_callbacks
+from .resume import check_loss, check_model, learner_state, match_callbacks, put_weights
 from ..core import Every, check_whole, unwrap
 from ..files import check_folder, written
 from ..training.events import Callback, Stage, by_order
-from ..training.optim import KNOWN_OPTIONS, OptionChanges, load_opt_state
+from ..training.optim import KNOWN_OPTIONS, OptionChanges, load_opt_state, named_parameters
 
 # %% ../../nbs/checkpoint/02_checkpoint.ipynb #00000007
 def save(
@@ -44,11 +44,15 @@ def load(
     check_model(learn.model, state['weights']['raw'], path)
     if opt and state['opt']:
         changes = OptionChanges(learn.opt, KNOWN_OPTIONS)      # those of the file may be of the midst of a schedule
-        try: load_opt_state(learn.model, learn.opt, state['opt'])
+        try: load_opt_state(named_parameters(learn), learn.opt, state['opt'])
         except ValueError as e: raise ValueError(f'{path}: {e}. With opt=False the optimizer is left alone') from e
         changes.undo()
     learn.restore()
-    load_weights(learn, dict(state, grads={}))
+    try: check_loss(learn, state, path)
+    except ValueError as e:
+        warnings.warn(f'{e}. The loss function stays as it is')
+        state['loss'] = {}
+    put_weights(learn, dict(state, grads={}))
     for cb, saved in match_callbacks(learn, state['callbacks'])[0]: cb.load_state_dict(saved)
     _load_averages(learn, state['averages'], path)
 
@@ -108,6 +112,7 @@ class CheckpointCB(Callback):
         if learn is not self._learn: self.best = self.best_epoch = None
         self._learn,self._improved = learn,False
         self.when.begin(learn.clock)
+        learn.opt                 # is made, so that its state counts too
         learner_state(learn)      # says now, rather than in an hour, what cannot be saved
         if threading.current_thread() is threading.main_thread():
             handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (signal.SIG_IGN, None)]
@@ -159,7 +164,7 @@ class CheckpointCB(Callback):
 
     def cleanup_fit(self, learn):
         try:
-            if learn.error is None and learn.will_train and learn.n_epochs: self._write_if(learn, True)
+            if learn.error is None and learn.will_train and learn.epochs: self._write_if(learn, True)
         finally: self._restore_handlers()
 
     def _write_if(self, learn, due):

@@ -18,8 +18,8 @@ from ..averaging.tensors import some_names
 from .archive import newest, numbered
 from ..core import get_rng_state, is_quiet, loader_generators, plain, set_rng_state, unwrap
 from ..training.events import Callback, by_order
-from ..training.optim import load_opt_state, opt_state
-from ..training.sandbox import generators
+from ..training.optim import load_opt_state, loss_tensors, named_parameters, opt_state
+from ..training.sandbox import generators, takes_part
 
 # %% ../../nbs/checkpoint/01_resume.ipynb #00000005
 def _data(learn):
@@ -40,7 +40,13 @@ def _called(cb):
     cls,name = type(cb).__name__,getattr(cb, 'name', None)
     return cls if name is None else f'{cls} {name!r}'
 
+def _has_state(cb): return hasattr(cb, 'state_dict')
+
+def _loss_tensors(learn): return {**loss_tensors(learn), **loss_tensors(learn, 'buffers')}
+
 def _optional(cb): return cb.role in ('watches', 'measures')      # a run goes the same way without it
+
+def _matters(cb): return not _optional(cb) and (cb.role in ('schedules', 'averages') or takes_part(cb))
 
 def learner_state(
     learn, # a learner that holds its raw weights
@@ -48,15 +54,16 @@ def learner_state(
     "All that the rest of a run depends on; TypeError for what cannot be saved"
     model = unwrap(learn.model)
     weights = model.state_dict()
-    callbacks = [dict(name=_called(cb), optional=_optional(cb), state=cb.state_dict())
-                 for cb in by_order(learn.cbs) if hasattr(cb, 'state_dict')]
+    callbacks = [dict(name=_called(cb), optional=_optional(cb), state=cb.state_dict() if _has_state(cb) else None)
+                 for cb in by_order(learn.cbs) if _has_state(cb) or _matters(cb)]
     return plain(dict(
         model=type(model).__name__,
         weights=dict(raw=weights),
         buffers={k: b for k, b in model.named_buffers() if k not in weights},
         averages=learn.averages.state_dict(),
-        grads={n: p.grad for n, p in model.named_parameters() if p.grad is not None},
-        opt=opt_state(learn.model, learn.opt) if learn.has_opt else None,
+        loss=_loss_tensors(learn),
+        grads={n: p.grad for n, p in named_parameters(learn).items() if p.grad is not None},
+        opt=opt_state(named_parameters(learn), learn.opt) if learn.has_opt else None,
         options=learn.options,
         opt_steps=learn.opt_steps,
         callbacks=callbacks,
@@ -78,29 +85,38 @@ def check_model(
     path, # of the file it comes from
 ):
     "ValueError that lists names if the tensors are not those of the model"
-    own = {k: tuple(v.shape) for k, v in unwrap(model).state_dict().items() if torch.is_tensor(v)}
-    theirs = {k: tuple(v.shape) for k, v in state.items() if torch.is_tensor(v)}
-    refuse(f'{path} is of another model', {
+    _check_tensors(f'{path} is of another model', 'model', unwrap(model).state_dict(), state)
+
+def check_loss(
+    learn, # a learner
+    state:dict, # from `read_checkpoint`
+    path, # of the file it comes from
+):
+    "ValueError that lists names if the tensors of a loss that is a module are not those of the learner's"
+    _check_tensors(f'{path} is of a run with another loss function', 'loss', _loss_tensors(learn), state['loss'])
+
+def _check_tensors(what, here, own, theirs):
+    own,theirs = ({k: tuple(v.shape) for k, v in ts.items() if torch.is_tensor(v)} for ts in (own, theirs))
+    refuse(what, {
         'only in the file': [k for k in theirs if k not in own],
-        'only in the model': [k for k in own if k not in theirs],
+        f'only in the {here}': [k for k in own if k not in theirs],
         'other shapes': [f'{k} {theirs[k]}, here {own[k]}' for k in own if theirs.get(k, own[k]) != own[k]]})
 
 def match_callbacks(
     learn, # a learner
     saved:list, # the `callbacks` of a checkpoint
-) -> tuple: # each callback with its saved state, what is left of `saved`, callbacks that have state and find none
+) -> tuple: # callbacks with their saved states, what is left of `saved`, callbacks that are not in it
     "Saved states go to callbacks of the same class and name, in order"
     left = defaultdict(list)
     for s in saved: left[s['name']].append(s)
     pairs,new = [],[]
     for cb in by_order(learn.cbs):
-        if not hasattr(cb, 'state_dict'): continue
         mine = left[_called(cb)]
-        if mine: pairs.append((cb, mine.pop(0)['state']))
-        else: new.append(cb)
+        if not mine: new.append(cb)
+        elif (state := mine.pop(0)['state']) is not None: pairs.append((cb, state))
     return pairs, [s for rest in left.values() for s in rest], new
 
-def load_weights(
+def put_weights(
     learn, # a learner of the same model
     state:dict, # from `read_checkpoint`
 ):
@@ -109,7 +125,9 @@ def load_weights(
     model.load_state_dict(state['weights']['raw'])
     for k, b in model.named_buffers():
         if k in state['buffers']: b.copy_(state['buffers'][k])
-    for n, p in model.named_parameters(): p.grad = state['grads'][n].to(p) if n in state['grads'] else None
+    for k, t in _loss_tensors(learn).items():
+        if k in state['loss']: t.detach().copy_(state['loss'][k])
+    for n, p in named_parameters(learn).items(): p.grad = state['grads'][n].to(p) if n in state['grads'] else None
     learn.history[:] = state['history']
     learn.opt_steps = state['opt_steps']
 
@@ -137,11 +155,22 @@ class ResumeCB(Callback):
         self.epoch = self.place['epoch']
         self._loaded = False
         check_model(learn.model, state['weights']['raw'], path)
+        check_loss(learn, state, path)
         self._check_data(learn)
-        self.pairs,gone,new = match_callbacks(learn, state['callbacks'])
-        refuse(f'{path} is of a run with other callbacks', {
-            'only in the file': [s['name'] for s in gone if not s['optional']],
-            'only here': [_called(cb) for cb in new if not _optional(cb)]})
+        self._check_callbacks(learn)
+
+    def _check_callbacks(self, learn):
+        self.pairs,gone,new = match_callbacks(learn, self.state['callbacks'])
+        gone = [s for s in gone if not s['optional']]
+        new = [cb for cb in new if _matters(cb) or (_has_state(cb) and not _optional(cb))]
+        refuse(f'{self.path} is of a run with other callbacks', {
+            'only in the file': [s['name'] for s in gone if s['state'] is not None],
+            'only here': [_called(cb) for cb in new if _has_state(cb)]})
+        words = dict(gone=[s['name'] for s in gone], new=[_called(cb) for cb in new])
+        differ = [f'{k}: {some_names(v)}' for k, v in words.items() if v]
+        if differ:
+            warnings.warn(f'{self.path} is of a run with other callbacks ({"; ".join(differ)}): '
+                          'from here on it may go another way')
 
     def _check_data(self, learn):
         here = _data(learn)
@@ -157,11 +186,11 @@ class ResumeCB(Callback):
 
     def before_fit(self, learn):
         try:
-            load_opt_state(learn.model, learn.opt, self.state['opt'], load=False)
+            load_opt_state(named_parameters(learn), learn.opt, self.state['opt'], load=False)
             learn.averages.check_names(self.state['averages'])
         except ValueError as e: raise ValueError(f'{self.path} cannot be resumed: {e}') from e
         self._warn(learn)
-        if not learn.epochs:      # all of them are done
+        if learn.completed == learn.n_epochs:      # all of them are done
             self._load(learn)
             _set_rng(self.state['rng'], generators(learn))
 
@@ -184,8 +213,8 @@ class ResumeCB(Callback):
     def _load(self, learn):
         self._loaded = True
         for cb, state in self.pairs: cb.load_state_dict(state)
-        load_opt_state(learn.model, learn.opt, self.state['opt'])
-        load_weights(learn, self.state)
+        load_opt_state(named_parameters(learn), learn.opt, self.state['opt'])
+        put_weights(learn, self.state)
         learn.averages.load_state_dict(self.state['averages'])
         learn.resuming = None
 
@@ -197,7 +226,7 @@ class ResumeCB(Callback):
             warnings.warn('persistent workers start anew: random numbers that the dataset draws in them are others '
                           'from here on (persistent_workers=False repeats them)')
         n = self.place['batch']
-        loaders = loader_generators(learn.dl)
+        loaders = learn.own_cbs.position.generators(learn)
         if n: _set_rng(self.place['rng'], loaders)
         else: _set_rng(self.state['rng'], generators(learn))
         learn.own_cbs.position.rng = get_rng_state(loaders)

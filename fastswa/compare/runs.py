@@ -12,7 +12,6 @@ from copy import deepcopy
 from functools import partial
 from html import escape
 from numbers import Integral, Real
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from ..callbacks.swa import AverageCB
 from .statistics import paired_difference, sampling_error
 from ..core import check_choice, check_whole, is_quiet, keep_rng, plain, quiet, set_seed
 from ..files import check_folder, written
-from ..plot import plot_style, subplots, weight_styles
+from ..plot import GREY, plot_style, subplots, weight_styles
 from ..training.learner import Learner
 from ..training.sandbox import generators
 
@@ -182,6 +181,48 @@ def _machine():
     return (f'{name}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, '
             f'torch {torch.__version__}, fastswa {__version__}')
 
+# %% ../../nbs/compare/01_runs.ipynb #6ad641e9
+def _table(results, names):
+    "All rows as a frame, by variant, seed and epoch; a run that failed has a last row without an epoch"
+    import pandas as pd
+    rows = [r for result in results.values() for r in result['rows']]
+    rows += [dict(seed=seed, variant=name, error=r['error']) for (name, seed), r in results.items() if r['error']]
+    table = pd.DataFrame(rows).astype(dict(epoch='Int64'))
+    place = {name: i for i, name in enumerate(dict.fromkeys([*names, *table.variant]))}
+    def key(column): return column.map(place) if column.name == 'variant' else column
+    return table.sort_values(['variant', 'seed', 'epoch'], key=key, ignore_index=True)
+
+# %% ../../nbs/compare/01_runs.ipynb #1f293a89
+def _plot_curves(ax, scores, label, styles):
+    "The mean of each variant over the epochs, with its standard deviation as a band"
+    from matplotlib.ticker import MaxNLocator
+    by_epoch = scores.groupby('epoch')
+    mean,sd = by_epoch.mean(),by_epoch.std().fillna(0)
+    x = mean.index.to_numpy(int) + 1
+    for name, style in styles.items():
+        m,s = mean[name].to_numpy(float),sd[name].to_numpy(float)
+        ax.plot(x, m, label=name, markevery=max(1, len(x)//10), ms=5, **style)
+        ax.fill_between(x, m - s, m + s, color=style['color'], alpha=0.15, lw=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.set(xlabel='epochs trained', ylabel=label)
+    ax.grid(alpha=0.3)
+    ax.legend()
+
+def _plot_differences(ax, differences, summary, metric, styles):
+    "The difference of each seed as a dot, their mean, and its interval as a line"
+    names = [*differences][::-1]
+    for y, name in enumerate(names):
+        look,row = {k: v for k, v in styles[name].items() if k != 'zorder'},summary.loc[name]
+        ds = differences[name].dropna().to_numpy(float)
+        ax.plot(ds, np.full(len(ds), y), ls='', alpha=0.5, ms=5, **look)
+        if np.isfinite([row.low, row.high]).all():
+            ax.plot([row.low, row.high], [y - 0.2]*2, color=look['color'], lw=1.5)
+        ax.plot(row.difference, y - 0.2, '|', color=look['color'], ms=12, mew=2.5)
+    ax.axvline(0, color=GREY, lw=1)
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.5),
+           xlabel=f'{metric} − raw’s: seeds, mean, 95 % interval')
+    ax.grid(axis='x', alpha=0.3)
+
 # %% ../../nbs/compare/01_runs.ipynb #dee9fafe
 class Comparison:
     "Every variant with every seed: `table`, `summary()`, `plot()`"
@@ -192,34 +233,24 @@ class Comparison:
         metric:str|None=None, # by which column to compare; None: the first metric there is, else the loss
         mode:str|None=None, # is `'min'` or `'max'` of it good? None: by its name
     ):
-        import pandas as pd
         self.experiment,self.failures = experiment,{k: r['error'] for k, r in results.items() if r['error']}
         self.runs = [*dict.fromkeys(name for name, _ in results)]      # a variant of another name watched one of them
-        seeds = dict.fromkeys(seed for _, seed in results)
-        if all(('raw', seed) in self.failures for seed in seeds):
+        self.seeds = [*dict.fromkeys(seed for _, seed in results)]
+        if all(('raw', seed) in self.failures for seed in self.seeds):
             (_,seed),error = next(iter(self.failures.items()))
             raise RuntimeError(f'the baseline failed in every seed; in seed {seed}: {error}')
-        rows = [r for result in results.values() for r in result['rows']]
-        failed = [dict(seed=seed, variant=name, error=error) for (name, seed), error in self.failures.items()]
-        self.table = pd.DataFrame([*rows, *failed]).astype(dict(epoch='Int64'))
-        order = dict.fromkeys([*names, *self.table.variant])
-        self.variants,self.seeds = [n for n in order if n in {*self.table.variant}],[*seeds]
-        self.table = self.table.sort_values(['variant', 'seed', 'epoch'], key=self._place, ignore_index=True)
+        self.table = _table(results, names)
+        self.variants = [*self.table.variant.unique()]
         self.metrics = [k for k in self.table if k not in ('seed', 'variant', 'epoch', 'error', 'loss')] + ['loss']
         self.metric,self.mode = self._check(metric or self.metrics[0]),mode
         self.n_train,self.n_valid = next(r['sizes'] for r in results.values() if not r['error'])
         self.machine = _machine()
 
-    def _place(self, column):
-        return column.map({v: i for i, v in enumerate(self.variants)}) if column.name == 'variant' else column
-
     def _check(self, metric): return check_choice('metric', metric, self.metrics)
 
     def _mode(self, metric):
         "Is `'min'` or `'max'` of a metric good? None where nobody knows"
-        if self.mode and metric == self.metric: return self.mode
-        try: return Watched(metric).mode
-        except ValueError: return None
+        return self.mode if self.mode and metric == self.metric else Watched(metric).mode
 
     def scores(self,
         metric:str|None=None, # a column; None: the one compared by
@@ -285,39 +316,11 @@ class Comparison:
             if axes is None:
                 axes = subplots(1, 2, figsize=(11, 3.6), layout='constrained', width_ratios=[1.2, 1])[1]
             curves,dots = np.ravel(axes)
-            self._plot_curves(curves, metric, styles)
-            self._plot_differences(dots, metric, styles)
+            _plot_curves(curves, self.scores(metric), f'{metric}{self._spread()}', styles)
+            _plot_differences(dots, self.differences(metric), self.summary(metric), metric, styles)
         return axes
 
-    def _plot_curves(self, ax, metric, styles):
-        from matplotlib.ticker import MaxNLocator
-        by_epoch = self.scores(metric).groupby('epoch')
-        mean,sd = by_epoch.mean(),by_epoch.std().fillna(0)
-        x = mean.index.to_numpy(int) + 1
-        for name in self.variants:
-            m,s = mean[name].to_numpy(float),sd[name].to_numpy(float)
-            ax.plot(x, m, label=name, markevery=max(1, len(x)//10), ms=5, **styles[name])
-            ax.fill_between(x, m - s, m + s, color=styles[name]['color'], alpha=0.15, lw=0)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        band = f', ± s.d. of {len(self.seeds)} seeds' if len(self.seeds) > 1 else ''
-        ax.set(xlabel='epochs trained', ylabel=f'{metric}{band}')
-        ax.grid(alpha=0.3)
-        ax.legend()
-
-    def _plot_differences(self, ax, metric, styles):
-        others = [n for n in self.variants if n != 'raw']
-        differences,summary = self.differences(metric),self.summary(metric)
-        for y, name in enumerate(reversed(others)):
-            look,row = {k: v for k, v in styles[name].items() if k != 'zorder'},summary.loc[name]
-            ds = differences[name].dropna().to_numpy(float)
-            ax.plot(ds, np.full(len(ds), y), ls='', alpha=0.5, ms=5, **look)
-            if np.isfinite([row.low, row.high]).all():
-                ax.plot([row.low, row.high], [y - 0.2]*2, color=look['color'], lw=1.5)
-            ax.plot(row.difference, y - 0.2, '|', color=look['color'], ms=12, mew=2.5)
-        ax.axvline(0, color='#6b6b6b', lw=1)
-        ax.set(yticks=range(len(others)), yticklabels=others[::-1], ylim=(-0.6, len(others) - 0.5),
-               xlabel=f'{metric} − raw’s: seeds, mean, 95 % interval')
-        ax.grid(axis='x', alpha=0.3)
+    def _spread(self): return f', ± s.d. of {len(self.seeds)} seeds' if len(self.seeds) > 1 else ''
 
     def about(self) -> str:
         "What the figures are of: runs, data, machine, what failed"

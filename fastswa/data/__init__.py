@@ -2,7 +2,7 @@
 from importlib import import_module
 
 _NAMES = dict(
-    loaders=['BatchLoader', 'DataLoaders', 'collate_device', 'collate_dict', 'inplace'],
+    loaders=['BatchLoader', 'DataLoaders', 'collate_device', 'collate_dict', 'get_dls', 'inplace'],
     sources=['fashion_mnist', 'load_data', 'mnist', 'toy_images'],
     transforms=['RandCopy', 'RandCrop', 'RandErase', 'RandFlip', 'cutmix', 'mixup', 'rand_copy', 'rand_crop',
                 'rand_erase', 'rand_flip'])

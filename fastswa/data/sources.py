@@ -9,10 +9,15 @@ __all__ = ['fashion_mnist', 'mnist', 'toy_images', 'load_data']
 import gzip, hashlib, math, os, threading, zlib
 from pathlib import Path
 
-import datasets, huggingface_hub, torch
+import torch
 import numpy as np, pyarrow as pa
 import torch.nn.functional as F
-from datasets import ClassLabel, Dataset, DatasetDict, Features
+
+from ..core import imports_without
+
+with imports_without('IProgress not found'):      # of tqdm, in a notebook without ipywidgets
+    import datasets, huggingface_hub
+    from datasets import ClassLabel, Dataset, DatasetDict, Features
 
 # %% ../../nbs/data/00_sources.ipynb #00000005
 def _pgm_column(x):

@@ -81,12 +81,13 @@ class ResBlock(nn.Module):
         ks:int=3, # kernel size, odd
         act=act_gr, # makes the activations
         norm=None, # makes the norms
+        bias:bool|None=True, # biases in the convolutions? None: unless the norm has a shift of its own
     ):
         super().__init__()
         if check_whole('ks', ks) % 2 == 0: raise ValueError(f'ks must be odd, or the shapes do not fit; got {ks}')
-        self.convs = nn.Sequential(conv(ni, nf, ks, 1, act, norm), conv(nf, nf, ks, stride, None, norm))
+        self.convs = nn.Sequential(conv(ni, nf, ks, 1, act, norm, bias), conv(nf, nf, ks, stride, None, norm, bias))
         self.pool = nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()
-        self.idconv = conv(ni, nf, 1, 1, None, norm) if ni != nf else nn.Identity()
+        self.idconv = conv(ni, nf, 1, 1, None, norm, bias) if ni != nf else nn.Identity()
         self.act = act() if act else nn.Identity()
 
     def forward(self, x): return self.act(self.convs(x) + self.idconv(self.pool(x)))

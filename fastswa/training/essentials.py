@@ -12,6 +12,7 @@ import torch
 
 from ..core import batch_size, get_rng_state, loader_generators, set_modes
 from .events import Callback
+from .optim import loss_module
 
 # %% ../../nbs/training/01_essentials.ipynb #00000005
 class LossMeter:
@@ -32,7 +33,7 @@ class LossMeter:
         if not torch.is_tensor(self.losses[0]): return torch.tensor(self.losses, dtype=torch.float64)
         return torch.cat([o.reshape(-1) for o in self.losses])
 
-    def mean(self) -> float:
+    def compute(self) -> float:
         "The mean over the samples; waits for the device, once"
         if not self.losses: return math.nan      # every batch was cancelled
         return (self._all().cpu().double() @ torch.tensor(self.sizes).double()).item()/max(sum(self.sizes), 1)
@@ -68,7 +69,8 @@ class LossCB(Callback):
     def before_epoch(self, learn): self.meter = LossMeter()
 
     def after_batch(self, learn):
-        if learn.loss is not None: self.meter.add(learn.loss, batch_size(learn.batch, learn.dl))
+        loss = learn.loss      # predictions alone may be wanted, with a loss function that gives none
+        if torch.is_tensor(loss) and loss.numel() == 1: self.meter.add(loss, batch_size(learn.batch, learn.dl))
         if learn.training: self._check(learn, wait=False)
 
     def after_epoch(self, learn):
@@ -76,7 +78,7 @@ class LossCB(Callback):
             raise ValueError(f'the {"training" if learn.training else "validation"} loader gave no batch')
         if learn.training: self._check(learn, wait=True)
         kind = 'train' if learn.training else 'eval'
-        learn.history.append(dict(loss=self.meter.mean(), epoch=learn.epoch, train=kind, weights=learn.weights))
+        learn.history.append(dict(loss=self.meter.compute(), epoch=learn.epoch, train=kind, weights=learn.weights))
 
     def _check(self, learn, wait):
         bad = self.meter.first_bad(wait)
@@ -85,12 +87,17 @@ class LossCB(Callback):
                                  'try a lower learning rate (`learn.lr_find()`), or look for bad values in the data')
 
 class ModesCB(Callback):
-    "Train mode for training, eval mode for validation; layers that are frozen, in eval mode already, stay so"
+    """Train mode for training, eval mode for validation, a loss that is a module included; what is frozen, in eval mode
+    already, stays so"""
     order,role = -math.inf,'steps'
-    def __init__(self): self.modes,self.frozen = {},[]
+    def __init__(self): self.modes,self.frozen,self.loss = {},[],[]
 
     def before_fit(self, learn):
-        self.modes,self.frozen = {m: m.training for m in learn.model.modules()},None
+        loss = loss_module(learn)
+        apart = loss is not None and loss not in {*learn.model.modules()}
+        self.loss = [loss] if apart and loss.training else []
+        self.modes = {m: m.training for root in (*self.loss, learn.model) for m in root.modules()}
+        self.frozen = None
 
     def set(self, model, training):
         "Put the model in train or eval mode"
@@ -99,8 +106,9 @@ class ModesCB(Callback):
 
     def before_epoch(self, learn):
         if self.frozen is None:      # now, since a callback may freeze layers when the fit begins
-            self.frozen = [m for m in learn.model.modules() if learn.model.training and not m.training]
-        self.set(learn.model, learn.training)
+            self.frozen = [m for root in (*self.loss, learn.model) for m in root.modules()
+                           if root.training and not m.training]
+        for root in (*self.loss, learn.model): self.set(root, learn.training)
 
     def cleanup_fit(self, learn): set_modes(self.modes)
 
@@ -110,7 +118,11 @@ class PositionCB(Callback):
     rng = None # random state from which the order of this epoch follows
 
     def before_epoch(self, learn):
-        if learn.training: self.rng = get_rng_state(loader_generators(learn.dl))
+        if learn.training: self.rng = get_rng_state(self.generators(learn))
+
+    def generators(self, learn) -> list:
+        "Those that give the order of the training data; a callback may have wrapped `learn.dl`"
+        return loader_generators(learn.dl) or loader_generators(learn.dls.train)
 
     def place(self, learn) -> dict|None:
         "Epoch and batches of it that are done; None outside of a training epoch, and while a batch is half done"

@@ -20,7 +20,7 @@ from ..averaging.holding import restore_raw
 from ..core import Clock, Report, batch_inputs, batch_targets, later, map_tensors, tensors_in, unwrap
 from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepException
 from .events import as_list, check_cbs, with_cbs
-from .optim import HasOptimizer
+from .optim import HasOptimizer, parameters
 from .sandbox import essentials, keep_random_state, sandbox
 
 # %% ../../nbs/training/04_learner.ipynb #0000000c
@@ -130,6 +130,9 @@ def _say_where(e, learn):
     shapes = [f'{tuple(t.shape)} {str(t.dtype).removeprefix("torch.")}' for t in tensors_in(learn.batch)]
     e.add_note(f'(in batch {learn.iter} of {"training" if learn.training else "validation"} epoch {learn.epoch}, '
                f'which holds {", ".join(shapes) or type(learn.batch).__name__})')
+    if 'more than 1 value per channel' in str(e):
+        e.add_note('BatchNorm cannot train on a single sample: leave such a batch out, by drop_last=True in the loader '
+                   "or a callback with the role 'prepares' that raises CancelBatchException in before_batch")
 
 # %% ../../nbs/training/04_learner.ipynb #0000000f
 class Learner(HasOptimizer, HasWeights, CallbackRunner):
@@ -203,7 +206,9 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         "One pass over `dls.train` or `dls.valid`, and its row in `learn.history`"
         self.training,self.dl,self.iter = training,self.dls.train if training else self.dls.valid,-1
         self.between_batches = True
-        if training: self.clock.begin_epoch(self.epoch)
+        if training:
+            self.clock.begin_epoch(self.epoch)
+            self._warn_of_new_parameters()
         with torch.set_grad_enabled(training): self._one_epoch()
 
     @with_cbs('epoch')
@@ -234,12 +239,9 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
     def take_step(self):
         "What follows the gradients, from `after_backward` to `zero_grad`"
         self.callback('after_backward')
-        done = self.opt_steps
-        if self._step_hook is not None: self._step_hook.depth = 0      # the last step may have failed
-        self.step()
-        if self._step_hook is None: self.opt_steps += 1      # where nothing tells, a call is a step
-        if self.opt_steps > done:
-            self.clock.steps += self.opt_steps - done
+        if self._step_was_made():
+            self.opt_steps += 1
+            self.clock.steps += 1
             self.callback('after_step')
         self.zero_grad()
 
@@ -260,7 +262,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
 
     @contextmanager
     def _gradients(self):
-        for p in self.model.parameters(): p.grad = None      # what others left there is not part of this fit
+        for p in parameters(self): p.grad = None      # what others left there is not part of this fit
         yield
 
 # %% ../../nbs/training/04_learner.ipynb #00000011
@@ -299,13 +301,13 @@ class MomentumLearner(TrainLearner):
 
     def zero_grad(self):
         with torch.no_grad():
-            for p in self.model.parameters():
+            for p in parameters(self):
                 if p.grad is not None: p.grad *= self.mom
 
     @contextmanager
     def _gradients(self):
-        for p in self.model.parameters(): p.grad = self._grads.get(p)
+        for p in parameters(self): p.grad = self._grads.get(p) if p.requires_grad else None
         try: yield
         finally:
-            self._grads = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+            self._grads = {p: p.grad for p in parameters(self) if p.grad is not None}
             for p in self._grads: p.grad = None

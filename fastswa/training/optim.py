@@ -9,10 +9,14 @@ __all__ = ['param_groups', 'group_options', 'set_option', 'OptionChanges', 'opt_
 import difflib, warnings
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
-from torch.optim import LBFGS, Optimizer
+from torch import nn
+from torch.optim import LBFGS
 
+from ..averaging.batchnorm import bn_layers
+from ..averaging.tensors import some_names
 from ..core import map_tensors, plain, unwrap
 
 # %% ../../nbs/training/03_optim.ipynb #00000006
@@ -21,7 +25,8 @@ KNOWN_OPTIONS = ('lr lr_mult weight_decay momentum betas eps dampening nesterov 
                  'foreach capturable differentiable fused initial_lr max_lr min_lr base_momentum max_momentum').split()
 
 def _params(model):
-    "Parameters by their name in the plain model, a tied one under its first name"
+    "Parameters by their name in the plain model, a tied one under its first name; a dict is one of them already"
+    if isinstance(model, dict): return model
     return {n.replace('_orig_mod.', ''): p for n, p in unwrap(model).named_parameters()}
 
 def _unknown(what, name, names):
@@ -125,6 +130,39 @@ class OptionChanges:
                 if v is _ABSENT: g.pop(k, None)
                 else: set_option(g, k, v)
 
+# %% ../../nbs/training/03_optim.ipynb #f7c3d67a
+def loss_module(
+    learn, # a learner
+) -> nn.Module|None:
+    "Its loss function, if that is a module, a method of one, or a `partial` of either"
+    f = getattr(learn, 'loss_func', None)
+    while isinstance(f, partial): f = f.func
+    f = getattr(f, '__self__', f)
+    return f if isinstance(f, nn.Module) else None
+
+def loss_tensors(
+    learn, # a learner
+    kind:str='parameters', # or `'buffers'`
+) -> dict: # name → tensor
+    "The parameters or buffers of a loss that is a module, but none that are the model's too"
+    loss = loss_module(learn)
+    found = {} if loss is None else dict(getattr(loss, f'named_{kind}')())
+    if not found: return {}
+    models = _ids(getattr(learn.model, kind)())
+    return {f'loss_func.{n}': t for n, t in found.items() if id(t) not in models}
+
+def parameters(
+    learn, # a learner
+) -> list:
+    "All that it may train: the parameters of its model, and of its loss"
+    return [*learn.model.parameters(), *loss_tensors(learn).values()]
+
+def named_parameters(
+    learn, # a learner
+) -> dict:
+    "The same by name"
+    return {**_params(learn.model), **loss_tensors(learn)}
+
 # %% ../../nbs/training/03_optim.ipynb #00000015
 def _ids(params): return {id(p) for p in params}
 
@@ -134,23 +172,66 @@ def make_opt(
     opt_func, # called with parameters and learning rate; returns anything with `step` and `zero_grad`
     model, # the module whose parameters are to be trained
     lr, # learning rate
+    loss_params:dict|None=None, # those of the loss function, by name
 ): # the optimizer
-    "An optimizer of the model's parameters; ValueError if it has others"
-    params = list(model.parameters())
+    "An optimizer of the parameters of model and loss; ValueError if it has others, or leaves out those of the loss"
+    loss_params = loss_params or {}
+    params = [*model.parameters(), *loss_params.values()]
     opt = opt_func(params, lr)
-    strange = _held(opt) - _ids(params)
+    held = _held(opt)
+    strange = held - _ids(params)
     if strange: raise ValueError(f'the optimizer got {len(strange)} parameters that are not the model\'s: '
                                  'opt_func must use those of learn.model')
-    with suppress(AttributeError): opt._made_for = params      # an object with __slots__ takes none
+    left = [(n, p) for n, p in loss_params.items() if p.requires_grad and held and id(p) not in held]
+    if left and (isinstance(opt, LBFGS) or not hasattr(opt, 'add_param_group')):
+        raise ValueError(f'opt_func leaves out {len(left)} parameters of the loss function: give the optimizer '
+                         'all that opt_func gets, or turn off their requires_grad')
+    if left:
+        named = 'param_names' in opt.param_groups[0]      # torch wants names for all groups, or for none
+        opt.add_param_group(dict(params=left if named else [p for _, p in left], name='loss_func'))
+    _warn_of_options(opt)
+    _made_for(opt, params)
     return opt
+
+def _made_for(opt, params):
+    "An object with `__slots__` takes no note"
+    with suppress(AttributeError): opt._made_for = params
+
+def _warn_of_options(opt):
+    "An option that some groups have and the optimizer does not know may be misspelled: torch takes any"
+    groups,defaults = _groups(opt),getattr(opt, 'defaults', None)
+    known = {*KNOWN_OPTIONS, 'params', 'param_names', 'name', *(defaults or ())}
+    strange = {k for g in groups for k in g if k not in known and not all(k in o for o in groups)}
+    if defaults and strange:
+        warnings.warn(f'{type(opt).__name__} has no option {", ".join(map(repr, sorted(strange)))}, which some of its '
+                      'groups have: is it misspelled? The share of the learning rate is lr_mult')
+
+def new_params(
+    opt, # an optimizer
+    params, # those of model and loss
+) -> list:
+    "The parameters that came after it was made and that it does not hold"
+    known = _held(opt) | _ids(getattr(opt, '_made_for', params))
+    return [p for p in params if id(p) not in known]
 
 def opt_fits(
     opt, # an optimizer
-    model, # a module
+    params, # those of model and loss
 ) -> bool:
-    "Was it made for the model's parameters of now? One that `make_opt` did not make fits if it has no others"
-    own,made_for = _ids(model.parameters()),getattr(opt, '_made_for', None)
-    return _held(opt) <= own and (made_for is None or _ids(made_for) == own)
+    "Are all its parameters among these, and does it hold those that are new since it was made?"
+    return _held(opt) <= _ids(params) and not new_params(opt, params)
+
+def keep_state(
+    old, # an optimizer
+    new, # the one that takes its place
+):
+    "Momentum and the like of the parameters that both have goes on; a warning says that there is a new optimizer"
+    params = {p for g in _groups(new) for p in g['params']}
+    same = type(old) is type(new) and not isinstance(new, LBFGS) and hasattr(old, 'state')
+    if same: new.state.update({p: s for p, s in old.state.items() if p in params})
+    n = len(_ids(params) - _held(old))
+    warnings.warn(f'the model has other parameters than its optimizer ({n} are new): opt_func makes a new one, '
+                  + ('which keeps the momentum of those that stayed' if same else 'which starts without momentum'))
 
 def set_rates(
     opt, # an optimizer; anything without `param_groups` has no rates
@@ -163,33 +244,57 @@ def set_rates(
         set_option(g, 'lr', lr*mult)
 
 # %% ../../nbs/training/03_optim.ipynb #00000018
-class _StepHooks:
-    "Calls `f()` after each step of an optimizer, once where its `step` calls that of a parent class"
-    def __init__(self, opt, f):
-        self.f,self.depth = f,0
-        self.handles = opt.register_step_pre_hook(self._before), opt.register_step_post_hook(self._after)
+def hooked_optimizers(
+    opt, # an optimizer, or an object or container with some inside
+    outermost:bool=False, # not those that are inside one of them?
+) -> list:
+    "The optimizers, itself and those inside, whose hooks are called when they step"
+    found,seen = [],set()
+    def visit(o):
+        if id(o) in seen: return
+        seen.add(id(o))
+        if isinstance(o, (list, tuple, dict)): inside = o.values() if isinstance(o, dict) else o
+        elif callable(getattr(o, 'step', None)): inside = getattr(o, '__dict__', {}).values()
+        else: return
+        hooked = hasattr(o, '_optimizer_step_post_hooks') and getattr(type(o).step, 'hooked', False)
+        if hooked: found.append(o)
+        for v in () if hooked and outermost else [*inside]: visit(v)
+    visit(opt)
+    return found
 
-    def _before(self, *_): self.depth += 1
+class StepWatch:
+    "Tells whether a step was made"
+    def __init__(self,
+        opt, # an optimizer, or a wrapper of some
+    ):
+        self.handles = [o.register_step_post_hook(self._note) for o in hooked_optimizers(opt)]
+        self.told,self.tells = False,None if self.handles else False      # None: whether hooks tell is not known yet
 
-    def _after(self, *_):
-        self.depth -= 1
-        if self.depth <= 0: self.f()
+    def _note(self, *_): self.told = True
+
+    def made(self,
+        step, # called without arguments
+        model, # what it trains
+    ) -> bool:
+        "Call `step`; did it make a step? Where no hook tells, it did"
+        before = _some_weights(model) if self.tells is None else ()
+        self.told = False
+        step()
+        if self.tells is None and (self.told or any(not torch.equal(p, old) for p, old in before)):
+            self.tells = self.told
+        return self.told or self.tells is False
 
     def remove(self):
         for h in self.handles: h.remove()
 
-def hook_steps(
-    opt, # an optimizer, or a wrapper with one inside
-    f, # called without arguments
-): # an object with `remove()`, or None: there are no hooks, and a call of `step` is a step
-    "Call `f()` after each step that is really made"
-    while not (hasattr(opt, '_optimizer_step_post_hooks') and getattr(type(opt).step, 'hooked', False)):
-        inside = [o for o in getattr(opt, '__dict__', {}).values() if isinstance(o, Optimizer)]
-        if len(inside) != 1: return None
-        opt = inside[0]
-    return _StepHooks(opt, f)
+def _some_weights(model):
+    "A few small parameters that have a gradient, and copies of them"
+    params = sorted((p for p in model.parameters() if p.grad is not None), key=torch.Tensor.numel)
+    return [(p, p.detach().clone()) for p in params[:8]]
 
 # %% ../../nbs/training/03_optim.ipynb #0000001a
+def _trains(module): return any(p.requires_grad for p in module.parameters())
+
 class HasOptimizer:
     "An optimizer for `model`, made by `opt_func` when it is first needed; `opt_steps` counts the steps really made"
     in_fit = will_train = False
@@ -204,7 +309,7 @@ class HasOptimizer:
 
     def forget_opt(self):
         "The next optimizer is a new one"
-        self._opt = self._step_hook = self._fit_lr = None
+        self._opt = self._step_watch = self._fit_lr = None
         self.options,self._is_ready = [],False
 
     def _start_opt(self, lr, reset):
@@ -215,20 +320,24 @@ class HasOptimizer:
     @property
     def opt(self):
         "The optimizer; None in a fit that does not train, if there is none yet"
-        if self._is_ready or (self.in_fit and not self.will_train): return self._opt
-        if self._opt is None or not opt_fits(self._opt, self.model):
-            self.opt = make_opt(self.opt_func, self.model, self._rate())
+        if self.in_fit and (self._is_ready or not self.will_train): return self._opt
+        params = parameters(self)
+        if self._is_ready and _held(self._opt) <= _ids(params): return self._opt      # new ones may be added by hand
+        if self._opt is None or not opt_fits(self._opt, params):
+            old,self.opt = self._opt,make_opt(self.opt_func, self.model, self._rate(), loss_tensors(self))
+            if old is not None: keep_state(old, self._opt)
         set_rates(self._opt, self._rate())
         self.options,self._is_ready = group_options(self._opt),True
         return self._opt
 
     @opt.setter
     def opt(self, opt):
-        if self._step_hook is not None: self._step_hook.remove()
-        self._opt,self._is_ready = opt,True
-        self._step_hook = None if opt is None else hook_steps(opt, self._step_was_made)
+        old,watch = self._step_watch,None if opt is None else StepWatch(opt)
+        self._opt,self._step_watch,self._is_ready = opt,watch,True
+        if not hasattr(opt, '_made_for'): _made_for(opt, parameters(self))
+        if old is not None: old.remove()
 
-    def __getstate__(self): return vars(self) | dict(_step_hook=None)      # an optimizer does not take hooks along
+    def __getstate__(self): return vars(self) | dict(_step_watch=None)      # an optimizer does not take hooks along
 
     def __setstate__(self, state):      # of a copy, or of a learner from a file
         vars(self).update(state)
@@ -238,14 +347,56 @@ class HasOptimizer:
 
     def _rate(self): return self.lr if self._fit_lr is None else self._fit_lr
 
-    def _step_was_made(self): self.opt_steps += 1
+    def _step_was_made(self):
+        "Step; was a step really made?"
+        if self._step_watch is None: self.opt = self.opt      # outside a fit there may be none yet
+        return self._step_watch.made(self.step, self.model)
+
+    def _warn_of_new_parameters(self):
+        new = _ids(new_params(self._opt, parameters(self)))
+        if not new: return
+        names = [n for n, p in named_parameters(self).items() if id(p) in new]
+        warnings.warn('the model got parameters during the fit, which its optimizer does not train: '
+                      f'{some_names(names)}. Add them by learn.opt.add_param_group(…), or go on in a new fit')
+
+    def freeze_to(self,
+        n:int, # the first group that trains; negative: counted from the last
+        train_bn:bool=True, # do BatchNorm layers of frozen groups go on training, their statistics too?
+    ):
+        """Only the optimizer's parameter groups from `n` on train, in the order of `learn.opt.param_groups`
+
+        ValueError if there is no such group. Dropout goes on in frozen groups, BatchNorm too if `train_bn`."""
+        groups = _groups(self.opt)
+        if not -len(groups) <= n < len(groups):
+            raise ValueError(f'the optimizer has {len(groups)} parameter groups; there is no group {n}: '
+                             'param_groups() in opt_func makes several')
+        first = range(len(groups))[n]
+        norms = {m: _trains(m) for m in bn_layers(self.model).values()}
+        bn = _ids(p for m in norms for p in m.parameters())
+        for i, g in enumerate(groups):
+            for p in g['params']: p.requires_grad_(i >= first or (train_bn and id(p) in bn))
+        for m, did in norms.items():
+            if _trains(m) != did: m.train(self.model.training and not did)
+
+    def freeze(self,
+        train_bn:bool=True, # as for `freeze_to`
+    ):
+        "Only the last parameter group trains; ValueError if there is only one"
+        if len(_groups(self.opt)) < 2:
+            raise ValueError('freeze() needs an optimizer with several parameter groups: '
+                             'param_groups() in opt_func makes them')
+        self.freeze_to(-1, train_bn)
+
+    def unfreeze(self):
+        "All parameter groups train"
+        self.freeze_to(0)
 
 # %% ../../nbs/training/03_optim.ipynb #0000001d
 def _check_opt(opt):
-    if not all(hasattr(opt, k) for k in ('state_dict', 'load_state_dict', 'param_groups')):
-        raise TypeError('an optimizer with state_dict, load_state_dict and param_groups is needed; '
-                        f'got {type(opt).__name__}')
+    if not all(callable(getattr(opt, k, None)) for k in ('state_dict', 'load_state_dict')):
+        raise TypeError(f'an optimizer with state_dict and load_state_dict is needed; got {type(opt).__name__}')
 
+def _is_torchs(opt, state): return hasattr(opt, 'param_groups') and {*state} >= {'state', 'param_groups'}
 
 def _names(model, opt):
     "For each group of the optimizer, the names of its parameters"
@@ -256,12 +407,14 @@ def _names(model, opt):
     return [[known[id(p)] for p in g['params']] for g in opt.param_groups]
 
 def opt_state(
-    model, # a module, wrapped or not
-    opt, # an optimizer of its parameters
+    model, # a module, wrapped or not, or its parameters by name
+    opt, # an optimizer of its parameters; of an object that holds several, the state stays as it is
 ) -> dict: # torch's `state` (tensors are not copied) and `param_groups`, with `param_names`; `optimizer`; `params`
     "The state of an optimizer with the names of its parameters; `torch.load` opens it with `weights_only=True`"
     _check_opt(opt)
-    state,names,params = opt.state_dict(),_names(model, opt),_params(model)
+    state = opt.state_dict()
+    if not _is_torchs(opt, state): return plain(dict(optimizer=type(opt).__name__, own=state))
+    names,params = _names(model, opt),_params(model)
     groups = [dict(g, param_names=ns) for g, ns in zip(state['param_groups'], names)]
     kinds = {n: dict(shape=list(params[n].shape), dtype=str(params[n].dtype)) for ns in names for n in ns}
     return plain(dict(state, param_groups=groups, optimizer=type(opt).__name__, params=kinds), strict=False)
@@ -301,11 +454,15 @@ def load_opt_state(
 ):
     "Load a state by names; ValueError, with nothing changed, if it is of another optimizer or (`strict`) does not fit"
     _check_opt(opt)
-    if not isinstance(state, dict) or not state.keys() >= {'optimizer', 'param_groups', 'params', 'state'}:
+    own = isinstance(state, dict) and state.keys() == {'optimizer', 'own'}
+    if not own and not (isinstance(state, dict) and state.keys() >= {'optimizer', 'param_groups', 'params', 'state'}):
         raise ValueError("this is no state from opt_state (torch's own state_dict has no names that could be matched)")
     if state['optimizer'] != type(opt).__name__:
         raise ValueError('the state is of another optimizer: '
                          f'saved from {state["optimizer"]}, here is {type(opt).__name__}')
+    if own:
+        if load: opt.load_state_dict(map_tensors(torch.clone, state['own']))
+        return
     groups,params,saved = _names(model, opt),_params(model),state['params']
     old = _saved_names([n for ns in groups for n in ns], rename)
     fits = {n: o for n, o in old.items() if o in saved and saved[o]['shape'] == list(params[n].shape)}

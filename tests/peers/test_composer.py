@@ -10,10 +10,10 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
 
 from fastswa.averaging import Average, Averages, ema
-from fastswa.callbacks import BNUpdateCB, EMACB, EpochSchedCB, SWACB
+from fastswa.callbacks import BNUpdateCB, EMACB, EarlyStoppingCB, EpochSchedCB, MetricsCB, SWACB
 from fastswa.checkpoint import CheckpointCB
 from fastswa.training import Callback
-from helpers import AtEpoch, Trail, copied, floats, learner, one, quick, same, state
+from helpers import AtEpoch, Scripted, Trail, copied, floats, learner, one, quick, same, state
 
 SMOOTHING = [0, 0.5, 0.99, 1]
 
@@ -181,3 +181,26 @@ def test_a_run_that_is_resumed_is_the_run_without_a_break(kind, epoch, tmp_path)
     rest.fit(4, resume=tmp_path)
     for name in ['raw', *whole.averages]:
         assert same(copied(rest.averages.weights(name)), copied(whole.averages.weights(name)))
+
+
+# --- EarlyStopper, ThresholdStopper
+
+
+@pytest.mark.parametrize('scores', [[0.1, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1], [0.1, 0.2]])
+def test_the_fit_ends_three_epochs_after_the_last_improvement(scores):
+    learn = quick(MetricsCB(accuracy=Scripted([*scores, *[scores[-1]]*30])), EarlyStoppingCB('accuracy', patience=3))
+    learn.fit(30)
+    assert learn.history[-1]['epoch'] + 1 == len(scores) + 3
+
+
+@pytest.mark.differs('patience counts what is watched, rows of the table, so epochs: a batch has no row')
+def test_patience_is_no_time():
+    with pytest.raises(ValueError, match="patience must be a whole number"): EarlyStoppingCB(patience='3ba')
+
+
+@pytest.mark.parametrize('scores, threshold, stops', [([0.1, 0.5, 0.6, 0.7], 0.6, 3), ([0.1, 0.2, 0.3], 0.6, 3)])
+def test_the_fit_ends_at_a_threshold(scores, threshold, stops):
+    cb = EarlyStoppingCB('accuracy', patience=None, stop_at=threshold)
+    learn = quick(MetricsCB(accuracy=Scripted(scores)), cb)
+    learn.fit(len(scores))
+    assert learn.history[-1]['epoch'] + 1 == stops

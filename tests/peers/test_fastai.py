@@ -16,7 +16,7 @@ from fastswa.callbacks import (
 from fastswa.checkpoint import CheckpointCB, read_checkpoint
 from fastswa.nets import Hook, Hooks
 from fastswa.training import Callback, TrainCB, Learner, TrainLearner
-from helpers import Losses, Scores, copied, learner, linear, net, quick, regression, same
+from helpers import Losses, Scripted, Trail, copied, learner, linear, net, quick, regression, same
 
 # --- tracker
 
@@ -42,7 +42,7 @@ def test_the_best_so_far(min_delta, bests):
 @pytest.mark.parametrize('mode, best', [('max', 0.2), ('min', 0.1)])
 def test_which_of_two_is_better_can_be_said(mode, best):
     "comp=np.less, np.greater"
-    quick(MetricsCB(metric=Scores([0.2, 0.1])), cb := EarlyStoppingCB('metric', mode=mode)).fit(2)
+    quick(MetricsCB(metric=Scripted([0.2, 0.1])), cb := EarlyStoppingCB('metric', mode=mode)).fit(2)
     assert cb.best == best
 
 
@@ -79,6 +79,26 @@ def test_the_fit_ends_when_nothing_gets_better():
     learn.fit(200)
     assert len(learn.history) == 6
     assert learn.validate()[-1]['loss'] == learn.history[-1]['loss']
+
+
+@pytest.mark.parametrize('name, best', [('valid_loss', 0.1), ('error_rate', 0.1), ('accuracy', 0.2), ('mse', 0.1)])
+def test_a_name_tells_which_way_is_good(name, best):
+    "fastai: small for a name with `loss` or `error` in it, large for any other; here mse is an error too"
+    quick(MetricsCB(**{name: Scripted([0.2, 0.1])}), cb := EarlyStoppingCB(name)).fit(2)
+    assert cb.best == best
+
+
+@pytest.mark.differs('a name that does not tell is asked about: fastai takes the largest as the best')
+def test_a_name_that_does_not_tell_is_an_error():
+    with pytest.raises(ValueError, match="'tst_metric' good.*give mode="):
+        quick(MetricsCB(tst_metric=Scripted([0.2, 0.1])), EarlyStoppingCB('tst_metric')).fit(2)
+
+
+def test_the_best_model_is_there_after_the_fit():
+    "SaveModelCallback, which loads it at the end"
+    learn = quick(Losses([2., 1., 3., 4.]), EarlyStoppingCB(patience=None, restore_best=True), trail := Trail())
+    learn.fit(4)
+    assert torch.equal(learn.model.weight, trail.seen[13]['weight']) and learn.weights == 'best'
 
 
 def files(folder): return sorted(p.name for p in folder.iterdir())

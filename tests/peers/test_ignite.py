@@ -15,7 +15,7 @@ from fastswa.averaging import Average, Averages, ema
 from fastswa.callbacks import EarlyStoppingCB, EpochSchedCB, MetricsCB
 from fastswa.checkpoint import CheckpointCB, read_checkpoint
 from fastswa.training import Callback, TrainLearner
-from helpers import AtEpoch, Losses, Scores, copied, learner, net, one, quick, same
+from helpers import AtEpoch, Losses, Scripted, copied, learner, net, one, quick, same
 
 # --- EMAHandler
 
@@ -99,6 +99,23 @@ def test_buffers_can_be_averaged():
     assert average.module().scale == 0.25*1 + 0.25*2 + 0.5*3
 
 
+def test_buffers_can_be_averaged_by_halves():
+    "ignite's numbers: 1, 2, 3, 4, 5"
+    model = nn.Sequential(one())
+    model.register_buffer('scale', torch.tensor(1.))
+    average = Average(model, lambda n: 0.5, include=['*', 'scale'])
+    average.update()
+    for _ in range(4):
+        model.scale += 1
+        average.update()
+    assert average.module().scale == 4.0625
+
+
+def test_a_buffer_that_there_is_not_is_an_error():
+    "handle_buffers='invalid'"
+    with pytest.raises(ValueError, match="'invalid' matches no weights"): Average(net(), include=['*', 'invalid'])
+
+
 @pytest.mark.parametrize('every, expected', [(1, 4.0625), (2, 3.5)])
 def test_weights_1_to_5_by_halves(every, expected):
     "By hand: the average of 1, 2, 3, 4, 5, and of 1, 3, 5, half of it new each time"
@@ -147,7 +164,7 @@ def test_a_wrapped_model_is_averaged(wrap):
 
 def epochs_trained(scores, n=10, **kw):
     "How many epochs a fit takes that watches these scores, the higher the better"
-    learn = quick(MetricsCB(score=Scores([*scores, *[scores[-1]]*n])), EarlyStoppingCB('score', mode='max', **kw))
+    learn = quick(MetricsCB(score=Scripted([*scores, *[scores[-1]]*n])), EarlyStoppingCB('score', mode='max', **kw))
     learn.fit(n)
     return len(learn.history)//2
 
@@ -178,12 +195,30 @@ def test_small_improvements_add_up():
     assert epochs_trained([0., 0.3, 0.6, 0.6], n=4, patience=2, min_delta=0.4) == 4
 
 
+@pytest.mark.parametrize('mode, scores', [('max', [1.0, 2.0, 2.1, 3.0, 3.2, 3.25]), ('min', [1.0, 0.8, 0.79, 0.78])])
+def test_improvements_by_a_share_of_the_best(mode, scores):
+    "threshold_mode='rel' with 0.1. Wrong: 0.1 itself, by which 2.1 and then 3.2 would be better"
+    losses = [*scores, *[scores[-1]]*5]
+    learn = quick(Losses(losses), EarlyStoppingCB(patience=2, min_delta='10%', mode=mode))
+    learn.fit(8)
+    assert learn.history[-1]['epoch'] == len(scores) - 1
+
+
+@pytest.mark.parametrize('losses, kw, stops', [([1.0, 1.2, 0.9], {}, None),
+                                               ([1.1, 0.95, 0.94, 0.93], dict(min_delta=0.1), 4)])
+def test_small_is_good(losses, kw, stops):
+    "mode='min', with a threshold and without"
+    learn = quick(Losses([*losses, 1.]), EarlyStoppingCB(patience=2, **kw))
+    learn.fit(len(losses))
+    assert len(learn.history) == 2*(stops or len(losses))
+
+
 @pytest.mark.differs('an improvement is measured against the best that counted, as their cumulative_delta=True')
 def test_small_improvements_do_not_move_the_best():
     "Their default compares with the epoch before, and ends here after the third"
     assert epochs_trained([0., 0.3, 0.6], n=3, patience=2, min_delta=0.4) == 3
     cb = EarlyStoppingCB('score', patience=2, min_delta=0.4, mode='max')
-    quick(MetricsCB(score=Scores([0., 0.3, 0.6])), cb).fit(3)
+    quick(MetricsCB(score=Scripted([0., 0.3, 0.6])), cb).fit(3)
     assert (cb.best, cb.best_epoch) == (0.6, 2)
 
 
@@ -219,6 +254,19 @@ def test_what_cannot_be_saved_is_an_error_before_training(tmp_path):
                                 dict(best='loss', mode='least')])
 def test_arguments_of_a_checkpoint(tmp_path, kw):
     with pytest.raises((ValueError, TypeError), match=next(reversed(kw))): CheckpointCB(tmp_path, **kw)
+
+
+@pytest.mark.parametrize('score', [dict(a=1), [0.5, 0.5], None, 'good'])
+def test_a_score_that_is_no_number_is_an_error(score, tmp_path):
+    "Such as one for each class. The message names the column"
+    learn = quick(MetricsCB(score=Scripted([score]*3)), CheckpointCB(tmp_path, best='score', mode='max'))
+    with pytest.raises(ValueError, match="'score' has to be a number; in the row of epoch 0 it is"): learn.fit(3)
+
+
+@pytest.mark.parametrize('metric', [12345, None, ['loss']])
+def test_what_is_no_name_of_a_column_is_an_error(metric, tmp_path):
+    "score_function=12345"
+    with pytest.raises(TypeError, match='name of a column'): EarlyStoppingCB(metric)
 
 
 @pytest.mark.parametrize('keep, left', [(1, (4,)), (2, (3, 4)), (None, (1, 2, 3, 4))])

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from fastswa.callbacks import BatchSchedCB, EarlyStoppingCB, EpochSchedCB, GradAccumCB, MetricsCB
 from fastswa.checkpoint import CheckpointCB, read_checkpoint
 from fastswa.training import Callback, CancelEpochException, MomentumLearner, TrainLearner
-from helpers import AtEpoch, Losses, Scores, copied, linear, quick, regression, same, state
+from helpers import AtEpoch, Losses, Scripted, copied, linear, quick, regression, same, state
 
 # --- EarlyStopping
 
@@ -31,11 +31,58 @@ def test_the_fit_ends_when_patience_is_exhausted(losses, patience, stops):
     assert last_epoch(losses, patience=patience) == stops
 
 
+@pytest.mark.parametrize('validate', [True, False])
+@pytest.mark.parametrize('losses, patience, stops', [([6, 5, 5, 5, 5, 5], 3, 4), ([6, 5, 4, 4, 3, 3], 1, 3)])
+def test_the_row_of_training_can_be_watched(losses, patience, stops, validate):
+    "check_on_train_epoch_end, with validation and without it"
+    learn = quick(Losses([*losses, *[losses[-1]]*5], 'train'), EarlyStoppingCB('train/loss', patience=patience))
+    learn.fit(10, valid=validate)
+    assert learn.history[-1]['epoch'] == stops
+
+
+@pytest.mark.parametrize('stop_at, diverged_at, losses, stops', [
+    (None, None, [8, 4, 2, 3, 4, 5, 8, 10], 5), (2.9, None, [9, 8, 7, 6, 5, 6, 4, 3, 2, 1], 8),
+    (None, 15.9, [9, 4, 2, 16, 32, 64], 3)])
+def test_thresholds(stop_at, diverged_at, losses, stops):
+    "stopping_threshold, divergence_threshold"
+    assert last_epoch(losses, stop_at=stop_at, diverged_at=diverged_at) == stops
+
+
+@pytest.mark.differs('NaN or infinity in validation is no improvement, and patience decides: training may be sound')
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_a_validation_that_is_not_finite_is_no_improvement(bad):
+    "check_finite=True ends the fit there at once. A training loss that is not finite ends it here too"
+    assert last_epoch([4, 3, bad, 2, 1], n=5) == 4
+    assert last_epoch([4, 3, bad], patience=3) == 4
+
+
+@pytest.mark.parametrize('min_epochs, patience, stops', [(0, 1, 1), (2, 1, 1), (3, 1, 2), (6, 1, 5), (6, 7, 7),
+                                                         (20, 1, 9)])
+def test_a_least_number_of_epochs(min_epochs, patience, stops):
+    "The loss never gets better. (min_steps: a multiple of the steps of an epoch)"
+    assert last_epoch([1.]*10, min_epochs=min_epochs, patience=patience) == stops
+
+
+@pytest.mark.parametrize('losses, kw, why', [
+    ([10.]*10, dict(patience=2), 'has not been better than 10 of epoch 0 for 2 epochs'),
+    ([5., 3., 1., 0.5], dict(stop_at=0.6), 'loss is 0.5 in epoch 3, as good as stop_at=0.6'),
+    ([1., 2., 5., 10.], dict(diverged_at=8.), 'loss is 10 in epoch 3, worse than diverged_at=8'),
+    ([5., 4., 3.], dict(patience=3), None)])
+def test_the_reason(losses, kw, why, capsys):
+    "In words, on the callback and in the output; none where the fit came to its end"
+    n = 10 if why else len(losses)
+    learn = quick(Losses([*losses, *[losses[-1]]*n]), cb := EarlyStoppingCB(**kw))
+    learn.fit(n)
+    if why is None: assert cb.reason is None and cb.stopped_epoch is None
+    else: assert why in cb.reason and cb.reason in capsys.readouterr().out
+    assert cb.stopped_epoch == (learn.history[-1]['epoch'] if why else None)
+
+
 @pytest.mark.parametrize('first', [True, False])
 def test_of_several_the_first_to_be_exhausted_ends_the_fit(first):
     "In either order"
     cbs = [EarlyStoppingCB(patience=2), EarlyStoppingCB('flat', patience=3, mode='min')]
-    learn = quick(MetricsCB(flat=Scores([0.]*20)), Losses([8, 4, 2, 3, 4, 5, 8, 10]), *cbs[::1 if first else -1])
+    learn = quick(MetricsCB(flat=Scripted([0.]*20)), Losses([8, 4, 2, 3, 4, 5, 8, 10]), *cbs[::1 if first else -1])
     learn.fit(8)
     assert learn.history[-1]['epoch'] == 3
 
@@ -62,6 +109,15 @@ def test_it_looks_once_an_epoch():
     cb.watched.better = lambda *args: looks.append(args) or better(*args)
     quick(cb).fit(4)
     assert len(looks) == 4
+
+
+@pytest.mark.parametrize('shape', [(), (1,), (1, 1, 1)])
+def test_a_score_may_be_a_tensor_of_one_element(shape):
+    "Their squeeze()"
+    scores = Scripted([torch.full(shape, v) for v in (1., 2., 2., 2., 2.)])
+    learn = quick(MetricsCB(score=scores), EarlyStoppingCB('score', patience=2, mode='max'))
+    learn.fit(5)
+    assert learn.history[-1]['epoch'] == 3 and learn.history[-1]['score'] == 2.
 
 
 def test_the_state_is_in_the_checkpoint_and_comes_back(tmp_path):
@@ -188,12 +244,12 @@ def test_without_a_number_there_is_no_best(mode, tmp_path):
 def test_a_finished_run_resumed_does_nothing(times, tmp_path):
     "No step, no file, no row, however often"
     quick(CheckpointCB(tmp_path)).fit(2)
-    before = files(tmp_path)
+    before, stamp = files(tmp_path), (tmp_path/named(14)[0]).stat().st_mtime_ns
     for _ in range(times):
         learn = quick(CheckpointCB(tmp_path))
         learn.fit(2, resume=tmp_path)
         assert learn.opt_steps == 14 and len(learn.history) == 4
-    assert files(tmp_path) == before
+    assert files(tmp_path) == before and (tmp_path/named(14)[0]).stat().st_mtime_ns == stamp
 
 
 def test_validation_leaves_files_and_counts_alone(tmp_path):
@@ -253,6 +309,46 @@ def test_going_on_elsewhere_leaves_the_old_folder(tmp_path):
     before = files(tmp_path/'a')
     quick(CheckpointCB(tmp_path/'b', '1ba', keep=2)).fit(2, resume=tmp_path/'a')
     assert files(tmp_path/'a') == before == named(6, 7) and files(tmp_path/'b') == named(13, 14)
+
+
+@pytest.mark.differs('the newest so many stay, whoever wrote them, without one from which a run went on')
+def test_going_on_in_the_same_folder_counts_what_is_there(tmp_path):
+    quick(CheckpointCB(tmp_path, '2ba', keep=2), AtEpoch(1)).fit(3)
+    assert files(tmp_path) == named(6, 7)
+    quick(CheckpointCB(tmp_path, '2ba', keep=2)).fit(3, resume=tmp_path)
+    assert files(tmp_path) == named(20, 21)
+
+
+def test_a_folder_in_the_home_of_the_user(tmp_path, monkeypatch):
+    "Wrong: a folder that is called ~"
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert CheckpointCB('~/checkpoints').path == tmp_path/'checkpoints'
+    quick(CheckpointCB('~/checkpoints')).fit(1)
+    quick().load('~/checkpoints')
+    assert files(tmp_path/'checkpoints') == named(7)
+
+
+@pytest.mark.parametrize('epoch', [1, 2])
+def test_a_loader_without_a_length_goes_on(epoch, tmp_path):
+    "Lightning#20565: saved after each step, resumed, and as without a break"
+    class Stream:
+        def __init__(self, dl): self.dl = dl
+        def __iter__(self): return iter(self.dl)
+    def make(*cbs):
+        dls = regression()
+        dls.train, dls.valid = Stream(dls.train), Stream(dls.valid)
+        return TrainLearner(linear(), dls, F.mse_loss, 0.1, cbs)
+    whole = make()
+    whole.fit(4)
+    make(CheckpointCB(tmp_path, '1ba'), AtEpoch(epoch)).fit(4)
+    rest = make(CheckpointCB(tmp_path, '1ba'))
+    rest.fit(4, resume=tmp_path)
+    assert same(state(rest), state(whole)) and rest.opt_steps == 28
+
+
+def test_without_validation_the_end_is_saved_too(tmp_path):
+    quick(CheckpointCB(tmp_path, '1dur')).fit(2, valid=False)
+    assert files(tmp_path) == named(14)
 
 
 def test_a_checkpoint_callback_can_be_pickled(tmp_path):

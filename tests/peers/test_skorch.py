@@ -14,7 +14,7 @@ from fastswa.callbacks import EarlyStoppingCB, MetricsCB
 from fastswa.checkpoint import CheckpointCB, read_checkpoint
 from fastswa.nets import init_weights
 from fastswa.training import Callback, TrainLearner
-from helpers import AtEpoch, Hits, Losses, Scores, copied, data, learner, net, quick, same, state
+from helpers import AtEpoch, Hits, Losses, Scripted, copied, data, floats, learner, net, quick, same, state
 
 # --- EarlyStopping
 
@@ -34,7 +34,7 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize('metric', ['loss', 'accuracy'])
 def test_a_net_that_improves_is_trained_to_the_end(metric):
-    cbs = [MetricsCB(accuracy=Scores([*range(2, 20)])), Losses([*range(20, 0, -1)])]
+    cbs = [MetricsCB(accuracy=Scripted([*range(2, 20)])), Losses([*range(20, 0, -1)])]
     assert epochs(quick(*cbs, EarlyStoppingCB(metric, patience=5, mode='min' if metric == 'loss' else 'max'))) == 8
 
 
@@ -64,6 +64,26 @@ def test_what_is_monitored_needs_validation():
     "In a sentence: a fit without it has no such row"
     learn = quick(EarlyStoppingCB())
     with pytest.raises(ValueError, match='does not validate'): learn.fit(3, valid=False)
+
+
+@pytest.mark.parametrize('metric', ['loss', 'accuracy'])
+def test_the_weights_of_the_best_epoch_come_back(metric, capsys):
+    """load_best: those of a net that was trained for as many epochs, bit for bit (but for the count of batches, which
+    is that of the net), and they validate as they did"""
+    torch.manual_seed(0)
+    def make(*cbs): return learner(MetricsCB(accuracy=Hits()), *cbs, dls=data(bs=40), lr=2.)
+    learn = make(cb := EarlyStoppingCB(metric, patience=3, restore_best=True))
+    learn.fit(30)
+    rows = [r for r in learn.history if r['train'] == 'eval']
+    assert len(rows) < 30 and rows[cb.best_epoch][metric] == cb.best
+    again = make()
+    again.fit(cb.best_epoch + 1)
+    assert same(copied(floats(learn.model)), copied(floats(again.model)))
+    assert learn.validate('best')[-1][metric] == again.validate()[-1][metric] == cb.best
+    out = capsys.readouterr().out
+    assert f'{metric} has not been better' in out and f"'best' weights, of epoch {cb.best_epoch}" in out
+    learn.restore()
+    assert not same(copied(floats(learn.model)), copied(floats(again.model)))
 
 
 # --- Checkpoint
@@ -124,7 +144,7 @@ def test_what_is_monitored_for_a_checkpoint_needs_validation(tmp_path):
 
 def test_a_score_of_our_own(tmp_path):
     "1 in the third epoch and 0 before and after: the first and the third were the best when they came"
-    scores = MetricsCB(third=Scores([0, 0, 1, *[0]*7]))
+    scores = MetricsCB(third=Scripted([0, 0, 1, *[0]*7]))
     learn = quick(scores, cb := CheckpointCB(tmp_path, keep=1, best='third', mode='max'))
     learn.fit(10)
     assert cb.best_epoch == 2 and read_checkpoint(tmp_path/'best.pt')['opt_steps'] == 21

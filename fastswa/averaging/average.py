@@ -91,8 +91,8 @@ class Average(CountedSnapshots):
     ):
         """Inside the block the module holds the average; after it, whatever happened, what it held before.
 
-        A `state_dict()`, or a traced or exported form, that is taken inside shares the module's tensors: after the block
-        it has the raw weights, where `module()` gives what keeps the average."""
+        A `state_dict()`, or a traced or exported form, taken inside shares the module's tensors, and so has the raw
+        weights after the block: `module()` gives what keeps the average."""
         places,values = self.contents()
         with holding(self.source, 'average', places, values, stash): yield self.source
 

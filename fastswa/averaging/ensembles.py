@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from .average import Average
-from .snapshots import moving_of
 from .tensors import check_same, locked
 from ..core import check_choice, check_whole, uninterrupted, unwrap
 
@@ -103,7 +102,7 @@ class LatestAverage(KeepsSnapshots):
         self._ready()
         if self._taken == 0: self._check_values()
         values = self._values(module)
-        if self._is_bad(moving_of(values, self._selection.fixed_now())): self._skip()
+        if self._is_bad(values): self._skip()
         else:
             with uninterrupted():
                 oldest = self._kept.pop(0) if len(self._kept) == self.k else None
@@ -116,10 +115,10 @@ class LatestAverage(KeepsSnapshots):
     def _compute_mean(self):
         (first,*others),(total,*weights) = self._kept,decay_weights(len(self._kept), self.shape)
         self._avg = self._copies(first, self._avg)
-        mean,*others = [moving_of(values, self._selection.fixed) for values in (self._avg, *others)]
         for other, w in zip(others, weights):
             total += w
-            torch._foreach_lerp_(mean, other, w/total)
+            torch._foreach_lerp_(self._avg, other, w/total)
+        self._take_fixed()
 
     def load_state_dict(self, state):
         super().load_state_dict(state)

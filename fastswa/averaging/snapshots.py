@@ -49,8 +49,8 @@ class CountedSnapshots(ShadowWeights):
     def _check_values(self):
         "Raise an error if the module has no values yet"
         if any(t.is_meta for t in self._selection.live):
-            raise RuntimeError('the weights are on the meta device, which keeps no values: materialise the model, as by '
-                               'to_empty(), and load its weights before the first update')
+            raise RuntimeError('the weights are on the meta device, which keeps no values: materialise the model, as '
+                               'by to_empty(), and load its weights before the first update')
 
     def _is_held(self): return is_held(self._selection.owners)
 
@@ -69,10 +69,16 @@ class CountedSnapshots(ShadowWeights):
     def _count(self, flag=None):
         "A snapshot is in; a flag on the device will tell whether it really is"
         self._taken += 1
+        self._take_fixed()
         if self._lives: self._share()
         if flag is None: return
         if self._flags is None: self._flags = DelayedFlags(flag.device)
         self._flags.add(flag)
+
+    @torch.no_grad()
+    def _take_fixed(self):
+        "What has no mean, as a mask of infinities, is taken as it is"
+        for i in self._selection.fixed: self._avg[i].copy_(self._selection.live[i])
 
     def _as_kept(self, values):
         "A snapshot as it is to be checked: in a narrower dtype of the average a finite number may be infinite"
@@ -83,6 +89,7 @@ class CountedSnapshots(ShadowWeights):
     def _is_bad(self, values):
         "Is a snapshot not finite? A GPU is waited for"
         if not self.check_finite: return False
+        values = moving_of(values, self._selection.fixed_now())
         bad = not all_finite(self._as_kept(values))
         return bad_anywhere(bad, values[0].device, self._selection.meshes) if self.sharded else bad
 
@@ -150,14 +157,13 @@ def _move(averages, values, weights):
     snapshot = moving_of(values, fixed)
     check = lead.check_finite
     if check and (lead.sharded or None in weights or _can_mask(lead, snapshot)):
-        bad = _check(lead, snapshot)
+        bad = _check(lead, values, snapshot)
         if bad is True: return _skip_all(averages)
         check,flag = False,bad if torch.is_tensor(bad) else None
     with _guarded(averages):
         if not _move_those_begun(averages, values, fixed, weights, check, flag): return _skip_all(averages)
         for a, w in zip(averages, weights):
             if w is None: a._avg = a._copies(values)
-            for i in fixed: a._avg[i].copy_(values[i])
             a._count(flag)
 
 def _move_those_begun(averages, values, fixed, weights, check, flag):
@@ -179,9 +185,9 @@ def _move_those_begun(averages, values, fixed, weights, check, flag):
 def _can_mask(lead, snapshot):
     return lead._avg is not None and can_mask(snapshot) and can_mask(lead._avg) and lead._selection.dense
 
-def _check(lead, snapshot):
+def _check(lead, values, snapshot):
     "Is a snapshot bad: True, False, or a flag on the device that tells"
-    if not _can_mask(lead, snapshot): return lead._is_bad(snapshot)
+    if not _can_mask(lead, snapshot): return lead._is_bad(values)
     flag = bad_flag(lead._as_kept(snapshot))
     return bad_anywhere(flag, snapshot[0].device, lead._selection.meshes) if lead.sharded else flag
 

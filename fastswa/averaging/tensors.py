@@ -168,7 +168,7 @@ class Selection:
 
     @cached_property
     def fixed(self) -> list:
-        "Which of `live` are frozen and hold NaN or infinity, as a mask may: they have no mean, and are taken as they are"
+        "Which of `live` are frozen and hold NaN or infinity, as a mask may: without a mean, they are taken as they are"
         frozen = [isinstance(p, nn.Parameter) and not p.requires_grad for p in self._firsts]
         return [i for i, t in enumerate(self.live) if frozen[i] and not t.is_meta and not t.isfinite().all()]
 
@@ -271,7 +271,10 @@ class ShadowWeights:
         if not isinstance(module, nn.Module):
             raise TypeError(f'the snapshot of an average takes a module; got {module!r}')
         if unwrap(module) is self.source: return self._selection.live
-        return self._selection.in_order(Selection(module, self._selection.include, self._selection.exclude).tensors)
+        ours = self._selection
+        if ours.include is None and ours.exclude is None: return ours.in_order(Selection(module).tensors)
+        # by name, since what the patterns leave out may be missing there
+        return ours.in_order({name: d[k].detach() for name, _, d, k in named_places(module) if name in ours.tensors})
 
     # --- live modules: those of `Average.live`
 
@@ -305,8 +308,8 @@ class ShadowWeights:
         if old.current(): return
         new = Selection(self.source, old.include, old.exclude)
         if self._avg is not None:
-            check_same(old.tensors, new.tensors, advice='; to begin anew with these weights, call reset() on the average, '
-                       'which is averages[name], or cb.average of a callback')
+            check_same(old.tensors, new.tensors, advice='; to begin anew with these weights, call reset() on the '
+                       'average, which is averages[name], or cb.average of a callback')
         self._settle()
         self._follow(old, new)
 

@@ -234,7 +234,7 @@ class EMACB(AverageCB):
     @_with_arguments_of(AverageCB, but=['rule', 'restart'])
     def __init__(self,
         decay:float|None=None, # what is left of the average after a step, from 0 to 1
-        half_life:str|None=None, # or: the time after which a snapshot counts half; neither: `'0.05dur'`, warmup `'ratio'`
+        half_life:str|None=None, # or: the time after which a snapshot counts half; neither: '0.05dur', warmup 'ratio'
         warmup:str|None=None, # a shorter memory at the start: `'ratio'`, `'power'`, or None; see `averaging.rules.ema`
         every:str='1ba', # how often
         start:str='0ba', # from when on
@@ -257,7 +257,7 @@ class SWACB(AverageCB):
         super().__init__(equal(), start, every, name=name, restart=restart, **kwargs)
         if swa_lr is not None: check_number('swa_lr', swa_lr)
         if swa_lr is not None and self.at:
-            raise ValueError(f'swa_lr={swa_lr} holds the rate, which then has no minima: leave out that or at={self.at!r}')
+            raise ValueError(f'swa_lr={swa_lr} holds the rate, which has no minima then: give no at={self.at!r}')
         self.swa_lr,self.anneal,self._changes,self._warned = swa_lr,Time.parse(anneal, 'anneal'),None,False
 
     def before_fit(self, learn):

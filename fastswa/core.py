@@ -5,25 +5,29 @@
 # %% auto #0
 __all__ = ['def_device', 'map_tensors', 'default_device', 'to_device', 'to_cpu', 'tensors_in', 'first_tensor', 'batch_size',
            'batch_inputs', 'batch_targets', 'unwrap', 'uninterrupted', 'set_seed', 'get_rng_state', 'set_rng_state',
-           'keep_rng', 'generators_in', 'loader_generators', 'Time', 'Clock', 'Every', 'set_modes', 'keep_modes',
-           'clean_ipython_hist', 'clean_tb', 'clean_mem', 'format_value', 'format_time', 'Table', 'quiet']
+           'keep_rng', 'generators_in', 'Time', 'Clock', 'Every', 'set_modes', 'keep_modes', 'train_without_dropout',
+           'keep_state', 'clean_ipython_hist', 'clean_tb', 'clean_mem', 'format_value', 'format_time', 'Table', 'quiet']
 
 # %% ../nbs/00_core.ipynb #00000002
 import gc, math, random, signal, sys, threading, traceback, warnings
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Mapping, MutableMapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from html import escape
 from importlib import import_module
+from itertools import islice
 from numbers import Integral, Real
-from types import MethodType, SimpleNamespace
+from types import (BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType,
+    SimpleNamespace)
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 # %% ../nbs/00_core.ipynb #00000005
@@ -190,14 +194,29 @@ def set_seed(
     np.random.seed(seed % 2**32)
 
 # %% ../nbs/00_core.ipynb #00000018
+_NUMPY = np.random.Generator, np.random.RandomState, np.random.BitGenerator
+
+def _bits(g): return g.bit_generator if isinstance(g, np.random.Generator) else g
+
+def _get_state(g):
+    if isinstance(g, np.random.RandomState): return g.get_state(legacy=False)
+    if isinstance(g, _NUMPY): return _bits(g).state
+    return g.getstate() if isinstance(g, random.Random) else g.get_state()
+
+def _set_state(g, state):
+    if isinstance(g, random.Random): return g.setstate(state)
+    if isinstance(g, _NUMPY): state = map_tensors(lambda t: t.numpy().view(np.uint64), state)      # out of a checkpoint
+    if isinstance(g, (np.random.Generator, np.random.BitGenerator)): _bits(g).state = state
+    else: g.set_state(state)
+
 def get_rng_state(
-    generators=(), # `torch.Generator`s beside the global ones
+    generators=(), # others beside the global ones, as `generators_in` finds them
 ) -> dict:
     "The state of every global generator (Python, NumPy, torch, each CUDA device in use) and of `generators`"
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), cuda=cuda, mps=mps,
-                generators=[g.get_state() for g in generators])
+                generators=[_get_state(g) for g in generators])
 
 def set_rng_state(
     state:dict, # as `get_rng_state` gave it
@@ -209,7 +228,7 @@ def set_rng_state(
     torch.set_rng_state(state['torch'])
     if state['cuda']: torch.cuda.set_rng_state_all(state['cuda'])
     if state['mps'] is not None: torch.mps.set_rng_state(state['mps'])
-    for g, s in zip(generators, state['generators'], strict=True): g.set_state(s)
+    for g, s in zip(generators, state['generators'], strict=True): _set_state(g, s)
 
 @contextmanager
 def keep_rng(*generators):
@@ -220,26 +239,80 @@ def keep_rng(*generators):
         with uninterrupted(): set_rng_state(state, generators)
 
 # %% ../nbs/00_core.ipynb #0000001b
-def generators_in(
-    o, # a generator, a transform, a module, a `partial`, or a list of such
-) -> list:
-    "The `torch.Generator`s of its own that something draws from, as far as can be seen from outside"
-    if isinstance(o, torch.Generator): return [o]
-    if isinstance(o, (list, tuple)): return [g for x in o for g in generators_in(x)]
-    if isinstance(o, partial): return generators_in([o.func, *o.args, *o.keywords.values()])
-    if isinstance(o, torch.nn.Module):
-        return [m.generator for m in o.modules() if isinstance(getattr(m, 'generator', None), torch.Generator)]
-    return [o.generator] if isinstance(getattr(o, 'generator', None), torch.Generator) else []
+_LEAVES = (torch.Tensor, torch.dtype, torch.device, np.ndarray, np.generic, str, bytes, int, float, complex, type(None),
+           ModuleType)
+_GENERATORS = torch.Generator, random.Random, *_NUMPY
+_GLOBAL = random.random.__self__, np.random.random.__self__, torch.default_generator
+_MOST,_ITEMS = 20_000,1000      # objects that are looked at, in all and in one list: a data set may hold millions
 
-def loader_generators(
-    dl, # a `torch.utils.data.DataLoader`, or any iterable with a `generator`
-) -> list: # its own `torch.Generator`s, each once
-    "The generators a loader draws from, beside torch's global one; also those of its transform `tfm`"
-    batch_sampler = getattr(dl, 'batch_sampler', None)
-    samplers = getattr(dl, 'sampler', None), batch_sampler, getattr(batch_sampler, 'sampler', None)
-    places = dl, *samplers, getattr(dl, 'dataset', None)
-    found = generators_in([*(getattr(o, 'generator', None) for o in places), getattr(dl, 'tfm', None)])
-    return list({id(g): g for g in found}.values())
+def generators_in(
+    *objects, # loaders, data sets, transforms, modules, functions, or whatever draws random numbers
+    skip=(), # objects that are not looked into
+) -> list: # each once: torch's, NumPy's and Python's; the global ones are not among them
+    "The random generators that objects draw from, as far as they can be seen"
+    found,queue,seen = [],deque(objects),{id(o): o for o in (*_GLOBAL, *skip)}
+    while queue and len(seen) < _MOST:
+        o = queue.popleft()
+        if isinstance(o, _LEAVES) or id(o) in seen: continue
+        seen[id(o)] = o      # which keeps it alive: nothing else gets its id
+        if not isinstance(o, _GENERATORS): queue.extend(_parts(o))
+        elif not isinstance(o, random.SystemRandom): found.append(o)
+    return found
+
+def _parts(o):
+    "What an object may draw from: its attributes and items; what a function names, be it an argument or a global"
+    if isinstance(o, (list, tuple, deque)): return islice(o, _ITEMS)
+    if isinstance(o, dict): return islice(o.values(), _ITEMS)
+    if isinstance(o, partial): return o.func, *o.args, *o.keywords.values()
+    if isinstance(o, (MethodType, BuiltinMethodType)): return o.__self__, getattr(o, '__func__', None)
+    if isinstance(o, (staticmethod, classmethod)): return (o.__func__,)
+    if isinstance(o, property): return o.fget, o.fset
+    if isinstance(o, FunctionType): return _named_by(o)
+    if isinstance(o, type): return () if _of_a_library(o.__module__) else (*vars(o).values(), *o.__bases__)
+    attributes = getattr(o, '__dict__', {}).items()
+    # the iterator of a loader with persistent workers holds nothing of its own
+    return type(o), *(getattr(o, s, None) for s in _slots(type(o))), *(v for k, v in attributes if k != '_iterator')
+
+@cache
+def _slots(cls):
+    slots = [vars(c).get('__slots__', ()) for c in cls.__mro__]
+    return [s for names in slots for s in ((names,) if isinstance(names, str) else names)]
+
+def _named_by(f):
+    "What a function can reach: defaults, variables of the functions around it, globals, also through a module's name"
+    cells = [c.cell_contents for c in f.__closure__ or () if c != CellType()]
+    parts = [f.__defaults__, f.__kwdefaults__, vars(f), *cells]
+    if _of_a_library(f.__module__): return parts
+    codes = [f.__code__]
+    for code in codes: codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+    names = dict.fromkeys(n for code in codes for n in code.co_names)
+    places = [f.__globals__, *(vars(m) for n in names if _is_own_module(m := f.__globals__.get(n)))]
+    return [*parts, *(place[n] for place in places for n in names if n in place)]
+
+def _is_own_module(o): return isinstance(o, ModuleType) and not _of_a_library(o.__name__)
+
+@cache
+def _of_a_library(module):
+    "Is this the name of a module whose global generators, if it has any, are its own affair?"
+    top = (module or 'builtins').partition('.')[0]
+    if top in sys.stdlib_module_names or top in ('torch', 'numpy', 'fastswa'): return True
+    return '-packages' in (getattr(sys.modules.get(top), '__file__', None) or '')
+
+# %% ../nbs/00_core.ipynb #e20aef7f
+def _loader_parts(o, depth=6):
+    "What a loader is made of: itself, its samplers and data sets, and what these are made of"
+    if o is None or not depth: return []
+    inner = [getattr(o, k, None) for k in ('batch_sampler', 'sampler', 'dataset')]
+    if isinstance(getattr(o, 'datasets', None), (list, tuple)): inner += o.datasets      # joined ones
+    return [o, *(p for part in inner for p in _loader_parts(part, depth - 1))]
+
+def set_epoch(
+    dl, # any loader
+    epoch:int, # its number, from 0
+):
+    "Tell each part of a loader that has a `set_epoch` which epoch begins"
+    for part in {id(o): o for o in _loader_parts(dl)}.values():
+        if callable(getattr(part, 'set_epoch', None)): part.set_epoch(epoch)
 
 # %% ../nbs/00_core.ipynb #0000001e
 def _range(low, high, include_low, include_high):
@@ -440,6 +513,75 @@ def keep_modes(
     try: yield
     finally:
         with uninterrupted(): set_modes(modes)
+
+def train_without_dropout(
+    model, # a module
+):
+    "Put a module into train mode, but for its dropout layers; if it is in train mode already, frozen layers stay so"
+    if not model.training: model.train()
+    for m in model.modules():
+        name = type(m).__name__.lower()
+        if ('drop' in name or 'stochasticdepth' in name) and not m._modules: m.train(False)
+        for k, v in vars(m).items():      # attention and recurrent layers of torch have it as a number
+            if 'drop' in k and isinstance(v, float): vars(m)[k] = 0.
+
+# %% ../nbs/00_core.ipynb #22dce0d4
+_VALUES = torch.Tensor, np.ndarray, bool, int, float, complex, str, bytes, tuple, list, dict, set, deque, type(None)
+_OF_MODULES = {*vars(torch.nn.Module()), '_held_weights'}      # the attributes that every module has
+_RUNNING = 2**20      # elements of a running value at most
+
+@contextmanager
+def keep_state(
+    *objects, # modules, callbacks, a learner: whatever has attributes
+    skip=(), # attributes that are left as they are
+):
+    "Afterwards attributes and buffers are as before; of the attributes of modules those that are plain values"
+    kept = [(o, type(o), _attributes(o, skip), dict(getattr(o, '_buffers', {}))) for o in objects]
+    undo = [_undo(v, _RUNNING) for _, _, attributes, _ in kept for v in attributes.values()]
+    undo += [_undo(b, math.inf) for *_, buffers in kept for b in buffers.values()]
+    try: yield
+    finally:
+        with uninterrupted(), torch.no_grad():
+            for f in undo: f()
+            for o, cls, attributes, buffers in kept:
+                if type(o) is not cls: continue      # a lazy layer that has become another one
+                _put_back_buffers(o, buffers)
+                for k in _attributes(o, skip).keys() - attributes.keys(): del vars(o)[k]
+                vars(o).update((k, v) for k, v in attributes.items() if not _registers(o, k))
+
+def _attributes(o, skip):
+    if not isinstance(o, torch.nn.Module): return {k: v for k, v in vars(o).items() if k not in skip}
+    return {k: v for k, v in vars(o).items() if k not in _OF_MODULES and isinstance(v, _VALUES)}
+
+def _registers(o, k):
+    return isinstance(o, torch.nn.Module) and any(k in d for d in (o._modules, o._parameters, o._buffers))
+
+def _put_back_buffers(o, buffers):
+    for k in getattr(o, '_buffers', {}).keys() - buffers.keys(): del o._buffers[k]
+    for k, b in buffers.items():
+        now = o._buffers.get(k)
+        # after a move to another device or dtype the module keeps its new buffers
+        moved = b is not None and now is not None and (now.device, now.dtype) != (b.device, b.dtype)
+        if moved: now.copy_(b)
+        else: o._buffers[k] = b
+
+def _undo(v, largest):
+    "A function that undoes what is written into a value in place from now on"
+    if isinstance(v, torch.Tensor):
+        if is_lazy(v) or v.is_meta or v.requires_grad or v.numel() > largest: return lambda: None
+        return partial(_rewrite, v, v.clone())
+    if isinstance(v, np.ndarray) and v.size <= largest and v.flags.writeable: return partial(np.copyto, v, v.copy())
+    if type(v) in (list, deque): return partial(_refill, v, v.extend, list(v))
+    if type(v) in (dict, set, OrderedDict, defaultdict, Counter): return partial(_refill, v, v.update, v.copy())
+    return lambda: None
+
+def _rewrite(t, was):
+    # only if need be: autograd counts writes, and so does whoever asks whether weights were changed
+    if t.layout is not torch.strided or not torch.equal(t, was): t.copy_(was)
+
+def _refill(container, fill, items):
+    container.clear()
+    fill(items)
 
 # %% ../nbs/00_core.ipynb #0000002f
 class later:

@@ -10,6 +10,7 @@ __all__ = ['GREY', 'COLORS', 'plot_style', 'to_array', 'show_image', 'subplots',
 import math
 from contextlib import contextmanager
 from itertools import cycle
+from numbers import Real
 
 import numpy as np
 import torch
@@ -148,19 +149,37 @@ def _with_epochs(history):
     return [(n if trained[-1] else r['epoch'] + 1, r) for n, r in zip(trained, history)]
 
 # %% ../nbs/02_plot.ipynb #f5dd9454
+def _line(ax, points, shift, **style):
+    "Plot points (x, y) with a dozen markers at most; `shift`, from 0 to 1, tells those of one line from another's"
+    step = math.ceil(len(points)/12) if len(points) > 20 else 1
+    return ax.plot(*zip(*points), markevery=(int(shift*step), step), **style)[0]
+
+def _limits(curves):
+    "Ends of an axis for lists of values: of the first tenth what is far from the rest stays outside. Or none"
+    late = [y for ys in curves for y in ys[math.ceil(len(ys)/10)*(len(ys) > 2):] if math.isfinite(y)]
+    if not late: return ()
+    low, high = min(late), max(late)
+    near = [y for ys in curves for y in ys if 2*low - high <= y <= 2*high - low]
+    return min(near), max(near)
+
 def _plot_column(ax, rows, name, train):
     "Plot the column `name` of each set of weights, and of training if `train`"
     from matplotlib.ticker import MaxNLocator
     lines = {}
     for x, r in rows:
         key = 'training' if r['train'] == 'train' else r['weights']
-        if name in r and (train or key != 'training'): lines.setdefault(key, []).append((x, float(r[name])))
+        if r.get(name) is not None and (train or key != 'training'):
+            lines.setdefault(key, []).append((x, float(r[name])))
     ends = []
     styles = weight_styles([k for k in lines if k != 'training'])
     styles['training'] = dict(color='#999999', marker='.', ls='--', lw=1.5)
-    for key, points in lines.items():
-        ends += [(points[-1][1], line) for line in ax.plot(*zip(*points), label=key, **styles[key])]
+    for i, (key, points) in enumerate(lines.items()):
+        ends.append((points[-1][1], _line(ax, points, i/len(lines), label=key, **styles[key])))
     ends.sort(key=lambda o: o[0], reverse=True)
+    limits = _limits([[y for _, y in points] for points in lines.values()])
+    if limits and limits[0] < limits[1]:
+        margin = (limits[1] - limits[0])/20
+        ax.set_ylim(limits[0] - margin, limits[1] + margin)
     ax.set(xlabel='epochs trained', ylabel=name)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.grid(alpha=0.3)
@@ -176,7 +195,8 @@ def plot_history(
     "Plot metric and loss of each set of weights over the epochs, the training loss dashed; returns the axes"
     if not history: raise ValueError('the history has no rows: call learn.fit first')
     columns = dict.fromkeys(k for r in history for k in r if k not in ('epoch', 'train', 'weights'))
-    if metric == 'auto': metric = next((k for k in columns if k != 'loss'), None)
+    if metric == 'auto':
+        metric = next((k for k in columns if k != 'loss' and any(isinstance(r.get(k), Real) for r in history)), None)
     if metric and metric not in columns:
         raise ValueError(f'no row of this history has {metric!r}; there are: {", ".join(columns)}')
     names = [metric, 'loss'] if metric else ['loss']
@@ -200,12 +220,12 @@ def plot_losses(
     means = [np.mean(losses[i:i+k]) for i in starts]
     label = f'training, mean of {k} batches' if k > 1 else 'training'
     ax.plot([min(i + k/2 + 0.5, len(losses)) for i in starts], means, color='#9ecae1', lw=1, label=label)
-    for name, style in weight_styles(valid).items():
-        ax.plot(*zip(*valid[name]), label='validation' if set(valid) == {'raw'} else name, ms=5, **style)
+    for i, (name, style) in enumerate(weight_styles(valid).items()):
+        _line(ax, valid[name], i/len(valid), label='validation' if set(valid) == {'raw'} else name, ms=5, **style)
     # high losses in the first batches, and a few later on, must not flatten all others
     late = [o for o in means[len(means)//50:] if math.isfinite(o)]
     high = [np.quantile(late, 0.97)] if late else []
-    shown = [*high, *(y for points in valid.values() for _, y in points if math.isfinite(y))]
+    shown = [*high, *_limits([[y for _, y in points] for points in valid.values()])]
     if shown:
         low = min(0, *late, *shown)
         ax.set_ylim(low, max(shown) + 0.1*(max(shown) - low) or 1)

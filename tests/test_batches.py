@@ -9,14 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import ChainDataset, DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
+import helpers
 from fastswa.averaging.batchnorm import update_bn
 from fastswa.callbacks.basics import DeviceCB
+from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.progress import LogView, NotebookView, ProgressCB, TerminalView
+from fastswa.callbacks.schedule import OneCycleCB
 from fastswa.callbacks.swa import BNUpdateCB, EMACB
+from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import batch_size, batch_targets, first_tensor, map_tensors, tensors_in, to_cpu, to_device
 from fastswa.data.loaders import DataLoaders
+from fastswa.training.events import Callback
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
-from helpers import learner, linear, regression
+from helpers import Hits, learner, linear, regression
 
 
 @dataclass
@@ -193,3 +200,194 @@ def test_statistics_of_packed_sequences_and_objects():
         update_bn(model, batches)
         assert torch.allclose(model.norm.running_mean, x.mean(0), atol=1e-6)
         assert torch.allclose(model.norm.running_var, x.var(0), atol=1e-6)
+
+
+# --- predictions
+
+
+def preds_of(model, batches, **kw):
+    learn = TrainLearner(model, SimpleNamespace(train=None, valid=batches), F.mse_loss)
+    learn.get_loss = lambda: None
+    return learn.get_preds(**kw)
+
+
+class Gives(nn.Module):
+    "Gives what a function makes of its input"
+    def __init__(self, f):
+        super().__init__()
+        self.f, self.w = f, nn.Parameter(torch.ones(()))
+    def forward(self, x): return self.f(x)
+
+
+x7 = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0))
+sevens = [(x, x.mean((1, 2))) for x in x7.split((2, 2, 3))]
+
+
+def test_predictions_of_different_lengths_are_a_list():
+    "Wrong: an error after the whole pass"
+    preds, targets = preds_of(Gives(lambda x: x), [(x7[:2], x7[:2]), (x7[2:, :4], x7[2:, :4])])
+    assert [p.shape for p in preds] == [(2, 5, 3), (5, 4, 3)] and torch.equal(preds[1], targets[1])
+
+
+def test_scalars_among_predictions_are_stacked():
+    preds, _ = preds_of(Gives(lambda x: dict(logits=x, penalty=x.mean())), sevens)
+    assert torch.equal(preds['logits'], x7)
+    assert torch.allclose(preds['penalty'], torch.stack([x.mean() for x, _ in sevens]))
+    assert preds_of(Gives(lambda x: x.mean()), sevens)[0].shape == (3,)
+
+
+def test_lists_of_samples_follow_one_another():
+    "As detection gives them, a dict for each image; wrong: the n-th images of all batches put together, others dropped"
+    def boxes(x): return [dict(boxes=o[:i + 1]) for i, o in enumerate(x)]
+    preds, _ = preds_of(Gives(boxes), sevens)
+    assert [len(p['boxes']) for p in preds] == [1, 2, 1, 2, 1, 2, 3]
+    names = [(x, [f'{i}' for i in range(len(x))]) for x, _ in sevens]
+    assert preds_of(Gives(lambda x: x), names)[1] == ['0', '1', '0', '1', '0', '1', '2']
+
+
+@pytest.mark.parametrize('cut', [(2, 2, 3), (2, 2, 2, 1)], ids=str)
+def test_several_outputs_stay_so(cut):
+    "Also two outputs of batches of two; a named tuple keeps its names"
+    batches = [(x, x) for x in x7[:sum(cut)].split(cut)]
+    preds, _ = preds_of(Gives(lambda x: (x, x*2)), batches)
+    assert type(preds) is tuple and torch.equal(preds[1], x7*2)
+    preds, _ = preds_of(Gives(lambda x: Point(x, x*2)), batches)
+    assert type(preds) is Point and torch.equal(preds.y, x7*2)
+
+
+@pytest.mark.parametrize('cls', [TrainLearner, Learner])
+@pytest.mark.parametrize('change', [lambda x, y: x, lambda x, y: (x,), lambda x, y: dict(x=x)],
+                         ids=['tensor', 'tuple', 'dict'])
+def test_predictions_need_no_targets(cls, change):
+    "Nor a validation loader; metrics and loss are left out. Wrong: an error of the loss"
+    batches = regression()
+    learn = cls(linear(), SimpleNamespace(train=batches.train), F.mse_loss, 0.1,
+                [MetricsCB(hits=Hits())] + [TrainCB()]*(cls is Learner))
+    preds, targets = learn.get_preds(dl=[change(x, y) for x, y in batches.valid])
+    assert targets is None and torch.equal(preds, learn.model(torch.cat([x for x, y in batches.valid])).detach())
+    with pytest.raises(ValueError, match='no validation loader'): learn.get_preds()
+    if cls is TrainLearner:
+        with pytest.raises(ValueError, match='no targets'): learn.validate(dl=[change(x, y) for x, y in batches.valid])
+
+
+def test_predictions_by_an_average_for_other_batches():
+    batches = regression()
+    learn = TrainLearner(linear(), SimpleNamespace(train=batches.train), F.mse_loss, 0.1, EMACB(apply=False))
+    learn.fit(1)
+    preds, targets = learn.get_preds('ema', dl=(b for b in batches.valid))
+    with learn.using('ema') as m: assert torch.equal(preds, m(torch.cat([x for x, y in batches.valid])).detach())
+    rows = learn.validate(dl=(b for b in batches.valid))      # an iterator, for two rows
+    assert [r['weights'] for r in rows] == ['raw', 'ema']
+    assert rows[1]['loss'] == pytest.approx(F.mse_loss(preds, targets).item())
+    for samples in (TensorDataset(torch.ones(4, 3), torch.ones(4, 1)), torch.ones(4, 3)):
+        with pytest.raises(TypeError, match='gives batches.*gives samples'): learn.get_preds(dl=samples)
+
+
+class Answers(MetricsCB):
+    def targets(self, learn): return learn.batch['answer']
+
+
+def test_where_the_targets_are_is_said_once():
+    "An overridden `MetricsCB.targets` counts for predictions too, also behind another MetricsCB"
+    class OnDicts(TrainLearner):
+        def get_loss(self): self.loss = F.mse_loss(self.preds, self.batch['answer'])
+    batches = [dict(x=x, answer=y) for x, y in regression().valid]
+    learn = OnDicts(linear(), SimpleNamespace(train=batches, valid=batches), None, 0.1, [MetricsCB(), Answers()])
+    assert torch.equal(learn.get_preds()[1], torch.cat([b['answer'] for b in batches]))
+
+
+# --- epochs
+
+
+class Sees(Callback):
+    "The inputs of each epoch"
+    def before_fit(self, learn): self.seen = {}
+    def before_batch(self, learn):
+        if learn.training: self.seen.setdefault(learn.epoch, []).append(learn.batch[0][:, 0].tolist())
+
+
+class Streamed(IterableDataset):
+    "Gives its samples in an order that the epoch decides"
+    epoch = 0
+    def set_epoch(self, epoch): self.epoch = epoch
+    def __iter__(self):
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        return ((torch.full((3,), float(i)), torch.ones(1)) for i in order)
+
+
+class InBatches(list):
+    "A batch sampler that counts epochs"
+    epoch = None
+    def set_epoch(self, epoch): self.epoch = epoch
+
+
+def distributed():
+    ds = TensorDataset(torch.arange(8.)[:, None].repeat(1, 3), torch.ones(8, 1))
+    return DataLoader(ds, 4, sampler=DistributedSampler(ds, 1, 0))
+
+
+@pytest.mark.parametrize('make', [distributed, lambda: DataLoader(Streamed(), 4),
+                                  lambda: DataLoader(ChainDataset([Streamed()]), 4)],
+                         ids=['DistributedSampler', 'streamed', 'chained'])
+def test_each_epoch_has_an_order_of_its_own(make, tmp_path):
+    "As in torch's loop with `set_epoch`, and in a resumed fit; wrong: the same order each epoch"
+    def by_hand(dl):
+        for epoch in range(3):
+            for part in (dl.sampler, *getattr(dl.dataset, 'datasets', [dl.dataset])):
+                if hasattr(part, 'set_epoch'): part.set_epoch(epoch)
+            yield [x[:, 0].tolist() for x, _ in dl]
+    def run(n_epochs, **kw):
+        sees = Sees()
+        TrainLearner(linear(), SimpleNamespace(train=make()), F.mse_loss, 0.1, [sees, CheckpointCB(tmp_path)]).fit(
+            n_epochs, **kw)
+        return [sees.seen[i] for i in sees.seen]
+    want = list(by_hand(make()))
+    assert want[0] != want[1]
+    assert run(2) == want[:2]
+    assert run(3, resume=tmp_path) == want[2:]
+
+
+def test_batch_samplers_are_told_too():
+    batches = InBatches([[0, 1], [2, 3]])
+    ds = TensorDataset(torch.ones(4, 3), torch.ones(4, 1))
+    TrainLearner(linear(), SimpleNamespace(train=DataLoader(ds, batch_sampler=batches)), F.mse_loss).fit(3)
+    assert batches.epoch == 2
+
+
+# --- no loss, no batches, no validation
+
+
+class NoEvalLoss(TrainLearner):
+    "As detection models do: a loss in training, predictions in validation"
+    def get_loss(self):
+        if self.training: super().get_loss()
+
+
+@pytest.mark.parametrize('view', [LogView, TerminalView, NotebookView])
+def test_a_validation_without_a_loss_has_an_empty_cell(view, capsys):
+    "Wrong: NaN, or the last training loss, by which `best=` and early stopping would go"
+    learn = learner(EMACB(), MetricsCB(hits=Hits()), ProgressCB(plot=True, view=view), cls=NoEvalLoss)
+    learn.fit(2)
+    assert [r['loss'] is None for r in learn.history] == [False, True, True]*2 and learn.history[1]['hits'] > 0
+    with pytest.raises(ValueError, match="'loss' has to be a number.*epoch 0 it is empty"):
+        learner(EarlyStoppingCB(), cls=NoEvalLoss).fit(2)
+
+
+@pytest.mark.parametrize('which', ['train', 'valid'])
+def test_a_loader_of_length_0_is_found_before_training(which):
+    "Wrong: 'has no length' by a schedule, or after an epoch of training"
+    dls = helpers.data()
+    setattr(dls, which, DataLoader(dls.train.dataset, 999, drop_last=True))
+    learn = learner(OneCycleCB(), dls=dls)
+    with pytest.raises(ValueError, match='loader has length 0: there are fewer samples'): learn.fit(1)
+    assert learn.opt_steps == 0
+
+
+def test_fits_without_validation():
+    "`valid` may be None, or missing; an error only where a validation is asked for"
+    for dls in (SimpleNamespace(train=regression().train), SimpleNamespace(train=regression().train, valid=None)):
+        learn = TrainLearner(linear(), dls, F.mse_loss, 0.1, EMACB())
+        learn.fit(2)
+        assert [r['train'] for r in learn.history] == ['train']*2
+        with pytest.raises(ValueError, match='no validation loader'): learn.validate()
+        assert len(learn.validate(dl=regression().valid)) == 2

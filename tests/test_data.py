@@ -1,10 +1,12 @@
 "Faults of data: broken files, mix-ups, closed networks, odd datasets; and order and determinism across processes"
 import gzip, hashlib, json, os, pickle, random, socket, subprocess, sys
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 import datasets, numpy as np, PIL.Image, pyarrow as pa, pytest, torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features
+from torch.utils.data import WeightedRandomSampler
 from fastswa.data import loaders as data, sources
 from fastswa.core import set_seed
 from fastswa.data.loaders import DataLoaders, collate_dict, inplace
@@ -377,3 +379,21 @@ def test_course_style_loaders(toy):
     assert set(next(iter(DataLoaders.from_dd(toy, 16, as_tuple=False).valid))) == {'image', 'label'}
     assert len(DataLoaders.from_dd(toy, 16, drop_last=True).train) == 2
     assert len(DataLoaders.from_dd(toy, 16, drop_last=True).valid) == 1     # no sample of 20 is left out there
+
+@pytest.mark.parametrize('make', [DataLoaders.from_dd, partial(DataLoaders.in_memory, device='cpu')])
+@pytest.mark.parametrize('sampler', [[0, 0, 1, 5], WeightedRandomSampler([1.]*3 + [0.]*3, 4)], ids=['list', 'weighted'])
+def test_a_sampler_is_for_the_training_data(make, sampler):
+    "Wrong: validation gives the labels that the sampler chooses, and metrics are those of other samples"
+    ds = small(6)
+    def labels(dl): return torch.cat([yb for _, yb in dl]).tolist()
+    dls = make(DatasetDict(train=ds, test=small(5)), 3, sampler=sampler)
+    assert labels(dls.valid) == small(5)['label'] and len(dls.train) == 2
+    if isinstance(sampler, list): assert labels(dls.train) == [ds['label'][i] for i in sampler]
+    else: assert len(labels(dls.train)) == 4
+    assert len(make(DatasetDict(train=ds, test=ds), 3, sampler=sampler, drop_last=True).train) == 1
+
+def test_a_batch_sampler_is_for_the_training_data():
+    ds = small(6)
+    dls = DataLoaders.from_dd(DatasetDict(train=ds, test=ds), 4, batch_sampler=[[0, 1], [5]])
+    assert [yb.tolist() for _, yb in dls.train] == [[ds['label'][i] for i in b] for b in ([0, 1], [5])]
+    assert [len(yb) for _, yb in dls.valid] == [6]

@@ -1,16 +1,18 @@
 "What training looks like in a terminal, in a log, and in Jupyter; and that showing it costs next to nothing"
-import fcntl, os, pty, re, select, signal, subprocess, sys, termios, time
+import fcntl, os, pty, re, select, signal, struct, subprocess, sys, termios, time
 from types import SimpleNamespace
 
 import IPython, pytest, torch
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.terminal.interactiveshell import TerminalInteractiveShell
 from torch import nn
+from torcheval.metrics import MeanSquaredError
 
 from fastswa.averaging.rules import ema
 from fastswa.training.events import Callback, CancelFitException
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.progress import LogView, NotebookView, ProgressCB, TerminalView, View, find_view
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.swa import EMACB
 from helpers import image_learner
 
@@ -58,9 +60,11 @@ def popen(epochs, wait=False, **kwargs):
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONUNBUFFERED'}      # it would hide that nothing is flushed
     return subprocess.Popen([sys.executable, '-c', code], cwd=os.path.dirname(__file__), env=env, **kwargs)
 
-def in_terminal(epochs, interrupt_at=None):
-    "What the run writes into a terminal; Ctrl-C is pressed once `interrupt_at` has appeared, and the run waits for it"
+def in_terminal(epochs, interrupt_at=None, columns=0):
+    """What the run writes into a terminal of so many columns, 0 where it does not know; Ctrl-C is pressed once
+    `interrupt_at` has appeared, and the run waits for it"""
     master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
     # its own terminal: Ctrl-C reaches it, and nobody else
     p = popen(epochs, interrupt_at is not None, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL,
               start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
@@ -98,6 +102,26 @@ def test_terminal():
     for bar in '0/2 epochs, train:', '1/2 epochs, valid raw:', '1/2 epochs, valid ema:': assert bar in text
     assert re.search(r'\d+/30 .*loss \d', text)
     assert '\x1b' not in text
+
+@pytest.mark.parametrize('columns, header', [
+    (38, ['loss', 'epoch', 'train', 'weights', 'time']), (30, ['loss', 'epoch', 'train', 'weights'])])
+def test_narrow_terminal(columns, header):
+    "No row goes on in the next line: gaps are narrower, and the time gives way"
+    text, code = in_terminal(2, columns=columns)
+    lines = screen(text)
+    assert code == 0 and len(lines) == 7 and max(map(len, lines)) <= columns
+    assert lines[0].split() == header and all(len(o.split()) == len(header) for o in lines)
+
+def test_metrics_give_way_before_what_a_row_is_of():
+    "From the last one on, in a terminal too narrow for all of them"
+    lines = []
+    class Narrow(View):
+        width = 45
+        def row(self, p, row, new): lines.extend(new)
+    cb = ProgressCB(view=Narrow)
+    learner(MetricsCB(**{f'metric{i}': MeanSquaredError() for i in range(5)}), cb).fit(1)
+    assert lines[0].split() == ['metric0', 'metric1', 'metric2', 'loss', 'epoch', 'train']
+    assert len(cb.table.columns) == 9                       # in Jupyter and in the history they all are
 
 def test_ctrl_c_in_a_terminal():
     text, code = in_terminal(5, interrupt_at=b'1/5 epochs, train')
@@ -172,6 +196,8 @@ def test_one_output_updated_by_time(display, clock):
     assert '<progress' in data[1]['text/html'] and '<progress' not in data[-1]['text/html']
     assert data[-1]['text/html'].count('<tr>') == 7 and data[-1]['text/html'].count('data:image/png;base64,') == 1
     assert len(data[-1]['text/plain'].splitlines()) == 7
+    assert all(o['text/html'].find('<img') < o['text/html'].find('<table') for o in data if '<table' in o['text/html'])
+    assert 'max-height' in data[-1]['text/html']
 
 def test_many_short_epochs_are_not_an_output_each(display, clock):
     learner(SlowCB(clock, 0.001), ProgressCB(plot=True, view=NotebookView, clock=clock), n=2).fit(200)
@@ -183,6 +209,8 @@ def test_what_takes_long_to_draw_is_drawn_less_often(display, clock, seconds):
     display.seconds = seconds
     learner(SlowCB(clock), ProgressCB(view=NotebookView, clock=clock), n=2).fit(200)
     training = 200*(2 + 2)*0.05
+    *live, last = (o[2]['text/html'].count('<tr>') for o in display.shown)
+    assert max(live) == 1 + 20 and last == 1 + 400          # what is below a long table stays in sight
     assert 10 < len(display.shown) <= 3 + training/0.5
 
 def test_plots_take_a_twentieth_of_the_time(display, clock, monkeypatch):

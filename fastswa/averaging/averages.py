@@ -18,7 +18,7 @@ from fastswa.averaging.holding import (Held, held_record, held_weights, holding,
     restore_raw)
 from .rules import equal
 from .tensors import Selection, find_tensors
-from ..core import Clock, Every, Time, keep_modes, keep_rng, loader_generators, unwrap
+from ..core import Clock, Every, Time, keep_modes, keep_rng, generators_in, unwrap
 
 # %% ../../nbs/averaging/07_averages.ipynb #00000005
 class Tracked:
@@ -197,7 +197,7 @@ class FittedStatistics:
                 raise ValueError(f'the BatchNorm statistics of {name!r} are not known, and there are no batches to '
                                  'compute them from: give the learner its training data, or bn_data=')
             return
-        with keep_rng(*loader_generators(batches)): update_bn(model, batches, n_batches=n_batches, forward=forward)
+        with keep_rng(*generators_in(batches)): update_bn(model, batches, n_batches=n_batches, forward=forward)
         self._known[name] = key, bn_state(model)
 
     def _is_known(self, name, stamp, n_batches, data):

@@ -17,7 +17,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from .tensors import stat_buffers
-from ..core import batch_inputs, check_whole, set_modes, to_device, uninterrupted, unwrap
+from ..core import (batch_inputs, check_whole, keep_state, set_modes, to_device, train_without_dropout,
+    uninterrupted, unwrap)
 
 # %% ../../nbs/averaging/06_batchnorm.ipynb #00000005
 def bn_layers(
@@ -126,10 +127,10 @@ def update_bn(
 ) -> dict|None: # without data: the momenta by name
     """Recompute the running statistics of a model over `data`, each layer's from exactly the inputs it got.
 
-    Dropout is off, the layers normalise by batch. A layer in eval mode within a module in train mode is frozen and left
-    alone; of a module in eval mode every layer takes part. A layer that gets no input keeps what it has; where no layer
-    takes part, the data is not read. Raises ValueError if there is no data, or inputs are not finite; whatever goes
-    wrong, statistics and momenta are then as before.
+    The forward passes are those of training, without dropout; what else they write on modules is undone. A layer in
+    eval mode within a module in train mode is frozen and left alone; of a module in eval mode every layer takes part.
+    A layer that gets no input keeps what it has; where no layer takes part, the data is not read. Raises ValueError if
+    there is no data, or inputs are not finite; whatever goes wrong, statistics and momenta are then as before.
 
     Without data: resets the statistics and sets momentum to None, so that each layer averages what it gets from now on;
     `update_bn(module, momenta=…)` ends that. (torch's InstanceNorm cannot do so: it is left alone.)"""
@@ -144,11 +145,13 @@ def update_bn(
     old_state = bn_state(model)
     old_momenta = {name: m.momentum for name, m in everything.items()}
     undo = ExitStack()
-    undo.callback(set_modes, {m: m.training for m in model.modules()})
     try:
         if data is None: return _reset(layers)
-        if layers: _recompute(model, layers, islice(data, n_batches), forward or outputs, old_state, undo)
+        if not layers: return
+        pools = _pools(model, layers, data, n_batches, forward or outputs, undo)
         with uninterrupted(): undo.close()
+        for name, m in layers.items():
+            if pools[name].n: pools[name].put(m, name)
     except BaseException:
         with uninterrupted():
             undo.close()
@@ -156,22 +159,24 @@ def update_bn(
             _set_momenta(everything, old_momenta)
         raise
 
-def _recompute(model, layers, data, forward, old_state, undo):
+def _pools(model, layers, data, n_batches, forward, undo):
+    "What each layer gets in the forward passes"
     pools = {name: _InstancePool() if isinstance(m, _InstanceNorm) else _Pool() for name, m in layers.items()}
-    model.eval()
+    batches = iter(data)
     with uninterrupted():
+        undo.enter_context(keep_state(*model.modules()))
+        undo.callback(set_modes, {m: m.training for m in model.modules()})
+        if batches is not data: undo.callback(getattr(batches, 'close', int))      # also after the first few of them
+        train_without_dropout(model)
         for name, m in layers.items():
-            m.training = True      # not m.train(): it may hold dropout
             undo.callback(m.register_forward_pre_hook(pools[name].before, with_kwargs=True).remove)
             undo.callback(m.register_forward_hook(pools[name].after).remove)
         # compiled parts of a model run uncompiled: the hooks would have them compiled anew
         if 'torch._dynamo' in sys.modules: undo.enter_context(torch.compiler.set_stance('force_eager'))
     n = 0
-    for n, batch in enumerate(data, 1): forward(model, batch)
+    for n, batch in enumerate(islice(batches, n_batches), 1): forward(model, batch)
     if n == 0: raise ValueError('there is no data: not one batch to take the statistics from')
-    load_bn_state(model, old_state)      # the forward passes moved those of all layers in train mode
-    for name, m in layers.items():
-        if pools[name].n: pools[name].put(m, name)
+    return pools
 
 def _reset(layers):
     layers = {name: m for name, m in layers.items() if not isinstance(m, _InstanceNorm)}      # for which None means 0

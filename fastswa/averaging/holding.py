@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .tensors import reshard
-from ..core import local, set_modes, uninterrupted, unwrap
+from ..core import keep_state, local, set_modes, uninterrupted, unwrap
 
 # %% ../../nbs/averaging/03_holding.ipynb #00000005
 _BY_TENSOR = {} # id of a tensor that is covered → weak reference to the topmost record that covers it
@@ -239,7 +239,7 @@ def holding(
     # two, since Ctrl-C may cut one of them short; otherwise the second finds nothing to do
     with _Releasing(held, layers), _Releasing(held, layers):
         held.take(layers, values, stash)
-        yield held
+        with keep_state(*layers): yield held
 
 class holding_as_before:
     "Afterwards a module holds what it held before, also where Ctrl-C has cut short what should have seen to that"

@@ -17,7 +17,7 @@ from .ensembles import KeepsSnapshots, average_of
 from .holding import holding_as_before
 from .rules import equal
 from .tensors import locked
-from ..core import check_number, check_whole, keep_modes, keep_rng, loader_generators, uninterrupted
+from ..core import check_number, check_whole, keep_modes, keep_rng, generators_in, uninterrupted
 
 # %% ../../nbs/averaging/09_swag.ipynb #00000006
 def probabilities(module, batches, forward, activation):
@@ -124,7 +124,7 @@ class SWAG(KeepsSnapshots):
                              f'got a {type(bn_data).__name__}')
         from tqdm import tqdm
         sampled = average_of(self, self.weights)
-        loaders = [*loader_generators(batches), *loader_generators(bn_data)]
+        loaders = [*generators_in(batches), *generators_in(bn_data)]
         # twice, and around what keeps the same for each sample: one Ctrl-C can cut one of them short
         with holding_as_before(self.source), keep_rng(*loaders), keep_rng(*loaders), keep_modes(self.source):
             batches = list(batches)

@@ -12,20 +12,38 @@ import torch
 from fastcore.meta import delegates
 
 from .metrics import MetricsCB
-from ..core import keep_modes, map_tensors, to_cpu, to_device
+from ..core import batch_inputs, batch_size, keep_modes, map_tensors, to_cpu, to_device
 from ..nets.hooks import Hooks
 from ..plot import show_images
-from ..training.events import Callback, Stage, as_list
+from ..training.events import Callback, CancelBatchException, Stage, as_list
 from ..training.sandbox import prepared_batches, sandbox
 
 # %% ../../nbs/callbacks/11_inspection.ipynb #00000006
-def _cat(parts):
-    "Concatenate the tensors of equally nested things along the first axis"
+def _is_list(o): return isinstance(o, Sequence) and not isinstance(o, str)
+
+def _samples(part, n):
+    "Is a list one of `n` samples? One of `n` outputs has as many rows in each"
+    rows = [len(t) for t in part if torch.is_tensor(t) and t.ndim]
+    return len(part) == n and (len(rows) < n or {*rows} != {n})
+
+def _cat(
+    parts, # what each batch gave
+    sizes, # samples in each batch
+):
+    """Join what batches gave: tensors along the first axis, lists of samples one after the other, containers item by
+    item. Scalars are stacked, one for each batch; what does not fit together stays a list, a part for each batch"""
     first = parts[0]
-    if torch.is_tensor(first): return torch.cat(parts)
-    if isinstance(first, Mapping): return {k: _cat([p[k] for p in parts]) for k in first}
-    if isinstance(first, Sequence) and not isinstance(first, str): return type(first)(map(_cat, zip(*parts)))
-    return parts
+    if all(p is None for p in parts): return None
+    if all(map(torch.is_tensor, parts)):
+        if len({(p.ndim, p.shape[1:]) for p in parts}) > 1: return parts
+        return torch.cat(parts) if first.ndim else torch.stack(parts)
+    if all(isinstance(p, Mapping) and p.keys() == first.keys() for p in parts):
+        return {k: _cat([p[k] for p in parts], sizes) for k in first}
+    if not all(map(_is_list, parts)): return parts
+    if all(map(_samples, parts, sizes)): return [o for p in parts for o in p]
+    if len({*map(len, parts)}) > 1: return parts
+    columns = [_cat(list(o), sizes) for o in zip(*parts)]
+    return first._make(columns) if hasattr(first, '_fields') else type(first)(columns)
 
 class CapturePreds(Callback):
     "Keep predictions and targets (and inputs) of all batches on the CPU, as `all_preds`, `all_targs`, `all_inps`"
@@ -35,19 +53,26 @@ class CapturePreds(Callback):
     ): self.inps = inps
 
     def before_fit(self, learn):
-        self.all_inps,self.all_preds,self.all_targs = [],[],[]
-        self._metrics = next((cb for cb in learn.cbs if isinstance(cb, MetricsCB)), MetricsCB())
+        self.all_inps,self.all_preds,self.all_targs,self._sizes = [],[],[],[]
+        cbs = [cb for cb in learn.cbs if isinstance(cb, MetricsCB)]      # one that says where the targets are, if any
+        self._metrics = max(cbs, key=lambda cb: type(cb).targets is not MetricsCB.targets, default=MetricsCB())
+
+    def after_predict(self, learn):
+        if self._metrics.targets(learn) is not None: return
+        self.after_batch(learn)
+        raise CancelBatchException      # without targets there are no loss and no metrics
 
     def after_batch(self, learn):
         batch = to_cpu(learn.batch)
-        if self.inps: self.all_inps.append(batch if isinstance(batch, Mapping) else batch[0])
+        if self.inps: self.all_inps.append(batch if isinstance(batch, Mapping) else batch_inputs(batch)[0])
         self.all_preds.append(to_cpu(learn.preds))
         self.all_targs.append(to_cpu(self._metrics.targets(learn)))
+        self._sizes.append(batch_size(learn.batch, learn.dl))
 
     def after_fit(self, learn):
         if not self.all_preds: raise ValueError('every batch was cancelled: there are no predictions')
-        self.all_preds,self.all_targs = _cat(self.all_preds),_cat(self.all_targs)
-        if self.inps: self.all_inps = _cat(self.all_inps)
+        self.all_preds,self.all_targs = (_cat(o, self._sizes) for o in (self.all_preds, self.all_targs))
+        if self.inps: self.all_inps = _cat(self.all_inps, self._sizes)
 
 def capture_preds(
     learn, # a learner
@@ -66,6 +91,11 @@ class _Markdown(str):
     def _repr_markdown_(self): return str(self)
 
 def _shape(x): return str(tuple(x.shape)) if torch.is_tensor(x) else type(x).__name__
+
+def _first_batch(learn):
+    batch = next(prepared_batches(learn, learn.dls.train), None)
+    if batch is None: raise ValueError('the training loader gave no batch, or every one was cancelled')
+    return batch
 
 def _n_params(module): return sum(p.numel() for p in module.parameters())
 
@@ -86,9 +116,9 @@ def summary(
         lines.append(f'|{names[module]}|{type(module).__name__}|{shapes}|{_n_params(module):,}|{total - before:.2f}|')
         before = total
     with sandbox(learn), torch.no_grad():
-        batch = next(prepared_batches(learn, learn.dls.train))
-        device = next((t.device for t in learn.model.parameters()), 'cpu')
-        learn.batch = to_device(map_tensors(lambda t: t[:1] if t.ndim else t, batch), device)
+        batch = _first_batch(learn)
+        device,n = next((t.device for t in learn.model.parameters()), 'cpu'),batch_size(batch)
+        learn.batch = to_device(map_tensors(lambda t: t[:1] if t.ndim and t.size(0) == n else t, batch), device)
         with Hooks(names, note), keep_modes(learn.model), counter:
             learn.model.eval()
             learn.predict()
@@ -103,5 +133,5 @@ def show_image_batch(
     **kwargs, # for `fastswa.plot.show_images`
 ):
     "Show the images of one training batch as the model gets them"
-    with sandbox(learn, as_list(cbs)): batch = next(prepared_batches(learn, learn.dls.train))
-    show_images(to_cpu(batch[0][:max_n]), **kwargs)
+    with sandbox(learn, as_list(cbs)): batch = _first_batch(learn)
+    show_images(to_cpu(batch_inputs(batch)[0][:max_n]), **kwargs)

@@ -82,13 +82,15 @@ class MetricsCB(Callback):
         return next(iter(batch_targets(learn.batch, n_inp)), None)
 
     def after_epoch(self, learn):
-        values = {name: plain(m.compute(), tensors=False, strict=False) for name, m in self.metrics.items()}
+        def value(m): return plain(m.compute(), tensors=False, strict=False) if self._batches else None
+        values = {name: value(m) for name, m in self.metrics.items()}
         learn.history[-1] = {**values, **learn.history[-1]}
-        self._shown = any(getattr(cb, 'shows_rows', False) for cb in learn.cbs)
+        self._shown,self.train = any(getattr(cb, 'shows_rows', False) for cb in learn.cbs),learn.training
         if not is_quiet(learn): self._log({k: format_value(v) for k, v in learn.history[-1].items()})
 
     def _log(self, row):
-        "Print a row, its values as text; a callback that shows rows may put a function of its own in this place"
+        """Print a row, its values as text, where nothing else shows it; `self.train`: is it of training?
+        A callback may put a function of its own in this place until the fit ends"""
         if not self._shown: print(row)
 
     def cleanup_fit(self, learn): vars(self).pop('_log', None)

@@ -22,6 +22,7 @@ from ..training.events import Callback, Stage
 class View:
     "Where nothing is shown. The others do something at these moments; `p` is the `ProgressCB`"
     every = 30. # seconds from one `update` to the next
+    width = math.inf # characters of a line in the table, at most
     def start(self, p): "A pass over a loader begins"
     def update(self, p): "It has come on"
     def stop(self): "It is over"
@@ -56,6 +57,9 @@ class LogView(View):
 class TerminalView(View):
     "A bar for each pass over a loader, and rows above it"
     every,bar = 0.2,None
+    @property
+    def width(self): return get_terminal_size().columns
+
     def update(self, p):
         from tqdm import tqdm
         wide,high = get_terminal_size()      # not tqdm's own, which are 0 and -1 where a terminal does not know
@@ -85,7 +89,7 @@ class NotebookView(View):
         self.plot,self._next_plot = '',0
 
     def update(self, p):
-        if self.live: self._show(p, p.status(), last=100)
+        if self.live: self._show(p, p.status(), last=20)
 
     def end(self, p):
         if p.table.rows or p.note: self._show(p, p.note, final=True)
@@ -93,7 +97,7 @@ class NotebookView(View):
     def _show(self, p, now, last=0, final=False):
         from IPython.display import display
         data = {'text/plain': '\n'.join(filter(None, [now, p.table.text(last)])),
-                'text/html': _bar(p, now) + p.table.html(last) + self._plot(p, final)}
+                'text/html': f'{_bar(p, now)}{self._plot(p, final)}{_SCROLLED}{p.table.html(last)}</div>'}
         if self.handle is not None: self.handle.update(data, raw=True)
         else: self.handle = display(data, raw=True, display_id=self.live or None)
 
@@ -104,6 +108,8 @@ class NotebookView(View):
             self.plot = f'<img width="540" alt="loss over training batches" src="data:image/png;base64,{png}">'
             self._next_plot = p.clock() + min(20*(p.clock() - start), 5)
         return self.plot
+
+_SCROLLED = '<div style="max-height: 32em; overflow-y: auto">'      # what comes below stays in sight
 
 def _bar(p, now):
     if not now: return ''
@@ -129,6 +135,11 @@ def find_view() -> View:
     return TerminalView() if getattr(sys.stdout, 'isatty', bool)() else LogView()
 
 # %% ../../nbs/callbacks/07_progress.ipynb #00000012
+def _table(row, averages):
+    "The table for rows like this one; where it is too wide the time is left out first, then metrics, from the last on"
+    metrics = [k for k in row if k not in ('loss', 'epoch', 'train', 'weights', 'time')]
+    return Table(dict(weights=max(map(len, ['weights', *averages]))), optional=['time', *metrics[::-1]])
+
 class ProgressCB(Callback):
     "Show training, in the way that suits where it runs"
     order,role = Stage.show,'watches'
@@ -166,8 +177,9 @@ class ProgressCB(Callback):
         if self.began >= self._next: self.draw()
 
     def after_batch(self, learn):
-        loss = learn.loss.detach()
-        self._new.append(loss.item() if loss.device.type == 'cpu' else loss)
+        if learn.loss is not None:
+            loss = learn.loss.detach()
+            self._new.append(loss.item() if loss.device.type == 'cpu' else loss)
         self.n = learn.iter + 1
         if self.clock() >= self._next: self.draw()
 
@@ -200,11 +212,12 @@ class ProgressCB(Callback):
         if self.training: self.losses += new
 
     def _add(self, row):
-        if row['train'] != 'train': self.valid.setdefault(row['weights'], []).append((len(self.losses), row['loss']))
+        if row['train'] != 'train' and row['loss'] is not None:
+            self.valid.setdefault(row['weights'], []).append((len(self.losses), row['loss']))
         shown = {k: v for k, v in row.items() if k != 'weights' or self.averages}
         shown['time'] = format_time(self.clock() - self.began)
-        if not self.table.rows: self.table = Table(dict(weights=max(map(len, ['weights', *self.averages]))))
-        self.view.row(self, shown, self.table.add(shown))
+        if not self.table.rows: self.table = _table(shown, self.averages)
+        self.view.row(self, shown, self.table.add(shown, self.view.width))
 
     def loss_text(self) -> str:
         "The mean loss of this pass's last 50 batches, as far as it was read"

@@ -26,7 +26,7 @@ from ..averaging.swag import SWAG
 from ..core import Every, Time, check_choice, check_number, check_whole, is_quiet, unwrap
 from ..training.events import Callback, CancelBatchException, Stage
 from ..training.optim import OptionChanges, set_option
-from ..training.sandbox import prepared_batches
+from ..training.sandbox import keep_learner, prepared_batches
 
 # %% ../../nbs/callbacks/02_swa.ipynb #00000006
 def _with_arguments_of(cls, but):
@@ -214,19 +214,21 @@ class _TrainingBatches:
 
     def __call__(self):
         if getattr(self.learn.dls, 'train', None) is None: return None      # a learner that only loads and exports
-        self.learn.own_cbs.modes.set(self.learn.averages.model, True)      # frozen layers stay as they are
+        learn,model = self.learn,self.learn.averages.model
+        if not model.training: learn.own_cbs.modes.set(model, True)      # frozen layers stay as they are
         return self
 
-    def __iter__(self): return prepared_batches(self.learn, self.learn.dls.train, cbs=self.cbs)
+    def __iter__(self):
+        learn = self.learn
+        with keep_learner(learn, self.cbs):
+            learn.own_cbs.evaluation.check(learn, learn.dls.train)
+            yield from prepared_batches(learn, learn.dls.train, cbs=self.cbs)
 
     def predict(self, model, batch):
         "A forward pass of the plain model, as the learner makes it"
         learn = self.learn
-        kept = learn.model,learn.cbs,learn.preds
         learn.model,learn.cbs = model,self.cbs
-        try:
-            with suppress(CancelBatchException): learn.predict()
-        finally: learn.model,learn.cbs,learn.preds = kept
+        with suppress(CancelBatchException): learn.predict()
 
 # %% ../../nbs/callbacks/02_swa.ipynb #0000000e
 class EMACB(AverageCB):

@@ -16,7 +16,7 @@ import torch
 
 from ..averaging.tensors import some_names
 from .archive import newest, numbered
-from ..core import get_rng_state, is_quiet, loader_generators, plain, set_rng_state, unwrap
+from ..core import get_rng_state, is_quiet, generators_in, plain, set_rng_state, unwrap
 from ..training.events import Callback, by_order
 from ..training.optim import load_opt_state, loss_tensors, named_parameters, opt_state
 from ..training.sandbox import generators, takes_part
@@ -220,7 +220,8 @@ class ResumeCB(Callback):
 
     def _find_place(self, learn):
         "The loader where it was, by the way it went, and the row so far"
-        persistent = [dl for dl in (learn.dls.train, learn.dls.valid) if getattr(dl, 'persistent_workers', False)]
+        persistent = [dl for dl in (learn.dls.train, getattr(learn.dls, 'valid', None))
+                  if getattr(dl, 'persistent_workers', False)]
         if self.epoch and persistent:
             for dl in persistent: iter(dl)      # their workers are seeded in the first epoch only
             warnings.warn('persistent workers start anew: random numbers that the dataset draws in them are others '

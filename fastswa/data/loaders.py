@@ -85,25 +85,29 @@ class BatchLoader:
         shuffle:bool=False, # a new order at each iteration?
         generator=None, # a `torch.Generator` for the order; None: a draw from torch's global one seeds each order
         drop_last:bool=False, # leave out a last batch that is not full?
+        sampler=None, # an iterable of indices that gives the order, instead of `shuffle`
     ):
         self.batch_size = int(check_whole('bs', bs))
         self.dataset, self.tfm = TensorDataset(x, y), tfm
-        self.shuffle, self.generator, self.drop_last = shuffle, generator, drop_last
-        if not len(self): raise ValueError(f'{len(x)} samples with bs={bs} and drop_last={drop_last} give no batch')
+        self.shuffle, self.generator, self.drop_last, self.sampler = shuffle, generator, drop_last, sampler
+        if not len(self): raise ValueError(f'{self._n()} samples with bs={bs} and drop_last={drop_last} give no batch')
 
     def __repr__(self):
         x,_ = self.dataset.tensors
         order = ', shuffled' if self.shuffle else ''
         return f'BatchLoader({len(x):,} images {tuple(x.shape[1:])} on {x.device}, bs={self.batch_size}{order})'
 
+    def _n(self): return len(self.dataset if self.sampler is None else self.sampler)
+
     def __len__(self):
-        n = len(self.dataset)
+        n = self._n()
         return n // self.batch_size if self.drop_last else math.ceil(n/self.batch_size)
 
     def __iter__(self):
         x, y = self.dataset.tensors
         order = torch.arange(len(x), device=x.device)        # drawn here, not when the first batch is asked for
-        if self.shuffle:
+        if self.sampler is not None: order = torch.tensor([*self.sampler], device=x.device)
+        elif self.shuffle:
             g = self.generator
             if g is None: g = torch.Generator().manual_seed(torch.empty((), dtype=torch.int64).random_().item())
             order = torch.randperm(len(x), generator=g, device=g.device).to(x.device)
@@ -203,17 +207,20 @@ class DataLoaders:
         drop_last:bool=False, # leave out a last training batch that is not full?
         generator=None, # a `torch.Generator` for the order of the training data; None: torch's global one
         collate_fn=None, # `collate_dict` if None
+        sampler=None, # gives the order of the training data, instead of `shuffle`
+        batch_sampler=None, # gives the training batches, instead of `bs`, `shuffle` and `drop_last`
         **kwargs, # for both `torch.utils.data.DataLoader`s
     ):
         "torch `DataLoader`s for any dataset; each sample is decoded anew each time"
         bs = int(check_whole('bs', bs))
         train, valid = _splits(dd)
-        def dl(ds, n, **kw):
+        def dl(ds, **kw):
             collate = collate_fn or collate_dict(ds, as_tuple)
-            return DataLoader(ds, n, num_workers=num_workers, collate_fn=collate, **kw, **kwargs)
+            return DataLoader(ds, num_workers=num_workers, collate_fn=collate, **kw, **kwargs)
+        order = dict(batch_size=bs, drop_last=drop_last, shuffle=shuffle and sampler is None, sampler=sampler)
+        if batch_sampler is not None: order = dict(batch_sampler=batch_sampler)
         # its own generator keeps the validation loader from drawing its workers' seed from torch's global one
-        return cls(dl(train, bs, shuffle=shuffle, drop_last=drop_last, generator=generator),
-                   dl(valid, 2*bs, generator=torch.Generator()))
+        return cls(dl(train, generator=generator, **order), dl(valid, batch_size=2*bs, generator=torch.Generator()))
 
     @classmethod
     def in_memory(cls,
@@ -225,6 +232,7 @@ class DataLoaders:
         generator=None, # a `torch.Generator` for the order of the training data; None: torch's global one seeds it
         seed:int|None=None, # instead of `generator`: a new one with this seed
         drop_last:bool=False, # leave out a last training batch that is not full?
+        sampler=None, # gives the order of the training data, instead of `shuffle`
     ):
         "Loaders of images decoded once and kept on `device`; raises ValueError for mixed shapes and bad labels"
         bs = int(check_whole('bs', bs))
@@ -234,4 +242,5 @@ class DataLoaders:
         if train[0].shape[1:] != valid[0].shape[1:]:
             raise ValueError(f'training images are {tuple(train[0].shape[1:])}, '
                              f'validation images {tuple(valid[0].shape[1:])}')
-        return cls(BatchLoader(*train, bs, tfm, shuffle, generator, drop_last), BatchLoader(*valid, 2*bs, tfm))
+        return cls(BatchLoader(*train, bs, tfm, shuffle, generator, drop_last, sampler),
+                   BatchLoader(*valid, 2*bs, tfm))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core import (Report, check_number, check_whole, first_tensor, get_rng_state, keep_modes, keep_rng,
-    set_rng_state, to_device, unwrap)
+    keep_state, set_rng_state, to_device, train_without_dropout, unwrap)
 from .hooks import Hooks
 from .layers import weight_layers
 from .norms import at_least_float32
@@ -22,21 +22,16 @@ from .norms import at_least_float32
 # %% ../../nbs/nets/04_lsuv.ipynb #00000006
 @contextmanager
 def _measuring(model):
-    """Without gradients or dropout, norms as in training; puts modes and buffers back, and after an error weights and
+    """As in training, but without gradients or dropout; puts modes and buffers back, and after an error weights and
     random state too"""
-    buffers, weights = ([(t, t.detach().clone()) for t in ts] for ts in (model.buffers(), model.parameters()))
-    rng, evaluating = get_rng_state(), not model.training     # in eval mode as a whole: then no norm is frozen
-    with keep_modes(model), torch.no_grad():
-        for m in model.modules():
-            tracks_stats = getattr(m, 'running_mean', None) is not None
-            m.training = tracks_stats and (m.training or evaluating)
+    weights, rng = [(t, t.detach().clone()) for t in model.parameters()], get_rng_state()
+    with keep_state(*model.modules()), keep_modes(model), torch.no_grad():
+        train_without_dropout(model)
         try: yield
         except BaseException:
             for t, old in weights: t.copy_(old)
             set_rng_state(rng)
             raise
-        finally:
-            for t, old in buffers: t.copy_(old)
 
 def _forward(model, modules, xb, f):
     "One pass, in which `f` is called with each of `modules` that is reached, and its output tensor"

@@ -5,10 +5,10 @@ from .events import (
     Stage, run_cbs, with_cbs)
 from .learner import Learner, MomentumLearner, TrainCB, TrainLearner
 from .optim import OptionChanges, group_options, load_opt_state, opt_state, param_groups, set_option
-from .sandbox import keep_random_state, prepared_batches, sandbox
+from .sandbox import keep_learner, prepared_batches, sandbox
 
 __all__ = [
     'Callback', 'CallbackRunner', 'CancelBatchException', 'CancelEpochException', 'CancelFitException',
     'CancelStepException', 'Learner', 'LossMeter', 'MomentumLearner', 'OptionChanges', 'Stage', 'TrainCB',
-    'TrainLearner', 'group_options', 'keep_random_state', 'load_opt_state', 'opt_state', 'param_groups',
+    'TrainLearner', 'group_options', 'keep_learner', 'load_opt_state', 'opt_state', 'param_groups',
     'prepared_batches', 'run_cbs', 'sandbox', 'set_option', 'with_cbs']

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..core import batch_size, get_rng_state, loader_generators, set_modes
+from ..core import batch_size, generators_in, get_rng_state, set_modes
 from .events import Callback
 from .optim import loss_module
 
@@ -33,9 +33,9 @@ class LossMeter:
         if not torch.is_tensor(self.losses[0]): return torch.tensor(self.losses, dtype=torch.float64)
         return torch.cat([o.reshape(-1) for o in self.losses])
 
-    def compute(self) -> float:
-        "The mean over the samples; waits for the device, once"
-        if not self.losses: return math.nan      # every batch was cancelled
+    def compute(self) -> float|None:
+        "The mean over the samples, None where no batch had a loss; waits for the device, once"
+        if not self.losses: return None
         return (self._all().cpu().double() @ torch.tensor(self.sizes).double()).item()/max(sum(self.sizes), 1)
 
     def first_bad(self,
@@ -121,8 +121,8 @@ class PositionCB(Callback):
         if learn.training: self.rng = get_rng_state(self.generators(learn))
 
     def generators(self, learn) -> list:
-        "Those that give the order of the training data; a callback may have wrapped `learn.dl`"
-        return loader_generators(learn.dl) or loader_generators(learn.dls.train)
+        "Those that the training data draws from; a callback may have wrapped `learn.dl`"
+        return generators_in(learn.dl, learn.dls.train)
 
     def place(self, learn) -> dict|None:
         "Epoch and batches of it that are done; None outside of a training epoch, and while a batch is half done"

@@ -17,11 +17,12 @@ from torch.nn.parameter import is_lazy
 
 from ..averaging.averages import Averages
 from ..averaging.holding import restore_raw
-from ..core import Clock, Report, batch_inputs, batch_targets, later, map_tensors, tensors_in, unwrap
+from fastswa.core import (Clock, Report, batch_inputs, batch_targets, later, map_tensors, set_epoch, tensors_in,
+    unwrap)
 from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepException
 from .events import as_list, check_cbs, with_cbs
 from .optim import HasOptimizer, parameters
-from .sandbox import essentials, keep_random_state, sandbox
+from .sandbox import essentials, keep_learner, sandbox
 
 # %% ../../nbs/training/04_learner.ipynb #0000000c
 class HasWeights:
@@ -63,7 +64,7 @@ class HasWeights:
         weights:str, # the name of an average; `'raw'` as `restore`
     ):
         "The model holds these weights until `restore` or the next fit; RuntimeError if the average is empty"
-        with keep_random_state(self): self.averages.apply(weights)
+        self.averages.apply(weights)
 
     def restore(self):
         "The model holds its raw weights again"
@@ -73,7 +74,7 @@ class HasWeights:
         weights:str, # `'raw'`, or the name of an average
     ) -> nn.Module:
         "A copy of the model with these weights and statistics that fit, on its own: in eval mode, without gradients"
-        with keep_random_state(self): return self.averages.module(weights)
+        return self.averages.module(weights)
 
     def validate(self,
         weights:str|None=None, # `'raw'` or the name of an average; None: a row for each
@@ -110,16 +111,21 @@ def _length(dl):
     try: return len(dl)
     except TypeError: return None            # an iterable without a length
 
+def _valid_loader(learn): return getattr(learn.dls, 'valid', None)
+
 def _check_fit(learn, n_epochs, train, valid, resume, reset_opt):
     "Raise what is wrong with a fit before it begins"
     if not isinstance(n_epochs, Integral) or n_epochs < 0:
         raise ValueError(f'n_epochs must be a whole number, 0 or more; got {n_epochs!r}')
-    for need, name in ((train, 'train'), (valid, 'valid')):
-        if need and not hasattr(learn.dls, name):
-            raise TypeError('dls must have the loaders `train` and `valid`, as DataLoaders has; '
-                            f'got {type(learn.dls).__name__}')
-    if valid and not train and learn.dls.valid is None:
-        raise ValueError('there is no validation loader: dls.valid is None')
+    if train and not hasattr(learn.dls, 'train'):
+        raise TypeError('dls must have the loaders `train` and `valid`, as DataLoaders has; '
+                        f'got {type(learn.dls).__name__}')
+    if valid and not train and _valid_loader(learn) is None:
+        raise ValueError('there is no validation loader: dls.valid is None. Give batches, as in validate(dl=…)')
+    for name, dl in (('training', train and learn.dls.train), ('validation', valid and _valid_loader(learn))):
+        if dl is not None and dl is not False and _length(dl) == 0:
+            raise ValueError(f'the {name} loader has length 0: there are fewer samples than a batch holds, '
+                             'and drop_last=True leaves them out, or there are none at all')
     if resume is not None and (reset_opt or not train):
         raise ValueError('resume= goes on with a training run and its optimizer: '
                          'it needs train=True and reset_opt=False')
@@ -190,7 +196,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         if train: self.opt      # is made by now; an error in making it comes before any training
         for self.epoch in self.epochs:
             if train: self.one_epoch(True)
-            if valid and self.dls.valid is not None: self._validate(valid)
+            if valid and _valid_loader(self) is not None: self._validate(valid)
             self.completed = self.epoch + 1
 
     def _validate(self, valid):
@@ -198,7 +204,8 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         for name in [valid] if isinstance(valid, str) else self.averages.rows():
             if name == self.weights: self.one_epoch(False)
             else:
-                with keep_random_state(self), self.averages.using(name, quick=self.will_train): self.one_epoch(False)
+                using = self.averages.using(name, quick=self.will_train)
+                with keep_learner(self, row=True), using: self.one_epoch(False)
 
     def one_epoch(self,
         training:bool, # a training epoch, or one of validation?
@@ -208,6 +215,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         self.between_batches = True
         if training:
             self.clock.begin_epoch(self.epoch)
+            set_epoch(self.dl, self.epoch)
             self._warn_of_new_parameters()
         with torch.set_grad_enabled(training): self._one_epoch()
 
@@ -280,7 +288,10 @@ class TrainCB(Callback):
 class TrainLearner(Learner):
     "A `Learner` that brings the steps itself, for batches of inputs and targets"
     def predict(self): self.preds = self.model(*batch_inputs(self.batch))
-    def get_loss(self): self.loss = self.loss_func(self.preds, batch_targets(self.batch)[0])
+    def get_loss(self):
+        targets = batch_targets(self.batch)
+        if not targets: raise ValueError('the batch has no targets for the loss: it holds inputs only')
+        self.loss = self.loss_func(self.preds, targets[0])
     def backward(self): self.loss.backward()
     def step(self): self.opt.step()
     def zero_grad(self): self.opt.zero_grad()

@@ -161,6 +161,35 @@ def test_frozen_layers_stay_as_they_are(prefixes):
     for k, t in learn.averages.weights('raw').items(): assert torch.equal(t, before[k]) == k.startswith(prefixes), k
 
 
+def by_layers(model):
+    "A learner whose optimizer has two groups: the first layers, and the last"
+    groups = param_groups(model, {'[01].*': dict(lr_mult=0.5)})
+    return learner(model=model, opt_func=lambda params, lr: SGD(groups, lr))
+
+
+@pytest.mark.parametrize('train_bn', [False, True])
+def test_groups_are_frozen_and_unfrozen(train_bn):
+    "freeze(model, ['layer1']), with its BatchNorm or without, and unfreeze(); fastai's freeze_to is spelled alike"
+    learn = by_layers(net())
+    learn.freeze_to(1, train_bn=train_bn)
+    assert not learn.model[0].weight.requires_grad and learn.model[3].weight.requires_grad
+    before = state(learn)
+    learn.fit(1)
+    stayed = {k for k, t in floats(learn.model).items() if torch.equal(t, before[k])}
+    norm = {k for k in floats(learn.model) if k.startswith('1.')}
+    assert stayed == {'0.weight', '0.bias', *(() if train_bn else norm)}
+    learn.unfreeze()
+    before = state(learn)
+    learn.fit(1)
+    assert not any(torch.equal(t, before[k]) for k, t in floats(learn.model).items())
+
+
+@pytest.mark.parametrize('n', [2, -3])
+def test_a_group_that_there_is_not_is_an_error(n):
+    with pytest.raises(ValueError, match=f'2 parameter groups; there is no group {n}'): by_layers(net()).freeze_to(n)
+    with pytest.raises(ValueError, match='several parameter groups'): learner().freeze()
+
+
 @pytest.mark.differs('frozen is a layer in eval mode in a model in train mode; a model all in eval mode was evaluated')
 def test_a_model_in_eval_mode_is_trained():
     "timm's freeze() puts other layers in the place of BatchNorm"

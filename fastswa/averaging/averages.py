@@ -200,6 +200,10 @@ class FittedStatistics:
         with keep_rng(*generators_in(batches)): update_bn(model, batches, n_batches=n_batches, forward=forward)
         self._known[name] = key, bn_state(model)
 
+    def known(self, name, stamp, n_batches, data) -> dict|None:
+        "What is known for this state of the average"
+        return self._known[name][1] if self._is_known(name, stamp, n_batches, data) else None
+
     def _is_known(self, name, stamp, n_batches, data):
         if name not in self._known: return False
         known_stamp,known_batches,known_data = self._known[name][0]
@@ -338,8 +342,19 @@ class Averages(TrackedAverages):
         name:str, # `'raw'`, or the name of an average
         **kwargs, # for `using`: `bn_data`, `forward`, `n_batches`
     ) -> nn.Module:
-        "A copy of the model with these weights and statistics that fit, on its own: in eval mode, without gradients"
-        with self.using(name, **kwargs): return detached_copy(self.model)
+        """A copy of the model with these weights and statistics that fit, on its own: in eval mode, without gradients.
+
+        Where no statistics have to be computed for it, another thread may train the model meanwhile."""
+        self.adopt_changes()
+        average,stats = None if name == 'raw' else self._known(name).average, {}
+        if average is not None and bn_layers(self.model):
+            stats = self._statistics.known(name, average.stamp, kwargs.get('n_batches') or self.bn_batches,
+                                           kwargs.get('bn_data', self.bn_data))
+        if average is None or average.sharded or stats is None:
+            with self.using(name, **kwargs): return detached_copy(self.model)
+        res = average.module()
+        if stats: load_bn_state(res, stats)
+        return res
 
     def state_dict(self): return dict(super().state_dict(), statistics=self._statistics.state_dict())
 

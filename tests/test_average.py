@@ -827,6 +827,20 @@ def test_what_is_frozen_and_not_finite_later():
     model.layer.weight.data.fill_(math.nan)
     avg.update()
     assert (avg.n, avg.skipped) == (2, 3)
+    model.layer.weight.data.zero_()
+    for i in range(2):
+        avg.update()
+        assert (avg.n, avg.skipped) == (3 + i, 3) and torch.equal(avg.weights['mask'], torch.ones(2))
+
+
+def test_snapshots_loaded_into_a_frozen_model_are_checked():
+    "Nothing in it is trained, so being frozen says nothing. Wrong: a diverged checkpoint as the first snapshot"
+    model = one().requires_grad_(False)
+    avg = Average(model)
+    for value in (math.nan, 1., math.inf, 3.):
+        model.load_state_dict(dict(weight=torch.full((1, 1), value)))
+        with warnings.catch_warnings(record=True): avg.update()
+    assert (avg.n, avg.skipped) == (2, 2) and avg.weights['weight'].item() == 2
 
 
 def test_frozen_weights_that_somebody_moves_are_averaged():

@@ -97,7 +97,7 @@ class CountedSnapshots(ShadowWeights):
         if times and warn and not self._skipped:
             warnings.warn('the weights hold NaN or infinity: such snapshots are left out of the average')
         self._skipped += times
-        if times: vars(self._selection).pop('fixed', None)      # a frozen weight may have become infinite meanwhile
+        if times: self._selection.__dict__.pop('fixed', None)      # a frozen weight may have become infinite
 
     def _follow(self, old, new):
         super()._follow(old, new)
@@ -153,17 +153,21 @@ def moving_of(tensors, fixed): return [t for i, t in enumerate(tensors) if i not
 
 def _move(averages, values, weights):
     lead,flag = averages[0],None
-    fixed = lead._selection.fixed_now()
+    fixed = as_they_are = lead._selection.fixed_now()
+    if len(lead._selection.once_fixed) > len(fixed) and lead._avg is not None:      # what can move now begins anew
+        anew = {i for i in lead._selection.once_fixed if not lead._avg[i].isfinite().all()}
+        as_they_are = sorted({*fixed, *anew})
     snapshot = moving_of(values, fixed)
     check = lead.check_finite
-    if check and (lead.sharded or None in weights or _can_mask(lead, snapshot)):
+    if check and (lead.sharded or None in weights or as_they_are is not fixed or _can_mask(lead, snapshot)):
         bad = _check(lead, values, snapshot)
         if bad is True: return _skip_all(averages)
         check,flag = False,bad if torch.is_tensor(bad) else None
     with _guarded(averages):
-        if not _move_those_begun(averages, values, fixed, weights, check, flag): return _skip_all(averages)
+        if not _move_those_begun(averages, values, as_they_are, weights, check, flag): return _skip_all(averages)
         for a, w in zip(averages, weights):
             if w is None: a._avg = a._copies(values)
+            for i in as_they_are: a._avg[i].copy_(values[i])
             a._count(flag)
 
 def _move_those_begun(averages, values, fixed, weights, check, flag):

@@ -160,7 +160,7 @@ class Selection:
         self.places = [(d, k) for d, k, _ in self._slots]
         self.owners = [t for _, _, t in self._slots]      # the parameters and buffers themselves
         self.small = sum(t.numel() for t in self.live) <= SMALL
-        self._firsts = [t for _, _, t in owners]
+        self._firsts,self.once_fixed = [t for _, _, t in owners],set()
         self.dense = all(map(is_dense, self.live))
         self.meshes = list({t.device_mesh for t in self.owners if hasattr(t, 'to_local')})      # of sharded ones
         self.sharded = bool(self.meshes)
@@ -169,8 +169,11 @@ class Selection:
     @cached_property
     def fixed(self) -> list:
         "Which of `live` are frozen and hold NaN or infinity, as a mask may: without a mean, they are taken as they are"
+        if not any(p.requires_grad for p in self._firsts): return []      # a model into which snapshots are loaded
         frozen = [isinstance(p, nn.Parameter) and not p.requires_grad for p in self._firsts]
-        return [i for i, t in enumerate(self.live) if frozen[i] and not t.is_meta and not t.isfinite().all()]
+        res = [i for i, t in enumerate(self.live) if frozen[i] and not t.is_meta and not t.isfinite().all()]
+        self.once_fixed.update(res)
+        return res
 
     def fixed_now(self) -> list:
         "The same, looked up again where one may be trained by now"

@@ -1,6 +1,8 @@
 """Checkpoints: what is in them, a resume that is exact wherever the run was stopped, and files that are refused"""
 import contextlib, io, multiprocessing, os, random, signal, time, warnings
+from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from fastswa.callbacks.augment import AugmentCB
 from fastswa.callbacks.augment import MixUpCB
 from fastswa.data.transforms import RandErase, RandFlip
 from fastswa.callbacks.basics import RecorderCB
+from fastswa.averaging.interchange import save_safetensors
+from fastswa.callbacks.loggers import CSVLoggerCB, TensorBoardCB
 from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
-from fastswa.checkpoint.archive import load_weights, read_checkpoint
+from fastswa.checkpoint.archive import load_weights, numbered, read_checkpoint
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.checkpoint.resume import learner_state
 from fastswa.core import quiet, set_seed
@@ -347,7 +351,7 @@ def test_a_full_disk(tmp_path):
     script = f'''
         import resource, signal
         from killed_run import *
-        from fastswa.checkpoint.archive import load_weights, read_checkpoint
+        from fastswa.checkpoint.archive import load_weights, numbered, read_checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         class Full(CheckpointCB):
             order = 94
@@ -394,6 +398,14 @@ def test_the_home_folder(tmp_path, monkeypatch):
     learn.load('~/a.pt')
     learn.export('~/a.safetensors')
     assert {'a.pt', 'a.safetensors'} < {p.name for p in tmp_path.iterdir()} and not [*(tmp_path/'here').iterdir()]
+    assert read_checkpoint('~/a.pt')['opt_steps'] == 16 and load_weights('~/runs')
+    cbs = [CSVLoggerCB('~/logs/log.csv'), PostHocEMACB(every='4ba', folder='~/posthoc')]
+    if find_spec('tensorboard'): cbs.append(TensorBoardCB('~/tensorboard'))
+    learner().fit(1, cbs=cbs)
+    save_safetensors(cbs[1].average, '~/b.safetensors')
+    folders = {'logs', 'posthoc', 'b.safetensors'} | {'tensorboard' for _ in cbs[2:]}
+    assert folders < {p.name for p in tmp_path.iterdir()} and not [*(tmp_path/'here').iterdir()]
+    assert (tmp_path/'logs'/'log.csv').is_file() and [*(tmp_path/'posthoc').glob('ema-*.pt')]
 
 
 def test_every_global_generator_goes_on(tmp_path):
@@ -498,6 +510,125 @@ def test_keep_and_every(tmp_path):
         assert sorted(int(p.stem[5:]) for p in folder.iterdir()) == steps, every
 
 
+class Told(MetricsCB):
+    "A column whose values are told beforehand"
+    values = 0.5, 0.9, 0.7, 0.8, 0.6, 0.95
+    def after_epoch(self, learn): learn.history[-1]['score'] = self.values[learn.epoch]
+
+
+def test_the_best_few_stay(tmp_path):
+    "Wrong: the newest few, or what was best before a resume is forgotten"
+    def names(): return sorted(p.name for p in tmp_path.iterdir() if p.name.startswith('best'))
+    def cb(): return CheckpointCB(tmp_path, keep=1, best='score', keep_best=2)
+    learner(Told()).fit(6, cbs=[cb(), AtEpoch(4)])
+    assert names() == ['best-00000016.pt', 'best-00000032.pt', 'best.pt']      # the second and the fourth epoch
+    last = cb()
+    learner(Told()).fit(6, cbs=last, resume=tmp_path)
+    assert names() == ['best-00000016.pt', 'best-00000048.pt', 'best.pt']
+    assert read_checkpoint(tmp_path/'best.pt')['opt_steps'] == 48 and (last.best, last.best_epoch) == (0.95, 5)
+    assert [p.name for p in tmp_path.glob('step-*')] == ['step-00000048.pt']
+    for k in (0, 1.5):
+        with pytest.raises(ValueError, match='keep_best must be a whole number'): CheckpointCB(tmp_path, keep_best=k)
+
+
+def test_nothing_of_another_run_is_overwritten(tmp_path):
+    """Wrong: best.pt alone is replaced; a run resumed from elsewhere clears the folder out; a second learner with the
+    same callback writes over the first one's"""
+    a,b = tmp_path/'a',tmp_path/'b'
+    first = CheckpointCB(a, best='loss')
+    learner().fit(2, cbs=first)
+    kept = {p.name: p.read_bytes() for p in a.iterdir()}
+    with pytest.raises(ValueError, match='a holds checkpoints of another run, such as'): learner().fit(1, cbs=first)
+    learner().fit(3, cbs=[CheckpointCB(b), AtEpoch(2)])
+    with pytest.raises(ValueError, match='a holds checkpoints of another run, such as best.pt: resume from'):
+        learner().fit(3, cbs=CheckpointCB(a, best='loss'), resume=b)
+    assert kept == {p.name: p.read_bytes() for p in a.iterdir()}
+    for p in a.glob('step-*'): p.unlink()
+    with pytest.raises(ValueError, match='such as best.pt'): learner().fit(1, cbs=CheckpointCB(a, best='loss'))
+    assert (a/'best.pt').read_bytes() == kept['best.pt']
+    learner().fit(3, cbs=CheckpointCB(b, keep=1), resume=b)                    # its own
+    assert [p.name for p in b.iterdir()] == ['step-00000024.pt']
+
+
+class Fails:
+    "A loader that raises an error instead of its batch number `at`, in the second epoch"
+    def __init__(self, dl, at, error): self.dl,self.at,self.error,self.epoch = dl,at,error,-1
+    def __len__(self): return len(self.dl)
+    def __getattr__(self, name): return getattr(self.__dict__['dl'], name)
+    def __iter__(self):
+        self.epoch += 1
+        for i, batch in enumerate(self.dl):
+            if (self.epoch, i) == (1, self.at): raise self.error
+            yield batch
+
+
+@pytest.mark.parametrize('at, error', [
+    (1, OSError('lost')), (3, RuntimeError('a worker died')), (7, KeyboardInterrupt())])
+def test_an_error_between_two_batches_leaves_a_checkpoint(at, error, tmp_path):
+    "From which the run goes on exactly. Wrong: the work since the last checkpoint is lost"
+    def make(): return learner(EMACB(0.8), OneCycleCB(), MetricsCB(hits=Hits()), CheckpointCB(tmp_path, '10ep'))
+    whole = learner(EMACB(0.8), OneCycleCB(), MetricsCB(hits=Hits()))
+    set_seed(1)
+    whole.fit(3)
+    whole,learn = result(whole),make()
+    learn.dls.train = Fails(learn.dls.train, at, error)
+    set_seed(1)
+    with pytest.raises(type(error)): learn.fit(3)
+    assert [p.name for p in tmp_path.iterdir()] == [f'step-{8 + at:08}.pt']
+    rest = make()
+    rest.fit(3, resume=tmp_path)
+    same(result(rest), whole)
+
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_predict', 'after_backward', 'after_step', 'after_batch',
+                                   'before_fit'])
+def test_an_error_in_a_batch_leaves_the_last_checkpoint(event, tmp_path):
+    "Wrong: one of a batch that is half done, of weights that are NaN, or of a run that has not begun"
+    class Breaks(Callback):
+        order = 96 if event == 'before_fit' else 15
+    def go(self, learn):
+        if event == 'before_fit' or (learn.training and (learn.epoch, learn.iter) == (1, 3)): raise ZeroDivisionError
+    setattr(Breaks, event, go)
+    with pytest.raises(ZeroDivisionError): learner(Breaks(), CheckpointCB(tmp_path, '2ba')).fit(2)
+    steps = sorted(int(p.stem[5:]) for p in tmp_path.iterdir())
+    assert steps == ([] if event == 'before_fit' else [6, 8, 10])
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
+    class Bad(Callback):
+        order = -50
+        def before_batch(self, learn):
+            if learn.training and learn.opt_steps == 5: learn.batch = learn.batch[0]*float('nan'),learn.batch[1]
+    with pytest.raises(FloatingPointError): learner(Bad(), CheckpointCB(tmp_path, '2ba')).fit(2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['step-00000002.pt', 'step-00000004.pt']
+
+
+def test_a_second_ctrl_c_in_the_loader_does_not_wait(tmp_path):
+    learn = learner(CheckpointCB(tmp_path))
+    class Loader(Fails):
+        def __iter__(self):
+            for i, batch in enumerate(self.dl):
+                if i == 3:
+                    for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
+                yield batch
+    learn.dls.train = Loader(learn.dls.train, 0, None)
+    with pytest.raises(KeyboardInterrupt): learn.fit(2)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_sums_of_a_validation_are_not_those_of_the_next_epoch(tmp_path):
+    "A fit that is stopped before its metrics begin an epoch. Wrong: resumed, that epoch's row counts samples twice"
+    stop = AtEpoch(1)
+    stop.order = -30
+    def fit(**kwargs):
+        learn = learner(MetricsCB(hits=Hits()))
+        set_seed(1)
+        learn.fit(2, **kwargs)
+        return learn.history
+    fit(cbs=[CheckpointCB(tmp_path), stop])
+    assert fit(resume=tmp_path) == fit()
+
+
 def test_metric_without_state(tmp_path):
     class Bare:
         def reset(self): self.n = 0
@@ -596,6 +727,51 @@ def test_export_without_data(cbs, tmp_path):
     assert other.weights == 'raw'
     other.dls = learn.dls
     other.export(tmp_path/'b.safetensors', 'ema')
+
+
+def _two_processes(rank, folder, pipe):
+    "Each trains weights of its own; what is there when its fit is over"
+    from pathlib import Path
+
+    import torch.distributed as dist
+    folder = Path(folder)
+    dist.init_process_group('gloo', f'file://{folder}/meet', rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    class Slow(CheckpointCB):
+        def _write(self, learn):
+            if learn.n_epochs == 2 and learn.epoch == 1: time.sleep(0.3)      # the others have to wait for it
+            super()._write(learn)
+    with quiet():
+        learn,cb = learner(EMACB(0.8), MetricsCB(hits=Hits()), lr=0.01*(rank + 1)),Slow(folder/'run', best='loss')
+        learn.fit(2, cbs=[cb, CSVLoggerCB(folder/'log.csv')])
+        found = [p.name for p in numbered(folder/'run')]
+        learn.save(folder/f'saved-{rank}')
+        learn.export(folder/f'exported-{rank}')
+        dist.barrier()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            learner(EMACB(0.8), MetricsCB(hits=Hits())).fit(3, cbs=CheckpointCB(folder/'run'), resume=folder/'run')
+    pipe.send((found, cb.best, learn.history, learn.averages.weights('raw')['0.weight'].tolist()))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason='no gloo')
+def test_the_first_of_several_processes_writes(tmp_path):
+    "And the others wait for it. Wrong: two processes replace each other's files, or one refuses those of the other"
+    pipes,processes = [],[]
+    for rank in range(2):
+        here,there = spawn.Pipe()
+        processes.append(spawn.Process(target=_two_processes, args=(rank, str(tmp_path), there)))
+        processes[-1].start()
+        there.close()
+        pipes.append(here)
+    (found, best, history, weight),(found_1, *_, weight_1) = [pipe.recv() for pipe in pipes]
+    for p in processes: p.join()
+    assert weight != weight_1 and found == found_1 == ['step-00000008.pt', 'step-00000016.pt']
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != 'meet') == ['exported-0', 'log.csv', 'run', 'saved-0']
+    state = read_checkpoint(tmp_path/'run'/'step-00000016.pt')
+    assert state['weights']['raw']['0.weight'].tolist() == weight and state['history'] == history
+    assert (tmp_path/'run'/'step-00000024.pt').is_file()
+    assert read_checkpoint(tmp_path/'run'/'best.pt')['history'][-2]['loss'] == best
 
 
 # What an audit found

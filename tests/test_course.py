@@ -2,7 +2,7 @@
 CIFAR, diffusion, super-resolution and VAE chapters) runs on `from fastswa.all import *`: names and signatures"""
 import contextlib
 import inspect
-from functools import partial
+from functools import partial, wraps
 from types import SimpleNamespace
 
 import fastcore.all as fc
@@ -555,3 +555,44 @@ def test_ddpm_of_the_course():
     learn.lr_find(show=False, max_steps=5)
     (xt, t), ε = learn.batch
     show_images(xt[:4], titles=[str(o.item()) for o in t[:4]], imsize=1.5)
+
+
+def test_unet_chapter_whose_blocks_patch_forward():
+    """`saved` puts a function on a convolution that keeps its outputs for the way up. Wrong: a copy whose convolutions
+    are those of the original, so that `module('ema')` gives neither the average's predictions nor the raw ones"""
+    def saved(m, blk):
+        m_ = m.forward
+
+        @wraps(m.forward)
+        def _f(*args, **kwargs):
+            res = m_(*args, **kwargs)
+            blk.saved.append(res)
+            return res
+
+        m.forward = _f
+        return m
+
+    class DownUp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            # the second one twice
+            self.convs = nn.ModuleList([saved(nn.Conv2d(1, 1, 3, padding=1), self),
+                                        saved(saved(nn.Conv2d(1, 1, 3, padding=1), self), self)])
+        def forward(self, x):
+            self.saved = []
+            for conv in self.convs: x = conv(x)
+            return x + sum(self.saved)
+
+    set_seed(0)
+    x = torch.randn(8, 1, 8, 8)
+    model = nn.Sequential(DownUp(), nn.BatchNorm2d(1))
+    learn = TrainLearner(model, DataLoaders([(x, 2*x)]*5, [(x, 2*x)]), nn.MSELoss(), lr=0.1,
+                         cbs=[DeviceCB('cpu'), EMACB(decay=0.9, apply=False), BNUpdateCB()])
+    learn.fit(2)
+    copy = learn.module('ema')
+    with torch.no_grad():
+        with learn.using('ema'): wanted = learn.model.eval()(x)
+        assert torch.equal(copy(x), wanted) and not torch.equal(wanted, learn.model.eval()(x))
+        assert len(copy[0].saved) == len(model[0].saved) == 3
+        for p in copy.parameters(): p.zero_()
+        assert (copy(x) == 0).all()                                    # no layer of it is the original's

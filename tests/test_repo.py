@@ -1,5 +1,6 @@
 "What holds for the repository as a whole: written once, generated twice, light to import; links, order of imports"
 import ast, builtins, json, re, runpy, shutil, subprocess, sys
+from collections import Counter
 from configparser import ConfigParser
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -76,6 +77,12 @@ def test_relative_links_lead_somewhere():
     files = [*(root/o for o in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')), *notebooks]
     assert links(root/'README.md')
     assert [f'{o.relative_to(root)}: {a}' for o in files for a in links(o) if not (o.parent/a).exists()] == []
+
+def test_no_module_defines_a_name_twice():
+    "The second of two helpers of one name replaces the first, in silence and for all of the module"
+    def names(tree): return [o.name for o in tree.body if isinstance(o, (ast.FunctionDef, ast.ClassDef))]
+    assert {m: twice for m, tree in modules().items()
+            if (twice := [n for n, k in Counter(names(tree)).items() if k > 1])} == {}
 
 def test_one_version():
     "The installed version, settings.ini and the newest changelog entry agree"

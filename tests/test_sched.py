@@ -12,6 +12,8 @@ from torch.optim.swa_utils import SWALR
 from fastswa.averaging.average import Average
 from fastswa.training.events import Callback, CancelStepException
 from fastswa.training.learner import TrainLearner
+from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.core import quiet
 from fastswa.callbacks.basics import RecorderCB
 from fastswa.callbacks.swa import EMACB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
@@ -190,6 +192,36 @@ def resumed(cls, sched, state, opt='sgd', n_epochs=EPOCHS, lr=0.1, **kwargs):
     learn.fit(n_epochs, valid=False)
     return used.seen
 
+def warm(o, then, n=3): return S.SequentialLR(o, [S.LinearLR(o, 0.01, 1., n), then(o)], [n])
+COMPOSED = dict(
+    multistep=lambda o: warm(o, lambda o: S.MultiStepLR(o, [2, 4], 0.5)),
+    restarts=lambda o: warm(o, lambda o: S.CosineAnnealingWarmRestarts(o, 2, 2)),
+    cycle=lambda o: warm(o, lambda o: S.OneCycleLR(o, 0.3, total_steps=20)),
+    lambdas=lambda o: warm(o, lambda o: S.LambdaLR(o, lambda i: 1/(1 + i))),
+    cyclic=lambda o: warm(o, lambda o: S.CyclicLR(o, 0.01, 0.2, 2, scale_fn=lambda i: 1/(1 + i))),
+    three=lambda o: S.SequentialLR(
+        o, [S.ConstantLR(o, 0.5, 2), S.MultiStepLR(o, [1, 3], 0.7), S.MultiStepLR(o, [1, 2], 0.3)], [2, 6]),
+    nested=lambda o: S.SequentialLR(o, [warm(o, lambda o: S.MultiStepLR(o, [1], 0.5), 2), S.StepLR(o, 2, 0.5)], [5]),
+    chained=lambda o: S.ChainedScheduler([S.LinearLR(o, 0.1, 1., 3), S.MultiStepLR(o, [2, 5, 5], 0.5)], optimizer=o),
+    swa=lambda o: warm(o, lambda o: SWALR(o, 0.02, 3)), plateau=partial(S.ReduceLROnPlateau, factor=0.5, patience=0))
+
+@pytest.mark.filterwarnings('ignore:.*lr_scheduler.step')      # torch's own, where one is inside another
+@pytest.mark.parametrize('name, per', [*((o, 'batch') for o in COMPOSED),
+                                       *((o, 'epoch') for o in ('multistep', 'three', 'chained', 'plateau'))])
+def test_a_composed_schedule_resumes_at_every_step(name, per, tmp_path):
+    "Rates and weights bit for bit. Wrong: AttributeError, hours later, where the milestones were read back as a dict"
+    def go(*cbs, **kwargs):
+        learn = TrainLearner(linear(), regression(5 if per == 'batch' else 1), lr=0.1, opt_func=OPTS['sgd'],
+                             cbs=[CBS[per](COMPOSED[name]), used := Used(), *cbs])
+        with quiet(): learn.fit(2 if per == 'batch' else 8, **kwargs)
+        return used.seen, learn.model.weight.detach()
+    seen, weight = go(CheckpointCB(tmp_path, '1ba', keep=None))
+    files = sorted(tmp_path.glob('step-*.pt'))
+    assert len(files) == len(seen)
+    for i, file in enumerate(files, 1):
+        rest, end = go(resume=file)
+        assert rest == seen[i:] and torch.equal(end, weight)
+
 @pytest.mark.parametrize('per', CBS)
 @pytest.mark.parametrize('opt', ['sgd', 'tensor', 'groups'])
 @pytest.mark.parametrize('name', SCHEDS)
@@ -328,6 +360,48 @@ def test_length_under_accumulation():
         opt.step()
         sched.step()
     assert used == want
+
+class NoRate(optim.SGD):
+    "As transformers' Adafactor, which finds its own rate"
+    def __init__(self, params, lr):
+        super().__init__(params, 0.1)
+        for g in self.param_groups: g['lr'] = None
+    def step(self, closure=None): pass
+
+class OtherName(optim.SGD):
+    "Has a rate by another name"
+    def __init__(self, params, lr):
+        super().__init__(params, 0.1)
+        for g in self.param_groups: g['step_size'] = g.pop('lr')
+    def step(self, closure=None): pass
+
+@pytest.mark.parametrize('opt_func', [NoRate, OtherName])
+def test_an_optimizer_without_a_rate(opt_func):
+    "It trains; under a schedule, a search or a cycle an error says so before training. Wrong: float() of None"
+    def make(*cbs): return TrainLearner(linear(), regression(N), lr=0.1, cbs=cbs, opt_func=opt_func)
+    learn = make(EMACB(0.5), RecorderCB(lr=lambda cb: cb.pg.get('lr')))
+    learn.fit(1)
+    assert learn.opt_steps == N
+    for fit in (learn.fit_one_cycle, make(BatchSchedCB(SCHEDS['step'])).fit, make(EpochSchedCB(SCHEDS['plateau'])).fit):
+        with pytest.raises(ValueError, match=f'{opt_func.__name__} has no learning rate that a schedule could change'):
+            fit(1)
+    with pytest.raises(ValueError, match='the finder needs an optimizer whose param_groups have a learning rate'):
+        learn.lr_find(show=False)
+    assert learn.opt_steps == N
+
+def test_one_cycle_in_the_words_of_fastai():
+    "As fastai's: from lr_max/div up to lr_max in a quarter of the fit, down to lr_max/div_final, by cosines"
+    used = Used()
+    learn = TrainLearner(linear(), regression(8), lr=0.1, cbs=used, opt_func=OPTS['sgd'])
+    learn.fit_one_cycle(2, 0.3, div=10., div_final=1e3, pct_start=0.25, cbs=(more := Used()), valid=False)
+    def cos(a, b, x): return a + (1 - math.cos(math.pi*x))/2*(b - a)
+    rises, falls = np.arange(4)/3, np.arange(1, 13)/12            # 16 steps: the first and the last are the ends
+    want = [cos(0.03, 0.3, x) for x in rises] + [cos(0.3, 0.3e-3, x) for x in falls]
+    moms = [cos(0.95, 0.85, x) for x in rises] + [cos(0.85, 0.95, x) for x in falls]
+    np.testing.assert_allclose([o[0] for o in used.seen], [(a, b) for a, b in zip(want, moms)], rtol=1e-9)
+    assert more.seen == used.seen and learn.cbs == [used]
+    with pytest.raises(ValueError, match='lr_max must be a number above 0, or None; got 0'): learn.fit_one_cycle(1, 0)
+    with pytest.raises(TypeError, match='unexpected keyword argument'): learn.fit_one_cycle(1, 0.1, train=False, wd=1)
 
 def test_errors_before_training():
     learn = TrainLearner(linear(), regression(N))

@@ -9,6 +9,7 @@ __all__ = ['Average', 'detached_copy', 'update_all']
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
+from types import CellType, FunctionType, MethodType
 from numbers import Integral, Real
 from weakref import WeakKeyDictionary
 
@@ -186,8 +187,20 @@ def detached_copy(module):
             if not t.is_leaf: memo[id(t)] = t.detach().clone()
         if '_held_weights' in vars(m): memo[id(vars(m)['_held_weights'])] = None
     res = deepcopy(module, memo)
-    for m in res.modules(): vars(m).pop('_held_weights', None)
+    for m in res.modules():
+        vars(m).pop('_held_weights', None)
+        if 'forward' in vars(m): m.forward = _rebound(m.forward, memo)
     return res.eval().requires_grad_(False)
+
+def _rebound(f, memo):
+    "A `forward` that was put on a module, as it is on the copy: deepcopy leaves what a function was made in as it is"
+    if id(f) in memo: return memo[id(f)]
+    if isinstance(f, MethodType): return MethodType(f.__func__, _rebound(f.__self__, memo))
+    if not isinstance(f, FunctionType) or not f.__closure__: return f
+    cells = tuple(CellType(_rebound(c.cell_contents, memo)) for c in f.__closure__)
+    new = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, cells)
+    new.__kwdefaults__ = f.__kwdefaults__
+    return new
 
 def _check_state(state):
     missing = [k for k in ('n', 'skipped', 'rule', 'weights') if k not in state]

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from .ensembles import KeepsSnapshots
-from .tensors import locked
-from ..core import check_number, uninterrupted
+from ..core import check_number
 
 # %% ../../nbs/averaging/12_bema.ipynb #8a068559
 @dataclass(frozen=True)
@@ -48,23 +47,7 @@ class BEMA(KeepsSnapshots):
         self.gamma = check_number('gamma', gamma, include_low=True)
         super().__init__(module, bema(kappa, eta, rho, gamma), **kwargs)
 
-    @locked
-    def update(self,
-        module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
-        steps:int=1, # not used: time is counted in updates
-    ) -> int: # snapshots taken
-        "Take a snapshot; one that is not finite is skipped whole"
-        self._ready()
-        if self._taken == 0: self._check_values()
-        values = self._values(module)
-        if self._is_bad(values): self._skip()
-        else:
-            with uninterrupted(), torch.no_grad():
-                self._move(values)
-                self._count()
-        return self._taken
-
-    def _move(self, values):
+    def _take(self, values):
         if not self._kept: self._kept = [self._copies(values), self._copies(values)]
         start,mean = self._kept
         now = self._copies(values)      # in the dtype of the average

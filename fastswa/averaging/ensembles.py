@@ -28,10 +28,26 @@ def average_of(average, weights):
     return res
 
 class KeepsSnapshots(Average):
-    "An average that keeps more lists of tensors like its own"
+    "An average that keeps more lists of tensors like its own; `_take(values)` makes both of a snapshot"
     def reset(self):
         super().reset()
         self._kept = []
+
+    @locked
+    def update(self,
+        module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
+        steps:int=1, # not used: time is counted in snapshots
+    ) -> int: # snapshots in the average
+        "Take a snapshot; one that is not finite is skipped whole. A GPU is waited for"
+        self._ready()
+        if self._taken == 0: self._check_values()
+        values = self._values(module)
+        if self._is_bad(values): self._skip()
+        else:
+            with uninterrupted(), torch.no_grad():
+                self._take(values)
+                self._count()
+        return self._taken
 
     def _follow(self, old, new):
         kept = [self._copies(new.in_order(old.by_name(v)), selection=new) for v in self._kept]
@@ -93,23 +109,10 @@ class LatestAverage(KeepsSnapshots):
         "The snapshots that are in the mean"
         return [self._selection.by_name(v) for v in self._kept]
 
-    @locked
-    def update(self,
-        module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
-        steps:int=1, # not used: snapshots count the same
-    ) -> int: # snapshots taken
-        "Take a snapshot; one that is not finite is skipped whole"
-        self._ready()
-        if self._taken == 0: self._check_values()
-        values = self._values(module)
-        if self._is_bad(values): self._skip()
-        else:
-            with uninterrupted():
-                oldest = self._kept.pop(0) if len(self._kept) == self.k else None
-                self._kept.append(self._copies(values, oldest))
-                self._compute_mean()
-                self._count()
-        return self._taken
+    def _take(self, values):
+        oldest = self._kept.pop(0) if len(self._kept) == self.k else None
+        self._kept.append(self._copies(values, oldest))
+        self._compute_mean()
 
     @torch.no_grad()
     def _compute_mean(self):

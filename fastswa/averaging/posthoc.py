@@ -17,7 +17,7 @@ from .ensembles import average_of
 from .rules import power
 from .tensors import locked
 from ..core import check_whole
-from ..files import written
+from ..files import as_path, written
 
 # %% ../../nbs/averaging/10_posthoc.ipynb #00000005
 def shares(gammas, first, last):
@@ -70,7 +70,7 @@ class StoresSnapshots(Average):
         if not rules: raise ValueError('sigma_rels must hold at least one')
         self.sigma_rels = tuple(map(float, sigma_rels))
         self.every = check_whole('every', every, none=True)
-        self.folder = None if folder is None else Path(folder).expanduser()
+        self.folder = None if folder is None else as_path(folder)
         self._others = [Average(module, rule, **kwargs) for rule in rules[1:]]
         super().__init__(module, rules[0], **kwargs)
         if self.folder is not None:

@@ -16,8 +16,7 @@ from .batchnorm import bn_layers, outputs, update_bn
 from .ensembles import KeepsSnapshots, average_of
 from .holding import holding_as_before
 from .rules import equal
-from .tensors import locked
-from ..core import check_number, check_whole, keep_modes, keep_rng, generators_in, uninterrupted
+from ..core import check_number, check_whole, keep_modes, keep_rng, generators_in
 
 # %% ../../nbs/averaging/09_swag.ipynb #00000006
 def probabilities(module, batches, forward, activation):
@@ -40,27 +39,17 @@ class SWAG(KeepsSnapshots):
         self.rank = check_whole('rank', rank, 0)
         super().__init__(module, equal(), **kwargs)
 
-    @locked
-    def update(self,
-        module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
-        steps:int=1, # not used: snapshots count the same
-    ) -> int: # snapshots in the average
-        "Take a snapshot; one that is not finite is skipped whole"
-        with uninterrupted():
-            before = self.n
-            super().update(module)
-            if self.n > before: self._update_moments(self._values(module))
-        return self.n
-
-    @torch.no_grad()
-    def _update_moments(self, values):
-        "The sum of squares, which comes first in `_kept`, and the newest deviations"
+    def _take(self, values):
+        "Move the mean, the sum of squares, which comes first in `_kept`, and the newest deviations"
+        n = self._taken + 1
         oldest = self._kept.pop(1) if self.rank and len(self._kept) > self.rank else None
         d = self._copies(values, oldest)
+        if n == 1: self._avg = self._copies(d)
+        else: torch._foreach_lerp_(self._avg, d, 1/n)
         torch._foreach_sub_(d, self._avg)
         for i in self._selection.fixed: d[i].zero_()
-        if not self._kept: self._kept = [self._copies(d)]      # zeros: the first snapshot is the mean
-        else: torch._foreach_addcmul_(self._kept[0], d, [t.conj() for t in d], value=self.n/(self.n - 1))
+        if n == 1: self._kept = [self._copies(d)]      # zeros: the first snapshot is the mean
+        else: torch._foreach_addcmul_(self._kept[0], d, [t.conj() for t in d], value=n/(n - 1))
         if self.rank: self._kept.append(d)
 
     def load_state_dict(self, state):

@@ -9,12 +9,11 @@ __all__ = ['RowsCB', 'LogCB', 'TensorBoardCB', 'CSVLoggerCB']
 import csv, time, warnings
 from io import StringIO
 from numbers import Real
-from pathlib import Path
 
 import torch
 
 from ..core import Every, batch_size
-from ..files import check_folder, written
+from ..files import as_path, check_folder, is_main_process, written
 from ..training.events import Callback, Stage
 from ..training.essentials import LossMeter
 
@@ -103,21 +102,21 @@ class TensorBoardCB(LogCB):
         every:str='50ba', # how often loss and learning rate are logged
     ):
         super().__init__(self, every)
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
 
     def before_fit(self, learn):
         super().before_fit(learn)
         try: import torch.utils.tensorboard
         except ImportError as e:
             raise ImportError('TensorBoardCB needs tensorboard: pip install fastswa[tensorboard]') from e
-        check_folder(self.folder)
+        if is_main_process(): check_folder(self.folder)
 
     def after_loss(self, learn):
         super().after_loss(learn)
         self._open(learn.opt_steps)
 
     def _open(self, step):
-        if self._writer is not None: return
+        if self._writer is not None or not is_main_process(): return
         from torch.utils.tensorboard import SummaryWriter
         if not step and any(self.folder.glob('events.out.tfevents.*')):
             warnings.warn(f'{self.folder} holds a log already, whose curves this run replaces: give each run a folder')
@@ -128,6 +127,7 @@ class TensorBoardCB(LogCB):
     ):
         "Write the numbers at their step; what is not a number is left out"
         self._open(values['step'])
+        if self._writer is None: return
         for k, v in values.items():
             if k != 'step' and isinstance(v, Real): self._writer.add_scalar(k, v, values['step'])
         self._writer.flush()
@@ -145,15 +145,17 @@ class CSVLoggerCB(RowsCB):
     def __init__(self,
         path, # the file, such as `'runs/log.csv'`; its folder is made
     ):
-        self.path = Path(path)
+        self.path = as_path(path)
         self._history,self._ours = None,False      # whose table it is; may the file be written to?
 
     def before_fit(self, learn):
         super().before_fit(learn)
+        if self._history is not learn.history: self._history,self._text,self._times = learn.history,'',[]
+        self._ours = not is_main_process()
+        if self._ours: return      # another process writes
         if self.path.exists() and not self.path.is_file():
             raise OSError(f'the log must be a file; {self.path} is something else')
         check_folder(self.path.parent)
-        if self._history is not learn.history: self._history,self._text,self._times = learn.history,'',[]
         self._ours = not self.path.exists() or self.path.read_bytes() in (b'', self._text.encode())
         if not learn.resuming: self._check_ours()
 
@@ -178,6 +180,7 @@ class CSVLoggerCB(RowsCB):
 
     def _write(self, rows):
         "The rows as CSV; columns in the order in which they first occur"
+        if not is_main_process(): return
         rows = [{**r, 'time': r.get('time', t)} for r, t in zip(rows, self._times)]
         columns = dict.fromkeys(k for r in rows for k in r if k != 'time')
         f = StringIO(newline='')

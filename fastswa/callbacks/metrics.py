@@ -85,6 +85,7 @@ class MetricsCB(Callback):
         def value(m): return plain(m.compute(), tensors=False, strict=False) if self._batches else None
         values = {name: value(m) for name, m in self.metrics.items()}
         learn.history[-1] = {**values, **learn.history[-1]}
+        self._batches = 0      # nothing to go on with
         self._shown,self.train = any(getattr(cb, 'shows_rows', False) for cb in learn.cbs),learn.training
         if not is_quiet(learn): self._log({k: format_value(v) for k, v in learn.history[-1].items()})
 
@@ -221,7 +222,7 @@ class EarlyStoppingCB(Callback):
         restore_best:bool=False, # does the model hold the weights of the best epoch after the fit? See above
         min_epochs:int=0, # the fit has at least so many epochs
         stop_at:float|None=None, # the fit ends when the column is as good as this
-        diverged_at:float|None=None, # or worse than this
+        diverged_at:float|None=None, # or worse than this; NaN is
     ):
         self.watched = Watched(metric, mode)
         self.patience = check_whole('patience', patience, none=True)
@@ -269,7 +270,7 @@ class EarlyStoppingCB(Callback):
         now = f'{w.name} is {value:.4g} in epoch {self._epoch}'
         if self.stop_at is not None and (value == self.stop_at or w.better(value, self.stop_at)):
             return f'{now}, as good as stop_at={self.stop_at} asks for'
-        if self.diverged_at is not None and w.better(self.diverged_at, value):
+        if self.diverged_at is not None and (value != value or w.better(self.diverged_at, value)):
             return f'{now}, worse than diverged_at={self.diverged_at}'
         since = self._epoch - (-1 if self.best_epoch is None else self.best_epoch)
         if self.patience is None or since < self.patience: return None

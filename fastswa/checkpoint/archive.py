@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..files import written
+from ..files import as_path, written
 
 # %% ../../nbs/checkpoint/00_archive.ipynb #00000005
 _FORMAT = 'fastswa checkpoint'
@@ -37,6 +37,7 @@ def read_checkpoint(
     path, # the file
 ) -> dict: # its tensors are on the CPU
     "What is in a checkpoint; ValueError for a file that is damaged or none of ours, FileNotFoundError if there is none"
+    path = as_path(path)
     try:
         with zipfile.ZipFile(path) as z:
             if bad := z.testzip(): raise zipfile.BadZipFile(f'{bad} has another checksum')
@@ -65,7 +66,7 @@ def newest(
     path, # a checkpoint, or a folder of them
 ) -> tuple: # its path, what is in it, and paths of newer ones that are damaged
     "The checkpoint, or the newest of a folder that can be read, with a warning about those that cannot"
-    path = Path(path).expanduser()
+    path = as_path(path)
     files = numbered(path)[::-1] if path.is_dir() else [path]
     if not files: raise FileNotFoundError(f'there is no checkpoint in {path}')
     for i, file in enumerate(files):

@@ -7,14 +7,13 @@ __all__ = ['CheckpointCB']
 
 # %% ../../nbs/checkpoint/02_checkpoint.ipynb #00000002
 import os, shutil, signal, sys, threading, warnings
-from pathlib import Path
 
 from ..averaging.interchange import write_tensors
 from ..callbacks.metrics import Watched
 from .archive import newest, numbered, step_of, write_checkpoint
 from .resume import check_loss, check_model, learner_state, match_callbacks, put_weights
 from ..core import Every, check_whole, unwrap
-from ..files import check_folder, written
+from ..files import as_path, check_folder, is_main_process, wait_for_all, written
 from ..training.events import Callback, Stage, by_order
 from ..training.optim import KNOWN_OPTIONS, OptionChanges, load_opt_state, named_parameters
 
@@ -25,12 +24,18 @@ def save(
 ):
     """Write a checkpoint: within a fit, from `after_batch` or `before_epoch` of a callback whose `order` is 90 or more
 
-    A fit goes on from where the other callbacks have done their part. Raises OSError if the file cannot be written,
-    TypeError for what cannot be saved, RuntimeError while a batch is half done."""
+    A fit goes on from where the other callbacks have done their part. Of several processes the first one writes.
+    Raises OSError if the file cannot be written, TypeError for what cannot be saved, RuntimeError while a batch is
+    half done."""
     if learn.in_fit and learn.will_train and learn.training and not learn.between_batches:
         raise RuntimeError('a batch is half done: save in after_batch or before_epoch, '
                            'by a callback whose order is 90 or more, or use CheckpointCB')
+    if not _writes(learn): return
     with learn.using('raw'): write_checkpoint(learner_state(learn), path)
+
+def _writes(learn):
+    "Does this process write? The first one does, and each that holds a part of the model only"
+    return is_main_process() or any(hasattr(p, 'to_local') for p in learn.model.parameters())
 
 def load(
     learn, # a `Learner` of the same model
@@ -75,6 +80,7 @@ def export(
     weights:str|None=None, # `'raw'` or the name of an average; None: those the model holds
 ):
     "Write one set of weights as a safetensors file: plain names, contiguous, on the CPU"
+    if not _writes(learn): return
     name = weights or learn.weights
     meta = dict(weights=name)
     if name in learn.averages:
@@ -92,41 +98,49 @@ class CheckpointCB(Callback):
         keep:int|None=3, # how many stay, the newest; None: all
         best:str|None=None, # a column such as `'accuracy'` or `'ema/loss'`: what was best by it stays as `best.pt`
         mode:str|None=None, # is `'min'` or `'max'` good? None: as names of losses, errors and scores tell
+        keep_best:int=1, # how many stay, the best ones: more than one as `best-STEP.pt`
     ):
-        self.path = Path(path).expanduser()
+        self.path = as_path(path)
         self.when = Every(every)
-        self.keep = check_whole('keep', keep, none=True)
+        self.keep,self.keep_best = check_whole('keep', keep, none=True),check_whole('keep_best', keep_best)
         self.watched = Watched(best, mode) if best else None
-        self.best = self.best_epoch = None
+        self.top = [] # value, epoch and steps of the best ones, the best first
         self.saved = []
-        self._asked = self._learn = None
+        self._learn = None
+
+    @property
+    def best(self): return self.top[0][0] if self.top else None
+
+    @property
+    def best_epoch(self): return self.top[0][1] if self.top else None
 
     def before_fit(self, learn):
-        self._old_handlers,self._asked = {},None
+        self._old_handlers,self._asked,self._stopped = {},None,False
         if not learn.will_train: return
-        check_folder(self.path)
-        for p in [*self.path.glob('.step-*'), *self.path.glob('.best-*')]:
-            p.unlink(missing_ok=True)      # of a process that was killed while writing
-        self._check_found(learn)
-        if self.watched: self.watched.begin(learn)
-        if learn is not self._learn: self.best = self.best_epoch = None
+        if learn is not self._learn: self.top,self.saved = [],[]
         self._learn,self._improved = learn,False
+        if self.watched: self.watched.begin(learn)
         self.when.begin(learn.clock)
         learn.opt                 # is made, so that its state counts too
         learner_state(learn)      # says now, rather than in an hour, what cannot be saved
+        if _writes(learn): self._prepare(learn)
         if threading.current_thread() is threading.main_thread():
             handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (signal.SIG_IGN, None)]
             self._old_handlers = {s: signal.signal(s, self._ask) for s in handled}
 
-    def _check_found(self, learn):
+    def _prepare(self, learn):
+        "The folder, with nothing of another run in it"
+        check_folder(self.path)
+        for p in [*self.path.glob('.step-*'), *self.path.glob('.best*')]:
+            p.unlink(missing_ok=True)      # of a process that was killed while writing
         if any(isinstance(cb, CheckpointCB) and cb is not self and cb.path == self.path for cb in learn.cbs):
             raise ValueError(f'two CheckpointCB write to {self.path}: give each its folder')
-        found,resuming = numbered(self.path),learn.resuming
-        if resuming:
+        found,best,resuming = numbered(self.path),sorted(self.path.glob('best*.pt')),learn.resuming
+        if resuming and resuming.path.parent.resolve() == self.path.resolve():
             others = [p for p in found if step_of(p) > resuming.state['opt_steps'] and p not in resuming.damaged]
             what = f'newer checkpoints than {resuming.path.name}'
         else:
-            others = [p for p in found if p not in self.saved]
+            others = [p for p in found if p not in self.saved] + ([] if self.saved else best)
             what = 'checkpoints of another run'
         if others:
             raise ValueError(f'{self.path} holds {what}, such as {others[-1].name}: resume from the newest '
@@ -140,7 +154,7 @@ class CheckpointCB(Callback):
         print('stopping: a checkpoint is written when the batch is over (once more: at once)', file=sys.stderr)
 
     def _stop(self, sig):
-        self._asked = None
+        self._asked,self._stopped = None,True
         self._restore_handlers()
         raise KeyboardInterrupt if sig == signal.SIGINT else SystemExit(128 + sig)
 
@@ -158,29 +172,44 @@ class CheckpointCB(Callback):
 
     def after_epoch(self, learn):
         value = self.watched.value(learn) if self.watched and learn.will_train else None
-        if value is None or not self.watched.better(value, self.best): return
-        self.best,self.best_epoch = value,learn.epoch
-        self._improved = True
+        if value is None or value != value: return
+        new = value,learn.epoch,learn.opt_steps
+        at = next((i for i, (old, *_) in enumerate(self.top) if self.watched.better(value, old)), len(self.top))
+        self.top = [*self.top[:at], new, *self.top[at:]][:self.keep_best]
+        self._improved |= at < self.keep_best
 
     def cleanup_fit(self, learn):
         try:
-            if learn.error is None and learn.will_train and learn.epochs: self._write_if(learn, True)
+            if not learn.will_train or not learn.epochs or self._stopped: return
+            if learn.error is None or learn.own_cbs.position.is_whole(learn): self._write_if(learn, True)
+            if learn.error is None: wait_for_all()
         finally: self._restore_handlers()
 
     def _write_if(self, learn, due):
         if not (due or self._asked) or learn.own_cbs.position.place(learn) is None: return
+        if _writes(learn): self._write(learn)
+        if self._asked: self._stop(self._asked)
+
+    def _write(self, learn):
         path = self.path/f'step-{learn.opt_steps:08}.pt'
         write_checkpoint(learner_state(learn), path)
-        if self._improved: _link(path, self.path/'best.pt')
+        if self._improved: self._link_best(path)
         self._improved = False
         self.saved = [p for p in self.saved if p != path] + [path]
         while self.keep and len(self.saved) > self.keep: self.saved.pop(0).unlink(missing_ok=True)
-        if self._asked: self._stop(self._asked)
 
-    def state_dict(self): return dict(best=self.best, best_epoch=self.best_epoch, when=self.when.state_dict())
+    def _link_best(self, path):
+        if step_of(path) == self.top[0][2]: _link(path, self.path/'best.pt')
+        if self.keep_best == 1: return
+        _link(path, self.path/f'best-{step_of(path):08}.pt')
+        kept = [f'best-{steps:08}.pt' for _, _, steps in self.top]
+        for p in self.path.glob('best-*.pt'):
+            if p.name not in kept: p.unlink(missing_ok=True)
+
+    def state_dict(self): return dict(top=self.top, when=self.when.state_dict())
 
     def load_state_dict(self, state):
-        self.best,self.best_epoch = state['best'],state['best_epoch']
+        self.top = [tuple(o) for o in state['top']]
         self.when.load_state_dict(state['when'])
 
 def _link(path, to):

@@ -14,6 +14,7 @@ import numpy as np, pyarrow as pa
 import torch.nn.functional as F
 
 from ..core import imports_without
+from ..files import as_path
 
 with imports_without('IProgress not found'):      # of tqdm, in a notebook without ipywidgets
     import datasets, huggingface_hub
@@ -122,11 +123,11 @@ def _load(name, path, repo):
     "The set `name` from `path`, `$FASTSWA_DATA`, the system's folder, the user's cache, or the hub's `repo`"
     subfolder = name.replace('_', '-')
     if path is not None:
-        folder = _find_folder(Path(path).expanduser(), subfolder)
+        folder = _find_folder(as_path(path), subfolder)
         if folder is None: raise FileNotFoundError(f'{path} {_no_idx}, and neither does {Path(path)/subfolder}')
         return _read_folder(folder, name)
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'fastswa')      # where `make data` puts the sets
-    places = [Path(o).expanduser() for o in (os.environ.get('FASTSWA_DATA'), _system, cache) if o]
+    places = [as_path(o) for o in (os.environ.get('FASTSWA_DATA'), _system, cache) if o]
     folder = next((f for f in (_find_folder(p, subfolder) for p in places) if f), None)
     if folder: return _read_folder(folder, name)
     try: dd = _from_hub(repo)
@@ -197,7 +198,7 @@ def load_data(
     "The dataset that a command line names"
     named = dict(fashion_mnist=fashion_mnist, mnist=mnist, toy=toy_images)
     if name in named: return named[name]()
-    folder = Path(name).expanduser()
+    folder = as_path(name)
     if not folder.is_dir():
         raise ValueError(f'data must be one of {", ".join(named)}, or a folder with IDX files; got {str(name)!r}')
     found = [d for d in (folder, folder/'fashion-mnist', folder/'mnist') if _find_folder(d)]

@@ -116,13 +116,21 @@ class PositionCB(Callback):
     "Where a fit stands, so that it can be saved and gone on from"
     order,role = math.inf,'watches'
     rng = None # random state from which the order of this epoch follows
+    done = 0 # batches of this epoch with which all callbacks are done
 
     def before_epoch(self, learn):
+        self.done = 0
         if learn.training: self.rng = get_rng_state(self.generators(learn))
 
     def generators(self, learn) -> list:
         "Those that the training data draws from; a callback may have wrapped `learn.dl`"
         return generators_in(learn.dl, learn.dls.train)
+
+    def after_batch(self, learn): self.done = learn.iter + 1
+
+    def is_whole(self, learn) -> bool:
+        "Is the newest batch done, and no other begun? Only then a fit can be gone on from after an error"
+        return self.done == learn.iter + 1 > 0
 
     def place(self, learn) -> dict|None:
         "Epoch and batches of it that are done; None outside of a training epoch, and while a batch is half done"

@@ -7,7 +7,7 @@ __all__ = ['CancelFitException', 'CancelEpochException', 'CancelBatchException',
            'short', 'CallbackRunner', 'with_cbs']
 
 # %% ../../nbs/training/00_events.ipynb #00000002
-import difflib, warnings
+import difflib, re, warnings
 from contextlib import ExitStack, suppress
 from enum import IntEnum
 from functools import partial, wraps
@@ -116,6 +116,7 @@ ROLES = None, 'prepares', 'steps', 'schedules', 'averages', 'measures', 'watches
 STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
 _EVENTS = {f'{when}_{what}' for when in ('before', 'after', 'cleanup') for what in ('fit', 'epoch', 'batch')} | {
     f'after_{what}' for what in ('predict', 'loss', 'backward', 'step')}
+_LIKE_EVENTS = re.compile('(before|after|cleanup)_|on_.+_(begin|start|end)$')      # the second: as Keras names them
 
 def check_cbs(
     cbs, # the callbacks of a fit
@@ -133,9 +134,12 @@ def check_cbs(
             raise ValueError(f'{type(cb).__name__} is in the callbacks twice (the same object)')
         for name in (n for n in dir(cb) if '_' in n and n[0] != '_' and n not in _EVENTS):
             close = difflib.get_close_matches(name, _EVENTS, 1, 0.85)
-            if (close or name.startswith(('before_', 'after_', 'cleanup_'))) and callable(getattr(cb, name)):
+            if (close or _LIKE_EVENTS.match(name)) and callable(getattr(cb, name)):
                 hint = f'; did you mean {close[0]}?' if close else f'; there are {", ".join(sorted(_EVENTS))}'
                 raise ValueError(f'{type(cb).__name__}.{name} is not an event{hint}')
+        if type(cb) is not Callback and not any(hasattr(cb, e) for e in (*_EVENTS, *STEPS)):
+            raise ValueError(f'{type(cb).__name__} has no method named after an event, so that nothing would call it; '
+                             f'there are {", ".join(sorted(_EVENTS))}')
     for step in STEPS if train else STEPS[:2]:
         givers = ['the learner'] if step in own else []
         givers += [type(cb).__name__ for cb in cbs if callable(getattr(cb, step, None))]

@@ -94,6 +94,7 @@ class HasWeights:
 
     if TYPE_CHECKING:
         from fastswa.callbacks.finder import lr_find
+        from fastswa.callbacks.schedule import fit_one_cycle
         from fastswa.callbacks.inspection import capture_preds, show_image_batch, summary
         from fastswa.checkpoint.checkpoint import export, load, save
     else:
@@ -101,6 +102,7 @@ class HasWeights:
         summary = later('callbacks.inspection', 'summary')
         show_image_batch = later('callbacks.inspection', 'show_image_batch')
         lr_find = later('callbacks.finder', 'lr_find')
+        fit_one_cycle = later('callbacks.schedule', 'fit_one_cycle')
         save = later('checkpoint.checkpoint', 'save')
         load = later('checkpoint.checkpoint', 'load')
         export = later('checkpoint.checkpoint', 'export')

@@ -32,7 +32,7 @@ def generators(
     "Every random generator that loaders, model, callbacks and the learner itself draw from, beside the global ones"
     own = {k: v for k, v in vars(learn).items() if k not in _OF_LOOP}
     loaders = [getattr(learn.dls, k, None) for k in ('train', 'valid')]
-    skip = [learn, *(vars(learn).get(k) for k in _OF_LOOP)]
+    skip = [learn, *(vars(learn).get(k) for k in ('history', 'own_cbs', '_averages', '_opt'))]
     return generators_in(*loaders, learn.model, *by_order(learn.cbs), own, type(learn), skip=skip)
 
 def _gives_steps(cb): return any(hasattr(cb, e) for e in STEPS)

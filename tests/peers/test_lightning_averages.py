@@ -209,15 +209,6 @@ def test_swa_lr_comes_after_a_schedule(kind):
     np.testing.assert_allclose(lrs[24:], 0.05)
 
 
-@pytest.mark.differs('swa_lr lies on top of a schedule, which goes on beneath it: nothing is swapped')
-def test_a_schedule_stays_beside_swa(recwarn):
-    learn = learner(schedule := EpochSchedCB(partial(ExponentialLR, gamma=0.1)), SWACB('2ep', '1ep', swa_lr=0.05),
-                    norm=False)
-    learn.fit(4)
-    assert isinstance(schedule.schedo, ExponentialLR) and schedule.schedo.last_epoch == 4
-    assert not [w for w in recwarn if 'swa' in str(w.message).lower()]
-
-
 @pytest.mark.parametrize('wrong', [dict(start='1.5dur'), dict(start='-1ep'), dict(start=-1), dict(swa_lr=[0.2, 1]),
                                    dict(swa_lr=0.), dict(swa_lr=-0.1), dict(every='0ep'), dict(anneal='x')])
 def test_arguments_that_mean_nothing(wrong):

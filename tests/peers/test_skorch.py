@@ -154,6 +154,7 @@ def test_modules_beside_the_model_can_be_saved(tmp_path):
     "f_mymodule: what the callback of a learner holds, by its state_dict"
     class Beside(Callback):
         def __init__(self): self.module = nn.Linear(1, 1)
+        def after_fit(self, learn): self.seen = self.module.weight
         def state_dict(self): return self.module.state_dict()
         def load_state_dict(self, state): self.module.load_state_dict(state)
     a, b = Beside(), Beside()

@@ -190,14 +190,6 @@ def test_a_group_that_there_is_not_is_an_error(n):
     with pytest.raises(ValueError, match='several parameter groups'): learner().freeze()
 
 
-@pytest.mark.differs('frozen is a layer in eval mode in a model in train mode; a model all in eval mode was evaluated')
-def test_a_model_in_eval_mode_is_trained():
-    "timm's freeze() puts other layers in the place of BatchNorm"
-    learn = learner(model=net().eval())
-    learn.fit(1)
-    assert learn.model[1].running_mean.abs().max() > 0 and not learn.model.training
-
-
 def test_frozen_statistics_are_not_recomputed():
     "FrozenBatchNorm2d. Torch's update_bn resets them"
     model = frozen_part(net().train(), '1')

@@ -64,12 +64,12 @@ class CountedSnapshots(ShadowWeights):
             raise RuntimeError('the module holds an average and not its own weights: update outside of applied(), '
                                'after `averages.restore()` or `restore_raw(model)`')
         if self._steps_on_the_way is not None: self._settle()
-        self.verify()
+        if self.sharded or not self._selection.current(): self.verify()
 
     def _count(self, flag=None):
         "A snapshot is in; a flag on the device will tell whether it really is"
         self._taken += 1
-        self._take_fixed()
+        if self._selection.fixed: self._take_fixed()
         if self._lives: self._share()
         if flag is None: return
         if self._flags is None: self._flags = DelayedFlags(flag.device)
@@ -153,10 +153,11 @@ def moving_of(tensors, fixed): return [t for i, t in enumerate(tensors) if i not
 
 def _move(averages, values, weights):
     lead,flag = averages[0],None
-    fixed = as_they_are = lead._selection.fixed_now()
-    if len(lead._selection.once_fixed) > len(fixed) and lead._avg is not None:      # what can move now begins anew
-        anew = {i for i in lead._selection.once_fixed if not lead._avg[i].isfinite().all()}
-        as_they_are = sorted({*fixed, *anew})
+    fixed = as_they_are = lead._selection.fixed
+    if lead._selection.once_fixed:
+        fixed = as_they_are = lead._selection.fixed_now()
+        anew = {i for i in lead._selection.once_fixed if lead._avg is not None and not lead._avg[i].isfinite().all()}
+        if anew - {*fixed}: as_they_are = sorted({*fixed, *anew})      # it can move by now
     snapshot = moving_of(values, fixed)
     check = lead.check_finite
     if check and (lead.sharded or None in weights or as_they_are is not fixed or _can_mask(lead, snapshot)):

@@ -194,7 +194,8 @@ class Selection:
         layers = [*self.module.modules()]
         self._children = [m._modules for m in layers if m._modules]      # a module may be replaced
         self._were = [dict(d) for d in self._children]
-        self._dicts = [d for m in layers for d in (m._parameters, m._modules)]      # or something may be added
+        # or something may be added
+        self._dicts = [*(m._parameters for m in layers), *(m._modules for m in layers if not m._modules)]
         self._sizes = [*map(len, self._dicts)]
 
     def current(self):

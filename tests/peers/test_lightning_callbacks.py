@@ -1,5 +1,6 @@
 "What Lightning tests of EarlyStopping, ModelCheckpoint and GradientAccumulationScheduler"
 import math
+import os
 import pickle
 from functools import partial
 
@@ -384,6 +385,33 @@ def test_an_error_within_a_batch_leaves_none(tmp_path):
             if learn.opt_steps == 9: raise RuntimeError('Trouble!')
     with pytest.raises(RuntimeError, match='Trouble!'): quick(CheckpointCB(tmp_path, '4ba'), Trouble()).fit(2)
     assert files(tmp_path) == named(4, 8)
+
+
+@pytest.mark.parametrize('every, newest', [('1ba', 14), ('4ba', 14), ('5ba', 14), ('1ep', 14)])
+def test_of_a_folder_the_newest_is_found(every, newest, tmp_path):
+    "By its number, among files of other names. Wrong: by its place in the alphabet, or the time of the file"
+    learn = quick(CheckpointCB(tmp_path, every, keep=None, best='loss'))
+    learn.fit(2)
+    (tmp_path/'zz.pt').write_text('another file')
+    os.utime(tmp_path/files(tmp_path)[1])
+    new = quick()
+    new.load(tmp_path)
+    assert new.history == learn.history and same(state(new), state(learn))
+
+
+@pytest.mark.parametrize('kind', ['file', 'link', 'dangling'])
+def test_what_is_in_the_place_of_the_best_is_replaced(kind, tmp_path):
+    "A better one comes there, and what a link led to stays"
+    other = tmp_path/'other'
+    other.write_text('mine')
+    learn = quick(losses := Losses([3., 2.]), CheckpointCB(tmp_path/'a', best='loss'))
+    learn.fit(1)
+    if kind != 'file':
+        (tmp_path/'a'/'best.pt').unlink()
+        (tmp_path/'a'/'best.pt').symlink_to(other if kind == 'link' else tmp_path/'none')
+    losses.values = [1.]
+    learn.fit(1)
+    assert read_checkpoint(tmp_path/'a'/'best.pt')['opt_steps'] == 14 and other.read_text() == 'mine'
 
 
 def test_a_checkpoint_callback_can_be_pickled(tmp_path):

@@ -139,6 +139,28 @@ def test_use_num_updates_is_the_ratio_warm_up(n):
     np.testing.assert_allclose(ema(0.95, warmup='ratio')(n), 1 - min(0.95, (1 + n)/(10 + n)))
 
 
+@pytest.mark.parametrize('convert', ['double', 'half', 'bfloat16'])
+def test_the_average_follows_a_converted_model(convert):
+    "ema.to(): it goes on with the values it had, in fp32 or wider. Wrong: the tensors of before, which no longer move"
+    average = Average(model := filled(0.), ema(0.5))
+    average.update()
+    getattr(model, convert)()
+    nn.init.ones_(model.weight)
+    average.update()
+    assert (average.weights['weight'] == 0.5).all()
+    assert average.weights['weight'].dtype is (torch.float64 if convert == 'double' else torch.float32)
+
+
+@pytest.mark.parametrize('trained', [0, 1])
+def test_what_is_frozen_may_be_left_out(trained):
+    "Theirs averages the parameters that require gradients"
+    model = nn.Sequential(one(1.), one(2.))
+    model[1 - trained].requires_grad_(False)
+    average = Average(model, ema(0.5), include='trainable')
+    average.update()
+    assert list(average.weights) == [f'{trained}.weight']
+
+
 def test_half_precision_weights_have_an_average_that_moves():
     "10,000 steps of decay 0.9999 towards 1 go 63 % of the way. Wrong: an average in bfloat16, which stands still"
     average = Average(model := one(0., torch.bfloat16), ema(0.9999))

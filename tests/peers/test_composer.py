@@ -53,9 +53,10 @@ def test_the_average_is_old_times_smoothing_plus_new(smoothing, make):
 @pytest.mark.parametrize('half_life, every, decay', [
     ('10ba', '1ba', 2**(-1/10)), ('1ep', '1ep', 0.5), ('20ba', '5ba', 2**(-1/4)), ('2ep', '10ba', 0.5**0.5),
     ('0.5dur', '1ep', 0.5**0.5)])
-def test_a_half_life_is_one_whatever_the_interval_is(half_life, every, decay):
+@pytest.mark.parametrize('make', [one, lambda: nn.BatchNorm1d(1), lambda: nn.Embedding(1, 1)])
+def test_a_half_life_is_one_whatever_the_interval_is(half_life, every, decay, make):
     "exp(-ln 2 · interval / half-life), with each in its own unit: 10 batches in an epoch here, 4 epochs"
-    averages = Averages(one(), steps_per_epoch=10, n_epochs=4)
+    averages = Averages(make(), steps_per_epoch=10, n_epochs=4)
     average = averages.add('ema', ema(half_life=half_life), every=every)
     values = []
     for step in range(20):

@@ -284,9 +284,10 @@ def test_what_is_no_name_of_a_column_is_an_error(metric, tmp_path):
 
 
 @pytest.mark.parametrize('keep, left', [(1, (4,)), (2, (3, 4)), (None, (1, 2, 3, 4))])
-def test_the_newest_stay(tmp_path, keep, left):
-    "n_saved; None: all of them"
-    quick(cb := CheckpointCB(tmp_path, keep=keep)).fit(4)
+@pytest.mark.parametrize('momentum', [0., 0.9])
+def test_the_newest_stay(tmp_path, keep, left, momentum):
+    "n_saved; None: all of them; with a state of the optimizer and without"
+    quick(cb := CheckpointCB(tmp_path, keep=keep), opt_func=partial(SGD, momentum=momentum)).fit(4)
     assert files(tmp_path) == steps(*left)
     assert cb.saved[-1] == tmp_path/steps(4)[0]      # last_checkpoint
 

@@ -43,11 +43,12 @@ def test_the_average_has_the_lower_validation_loss(decay, warmup, explicit):
 
 @pytest.mark.parametrize('decay', DECAYS)
 @pytest.mark.parametrize('warmup', WARMUPS)
-def test_the_raw_weights_come_back(decay, warmup):
+@pytest.mark.parametrize('explicit', [False, True])
+def test_the_raw_weights_come_back(decay, warmup, explicit):
     "Bit for bit, whatever was written to the model in the meantime"
     average = Average(model := nn.Linear(10, 2), ema(decay, warmup=warmup))
     before = copied(model.state_dict())
-    average.update()
+    average.update(*[model]*explicit)
     with average.applied(), torch.no_grad(): model.weight.uniform_(0, 1)
     assert same(copied(model.state_dict()), before)
 
@@ -84,9 +85,10 @@ def test_before_the_first_update_there_is_no_average():
 
 @pytest.mark.parametrize('explicit', [False, True])
 @pytest.mark.parametrize('decay', [0.995])
-def test_a_state_goes_there_and_back(decay, explicit):
+@pytest.mark.parametrize('warmup', WARMUPS)
+def test_a_state_goes_there_and_back(decay, warmup, explicit):
     "Weights and count go into the average of another model; what comes back is applied to the first"
-    first, second = (Average(filled(v), ema(decay)) for v in (0., 5.))
+    first, second = (Average(filled(v), rule := ema(decay, warmup=warmup)) for v in (0., 5.))
     first.update()
     second.load_state_dict(reopened(first.state_dict()))
     assert same(second.weights, first.weights) and second.n == 1
@@ -95,7 +97,7 @@ def test_a_state_goes_there_and_back(decay, explicit):
     first.load_state_dict(second.state_dict())
     first.copy_to()
     assert (second.source.weight == 1).all()
-    np.testing.assert_allclose(first.source.weight.detach().numpy(), 1 - decay, rtol=1e-5)
+    np.testing.assert_allclose(first.source.weight.detach().numpy(), rule(1), rtol=1e-5)
 
 
 @pytest.mark.differs('the decay is what the program says that goes on, not the file: a warning tells the two apart')

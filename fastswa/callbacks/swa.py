@@ -98,8 +98,10 @@ class AverageCB(Callback):
         self._warn_if_late(learn.averages.clock)
 
     def _warn_if_late(self, clock):
-        if not clock.epoch_batches or not clock.n_epochs: return
-        if clock.epoch_batches*clock.n_epochs < clock.span(Time.parse(self.start)):
+        start,known = Time.parse(self.start),clock.epoch_batches and clock.n_epochs
+        steps = clock.by_steps and clock.kind(start) == 'steps'
+        if not steps and not known: return
+        if (clock.max_steps if steps else clock.epoch_batches*clock.n_epochs) < clock.span(start):
             warnings.warn(f'{self.name!r} starts after this fit has ended, so it will take no snapshot: '
                           f'its start is {self.start}')
 

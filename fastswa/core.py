@@ -21,6 +21,7 @@ from html import escape
 from importlib import import_module
 from itertools import islice
 from numbers import Integral, Real
+from operator import is_
 from types import (BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType,
     SimpleNamespace)
 from typing import NamedTuple
@@ -607,8 +608,12 @@ def _rewrite(t, was):
     if t.layout is not torch.strided or not torch.equal(t, was): t.copy_(was)
 
 def _refill(container, fill, items):
+    now,was = map(_members, (container, items))
+    if len(now) == len(was) and all(map(is_, now, was)): return      # it may be iterated over at this moment
     container.clear()
     fill(items)
+
+def _members(c): return [*c.keys(), *c.values()] if isinstance(c, dict) else [*c]
 
 # %% ../nbs/00_core.ipynb #0000002f
 class later:

@@ -10,13 +10,13 @@ import math, warnings
 from collections import defaultdict
 from itertools import islice
 from operator import length_hint
-from pathlib import Path
 
 import torch
 
 from ..averaging.tensors import some_names
 from .archive import newest, numbered
 from ..core import get_rng_state, is_quiet, generators_in, plain, set_rng_state, unwrap
+from ..files import as_path
 from ..training.events import Callback, by_order
 from ..training.optim import load_opt_state, loss_tensors, named_parameters, opt_state
 from ..training.sandbox import generators, takes_part
@@ -182,12 +182,15 @@ class ResumeCB(Callback):
         if self.epoch + (self.place['batch'] > 0) > learn.epochs.stop:
             raise ValueError(f'{self.path} has done {self.epoch} epochs and {self.place["batch"]} batches; '
                              f'n_epochs, which counts them too, must be more; got {learn.n_epochs}')
+
+    def _check_generators(self, learn):
         n,n_here = len(self.state['rng']['generators']),len(generators(learn))
         if n != n_here:
-            raise ValueError(f'{self.path} is of a run with {n} generators of its own, '
-                             f'in loaders and transforms; here are {n_here}')
+            raise ValueError(f'{self.path} is of a run with {n} generators of its own, in loaders and transforms; here '
+                             f'are {n_here}: those that are made at the first sample have to be there from the start')
 
     def before_fit(self, learn):
+        self._check_generators(learn)      # now, since callbacks may make theirs when the fit begins
         try:
             load_opt_state(named_parameters(learn), learn.opt, self.state['opt'], load=False)
             learn.averages.check_names(self.state['averages'])
@@ -260,7 +263,7 @@ def go_on_from(
     stack, # closed when the fit ends
 ):
     "A fit goes on from a checkpoint, or from the newest of a folder that can be read; a folder may have none yet"
-    path = Path(path).expanduser()
+    path = as_path(path)
     if path.suffix != '.pt' and not path.is_file() and not numbered(path):
         if not is_quiet(learn): print(f'no checkpoint in {path}: the fit starts from the beginning')
         return

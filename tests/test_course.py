@@ -375,8 +375,8 @@ class CourseProgressCB(Callback):
 
 def test_progress_of_the_course(capsys):
     "Beside ours and early stopping. Wrong: 'Bar' object is not subscriptable; a later fit that writes into this one's"
-    metrics, bar = MetricsCB(hits=Hits()), CourseProgressCB(plot=True)
-    learn = learner(metrics, bar, EarlyStoppingCB(patience=1, min_delta=9.), ProgressCB(view=LogView))
+    metrics, bar, ours = MetricsCB(hits=Hits()), CourseProgressCB(plot=True), ProgressCB(view=LogView)
+    learn = learner(metrics, bar, EarlyStoppingCB(patience=1, min_delta=9.), ours)
     learn.fit(5)
     assert learn.metrics is metrics
     rows = [{k: format_value(v) for k, v in r.items()} for r in learn.history]
@@ -385,7 +385,7 @@ def test_progress_of_the_course(capsys):
     assert bar.val_losses == [r['loss'] for r in learn.history if r['train'] == 'eval']
     xs, ys = bar.mbar.graphs[1]
     assert list(xs) == [10, 20] and ys == bar.val_losses
-    assert 'hits' in capsys.readouterr().out.splitlines()[-2]          # our own lines, also
+    assert 'hits' in capsys.readouterr().out.splitlines()[-2] and ours.total == 5          # our own lines, also
     lines = list(bar.mbar.lines)
     learn.cbs.remove(bar)
     learn.validate(), learn.fit(1, cbs=CourseProgressCB())

@@ -11,3 +11,5 @@ from fastswa.nets import *
 from fastswa.plot import (get_grid, plot_func, plot_history, plot_losses, show_image, show_images, subplots, to_array,
     weight_styles)
 from fastswa.training import *
+
+del gain, gradients, sandbox, summary      # names that a notebook is likely to have for something of its own

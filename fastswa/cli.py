@@ -60,6 +60,7 @@ def _settings_cb(settings):
     from fastswa.training.events import Callback
     class CommandCB(Callback):
         role = 'watches'
+        def before_fit(self, learn): "Nothing is to be done"
         def state_dict(self): return settings
         def load_state_dict(self, state): "Compared before the fit, by `_check_resumed`"
     return CommandCB()

@@ -253,7 +253,7 @@ def generators_in(
     found,queue,seen = [],deque(objects),{id(o): o for o in (*_GLOBAL, *skip)}
     while queue and len(seen) < _MOST:
         o = queue.popleft()
-        if isinstance(o, _LEAVES) or id(o) in seen: continue
+        if isinstance(o, _LEAVES) or id(o) in seen or (isinstance(o, (dict, set)) and not o): continue
         seen[id(o)] = o      # which keeps it alive: nothing else gets its id
         if not isinstance(o, _GENERATORS): queue.extend(_parts(o))
         elif not isinstance(o, random.SystemRandom): found.append(o)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -25,6 +26,7 @@ from fastswa.callbacks.activations import HooksCallback
 from fastswa.callbacks.loggers import LogCB
 from fastswa.callbacks.augment import CutMixCB, MixUpCB
 from fastswa.callbacks.speed import MixedPrecisionCB
+from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.progress import ProgressCB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
 from fastswa.callbacks.swa import BNUpdateCB
@@ -192,3 +194,40 @@ def test_class_weights_move_with_the_model(given):
     learn.loss_func = given(loss)
     learn.fit(0)
     assert loss.weight.is_meta and all(t.is_meta for t in learn.model.state_dict().values())
+
+
+class Volumes(nn.Module):
+    "Convolutions of two and of three dimensions, forwards and transposed, and one of a single dimension"
+    def __init__(self):
+        super().__init__()
+        self.image, self.volume = nn.Conv2d(2, 4, 3, padding=1), nn.Conv3d(1, 3, 3, padding=1)
+        self.up, self.line = nn.ConvTranspose3d(3, 2, 2), nn.Conv1d(2, 2, 1)
+        self.register_buffer('mean', torch.zeros(1, 2, 1, 1))
+    def forward(self, x):
+        x = self.up(self.volume(self.image(x - self.mean)[:, None]))
+        return self.line(x.mean((2, 3))).mean(2)
+
+
+class Video(nn.Module):
+    "Frames one by one through a convolution of two dimensions: a view of (N, T, C, H, W) as (N*T, C, H, W)"
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+    def forward(self, x): return self.conv(x.view(-1, *x.shape[2:])).mean((1, 2, 3)).view(len(x), -1)
+
+
+@pytest.mark.parametrize('make, shape, out', [(Volumes, (4, 2, 8, 8), 2), (Video, (4, 5, 2, 8, 8), 5)])
+def test_channels_last_gives_each_layer_its_format(make, shape, out):
+    "torch's `to(memory_format=)` fails for weights of five dimensions; a video for layers of two has to stay as it is"
+    torch.manual_seed(0)
+    batches = [(torch.randn(shape), torch.randn(4, out)) for _ in range(3)]
+    def trained(*cbs):
+        torch.manual_seed(1)
+        learn = TrainLearner(make(), SimpleNamespace(train=batches, valid=batches), F.mse_loss, 0.1, cbs)
+        learn.fit(2)
+        return learn.model
+    model, plain = trained(ChannelsLastCB()), trained()
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for (name, t), p in zip(model.state_dict().items(), plain.state_dict().values()):
+        assert t.is_contiguous(memory_format=formats.get(t.ndim, torch.contiguous_format)), name
+        torch.testing.assert_close(t, p, rtol=1e-4, atol=1e-5, check_stride=False)

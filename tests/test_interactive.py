@@ -1,12 +1,16 @@
 "What a user sees at once, in a notebook or a shell: signatures, names, errors for arguments, what objects print as"
+import builtins
+import math
 from functools import partial
 from inspect import signature
 
 import pytest
+import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset
 
+import fastswa.all
 import helpers
 from fastswa.averaging.rules import equal
 from fastswa.callbacks.augment import AugmentCB
@@ -116,3 +120,20 @@ def test_a_notebook_without_ipywidgets_begins_without_a_warning(module):
         with warnings.catch_warnings(record=True) as seen: import fastswa.{module}
         assert 'tqdm.auto' in sys.modules
         assert not [w for w in seen if 'IProgress' in str(w.message)]""")
+
+
+def test_names_for_notebooks():
+    "Only public ones, and none that a notebook is likely to have for its own: the import would overwrite it"
+    names = {n for n in vars(fastswa.all) if not n.startswith('_')}
+    packages = [getattr(fastswa, o) for o in ('averaging', 'callbacks', 'checkpoint', 'data', 'nets', 'training')]
+    listed = {n for o in packages for n in o.__all__}
+    assert {n for n in listed - names} == {'gain', 'gradients', 'sandbox', 'summary'}
+    own = {*dir(builtins), *vars(math), *vars(torch.nn), *'''
+        acc accuracy average args avg batch batch_size best bs cb cbs cfg check config criterion data dataset df
+        dl dls ds epoch epochs export fig gain grad gradients history i images init inp inputs k labels learn
+        learner load log loss losses lr mean mean_std metrics model module n names net newest norm opt optimizer
+        out outputs path plain plt preds probs read reading result results rows run runs sandbox save scheduler
+        score seed state std step steps style summary t table targets test tfm tfms times train trainer
+        transform update valid validate version weights x xb xs y yb ys STEPS VERSION'''.split()}
+    # layers that stand for torch's, as the course calls them
+    assert {n for n in names if n in own} == {'LayerNorm'}

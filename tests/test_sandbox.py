@@ -484,8 +484,11 @@ def test_losses_in_training_and_predictions_in_evaluation():
     torch.testing.assert_close(bn.running_var.double(), x.var(0), rtol=1e-5, atol=1e-6)
 
 
-def test_models_that_need_targets_in_training_say_how():
+def test_models_that_need_targets_in_training():
+    "By default a model gets the first element of a tuple; the error says how it gets all of them"
     model = WithTargets()
+    with pytest.raises(Exception) as e: update_bn(model, [(X, Y)])
+    if hasattr(e.value, 'add_note'): assert 'forward=lambda m, b: m(*b) gives it all' in e.value.__notes__[0]
     update_bn(model, [(X, Y)], forward=lambda m, b: m(*b))
     torch.testing.assert_close(model.net[1].running_mean, model.net[0](X).mean(0))
 
@@ -614,3 +617,23 @@ def test_workers_of_evaluation_live_as_long_as_the_fit(monkeypatch):
     assert plain == 2
     n, averaged = fit(3, EMACB(), BNUpdateCB())
     assert n == fit(2, EMACB(), BNUpdateCB())[0] <= 5 and same(averaged, weights)
+
+
+@pytest.mark.parametrize('silent, quiet', [(False, False), (False, True), (True, False)])
+def test_a_long_pass_shows_how_far_it_is(silent, quiet, monkeypatch):
+    "A bar over its batches when an average is applied, in a terminal or a notebook; not in a log, not if quiet"
+    import tqdm
+    from fastswa.callbacks.progress import LogView, TerminalView
+    monkeypatch.setattr('fastswa.callbacks.swa.find_view', LogView if silent else TerminalView)
+    bars = []
+    def bar(batches, desc, total, *, delay, disable, **kw):
+        bars.append((desc, total, disable))
+        assert delay > 0          # short passes show nothing
+        return batches
+    monkeypatch.setattr(tqdm, 'tqdm', bar)
+    _, learn = run(EMACB(), BNUpdateCB(n_batches=3), fits=1)
+    bars.clear()
+    learn.quiet = quiet
+    learn.averages['ema'].load_state_dict(learn.averages['ema'].state_dict())
+    learn.apply('ema')
+    assert bars == [('BatchNorm statistics', 3, silent or quiet)]

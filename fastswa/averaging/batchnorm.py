@@ -113,7 +113,12 @@ class _InstancePool(_Pool):
 def outputs(module, batch):
     "What a module makes of a batch: of a tensor, of the first element of a tuple or list, of a dict by its names"
     batch = to_device(batch, next((t.device for t in chain(module.parameters(), module.buffers())), 'cpu'))
-    return module(**batch) if isinstance(batch, Mapping) else module(*batch_inputs(batch))
+    try: return module(**batch) if isinstance(batch, Mapping) else module(*batch_inputs(batch))
+    except Exception as e:
+        if isinstance(batch, (tuple, list)) and len(batch) > 1 and hasattr(e, 'add_note'):      # from Python 3.11 on
+            e.add_note(f'(the model got the first of {len(batch)} elements of a batch: '
+                       'forward=lambda m, b: m(*b) gives it all of them)')
+        raise
 
 # %% ../../nbs/averaging/06_batchnorm.ipynb #0000000a
 @torch.no_grad()

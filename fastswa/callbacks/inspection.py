@@ -12,7 +12,7 @@ import torch
 from fastcore.meta import delegates
 
 from .metrics import MetricsCB
-from ..core import batch_inputs, batch_size, keep_modes, map_tensors, to_cpu, to_device
+from ..core import batch_inputs, batch_size, first_tensor, keep_modes, map_tensors, to_cpu, to_device
 from ..nets.hooks import Hooks
 from ..plot import show_images
 from ..training.events import Callback, CancelBatchException, Stage, as_list
@@ -134,4 +134,4 @@ def show_image_batch(
 ):
     "Show the images of one training batch as the model gets them"
     with sandbox(learn, as_list(cbs)): batch = _first_batch(learn)
-    show_images(to_cpu(batch_inputs(batch)[0][:max_n]), **kwargs)
+    show_images(to_cpu(first_tensor(batch_inputs(batch))[:max_n]), **kwargs)

@@ -8,6 +8,7 @@ __all__ = ['MixedPrecisionCB', 'MixedPrecision', 'CompileCB', 'ChannelsLastCB']
 # %% ../../nbs/callbacks/05_speed.ipynb #00000002
 import torch
 from fastcore.meta import delegates
+from torch import nn
 
 from .basics import BatchTransformCB
 from .steps import check_alone, refuse_momentum_learner
@@ -121,9 +122,17 @@ class CompileCB(Callback):
 
 # %% ../../nbs/callbacks/05_speed.ipynb #00000009
 class ChannelsLastCB(BatchTransformCB):
-    "The model and 4-d batches lie in memory as channels-last; the model stays so"
+    "The model and its batches lie in memory as channels-last, 4-d and (with 3-d convolutions) 5-d; the model stays so"
     order = Stage.prepare + 2
-    def __init__(self): super().__init__(lambda b: map_tensors(_channels_last, b))
-    def before_fit(self, learn): learn.model.to(memory_format=torch.channels_last)
+    def __init__(self):
+        super().__init__(lambda b: map_tensors(self._channels_last, b))
+        self.formats = {}
 
-def _channels_last(t): return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+    def before_fit(self, learn):
+        self.formats = {4: torch.channels_last}
+        volumes = nn.Conv3d, nn.ConvTranspose3d
+        if any(isinstance(m, volumes) for m in learn.model.modules()): self.formats[5] = torch.channels_last_3d
+        for t in (*learn.model.parameters(), *learn.model.buffers()): t.data = self._channels_last(t.data)
+
+    def _channels_last(self, t):
+        return t.contiguous(memory_format=self.formats[t.ndim]) if t.ndim in self.formats else t

@@ -7,9 +7,10 @@ __all__ = ['AverageCB', 'BNUpdateCB', 'EMACB', 'SWACB', 'LAWACB', 'SWAGCB', 'Pos
 
 # %% ../../nbs/callbacks/02_swa.ipynb #00000002
 import difflib, math, warnings
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import wraps
 from inspect import signature
+from operator import length_hint
 
 from fastcore.meta import delegates
 from torch import nn
@@ -22,6 +23,7 @@ from ..averaging.posthoc import PostHocEMA
 from ..averaging.rules import ema, equal
 from ..averaging.swad import SWAD
 from ..averaging.swag import SWAG
+from .progress import LogView, find_view
 from ..core import Every, Time, check_number, check_whole, is_quiet, unwrap
 from ..training.events import Callback, CancelBatchException, Stage
 from ..training.optim import OptionChanges, set_option
@@ -174,10 +176,16 @@ class _TrainingBatches:
         return self
 
     def __iter__(self):
+        from tqdm import tqdm
         learn = self.learn
         with keep_learner(learn, self.cbs):
-            learn.own_cbs.evaluation.check(learn, learn.dls.train)
-            yield from prepared_batches(learn, learn.dls.train, cbs=self.cbs)
+            dl = learn.dls.train
+            learn.own_cbs.evaluation.check(learn, dl)
+            total = min(filter(None, (length_hint(dl), learn.averages.bn_batches)), default=None)
+            silent = is_quiet(learn) or type(find_view()) is LogView
+            with closing(prepared_batches(learn, dl, cbs=self.cbs)) as batches:
+                # after two seconds, which most passes do not take
+                yield from tqdm(batches, 'BatchNorm statistics', total, leave=False, delay=2, unit='ba', disable=silent)
 
     def predict(self, model, batch):
         "A forward pass of the plain model, as the learner makes it"

@@ -10,7 +10,7 @@ __all__ = ['CancelFitException', 'CancelEpochException', 'CancelBatchException',
 import difflib, re, warnings
 from contextlib import ExitStack, suppress
 from enum import IntEnum
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from inspect import signature
 from operator import attrgetter
 from os import PathLike
@@ -118,6 +118,13 @@ _EVENTS = {f'{when}_{what}' for when in ('before', 'after', 'cleanup') for what 
     f'after_{what}' for what in ('predict', 'loss', 'backward', 'step')}
 _LIKE_EVENTS = re.compile('(before|after|cleanup)_|on_.+_(begin|start|end)$')      # the second: as Keras names them
 
+@cache      # to compare names is slow, and they are the same in each fit
+def _is_like_an_event(name):
+    "Which event may be meant by the name of a method? In words; None if none"
+    close = difflib.get_close_matches(name, _EVENTS, 1, 0.85)
+    if close: return f'did you mean {close[0]}?'
+    return f'there are {", ".join(sorted(_EVENTS))}' if _LIKE_EVENTS.match(name) else None
+
 def check_cbs(
     cbs, # the callbacks of a fit
     own=(), # step methods that the learner itself provides
@@ -133,10 +140,8 @@ def check_cbs(
         if any(cb is o for o in cbs[:i]):
             raise ValueError(f'{type(cb).__name__} is in the callbacks twice (the same object)')
         for name in (n for n in dir(cb) if '_' in n and n[0] != '_' and n not in _EVENTS):
-            close = difflib.get_close_matches(name, _EVENTS, 1, 0.85)
-            if (close or _LIKE_EVENTS.match(name)) and callable(getattr(cb, name)):
-                hint = f'; did you mean {close[0]}?' if close else f'; there are {", ".join(sorted(_EVENTS))}'
-                raise ValueError(f'{type(cb).__name__}.{name} is not an event{hint}')
+            if _is_like_an_event(name) and callable(getattr(cb, name)):
+                raise ValueError(f'{type(cb).__name__}.{name} is not an event; {_is_like_an_event(name)}')
         if type(cb) is not Callback and not any(hasattr(cb, e) for e in (*_EVENTS, *STEPS)):
             raise ValueError(f'{type(cb).__name__} has no method named after an event, so that nothing would call it; '
                              f'there are {", ".join(sorted(_EVENTS))}')

@@ -145,6 +145,7 @@ def _say_where(e, learn):
 # %% ../../nbs/training/04_learner.ipynb #0000000f
 class Learner(HasOptimizer, HasWeights, CallbackRunner):
     "A model, its data, a loss and an optimizer; callbacks do all the rest, the training step too (`TrainCB`)"
+    metrics = None # the `MetricsCB` of the newest fit that had one
     def __init__(self,
         model:nn.Module, # the model to train
         dls=(0,), # an object with loaders `train` and `valid`, such as `DataLoaders`

@@ -288,6 +288,19 @@ def test_the_best_stays(tmp_path, mode, best):
     assert read_checkpoint(tmp_path/'best.pt')['opt_steps'] == 7*(best + 1)
 
 
+@pytest.mark.parametrize('mode, kept', [('max', (7, 21)), ('min', (14, 28))])
+def test_the_best_so_many_stay(mode, kept, tmp_path):
+    "n_saved=2 by a score: 1.2, -2, 3.1, -4"
+    quick(Losses([1.2, -2., 3.1, -4.]), CheckpointCB(tmp_path, keep=1, best='loss', mode=mode, keep_best=2)).fit(4)
+    assert files(tmp_path) == [*(f'best-{s:08}.pt' for s in kept), 'best.pt', *steps(4)]
+
+
+def test_each_is_removed_once(tmp_path):
+    "Scores 0, 1, 1, 2, 3 with two to keep"
+    quick(Losses([0., 1., 1., 2., 3.]), CheckpointCB(tmp_path, keep=1, best='loss', mode='max', keep_best=2)).fit(5)
+    assert files(tmp_path) == ['best-00000028.pt', 'best-00000035.pt', 'best.pt', *steps(5)]
+
+
 def test_equal_scores_do_not_replace_the_best(tmp_path):
     "greater_or_equal=False; and no file is removed twice"
     quick(Losses([0., 1., 1., 1.]), cb := CheckpointCB(tmp_path, best='loss', mode='max')).fit(4)

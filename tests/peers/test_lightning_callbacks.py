@@ -342,6 +342,50 @@ def test_without_validation_the_end_is_saved_too(tmp_path):
     assert files(tmp_path) == named(14)
 
 
+@pytest.mark.parametrize('k, kept', [(1, []), (2, [14, 28]), (3, [7, 14, 28])])
+def test_the_best_so_many_stay(k, kept, tmp_path):
+    "save_top_k, in the order of their scores: 3, 1, 4, 2"
+    quick(Losses([3., 1., 4., 2.]), cb := CheckpointCB(tmp_path, keep=1, best='loss', keep_best=k)).fit(4)
+    assert files(tmp_path) == [*(f'best-{s:08}.pt' for s in kept), 'best.pt', *named(28)]
+    assert [value for value, *_ in cb.top] == [1., 2., 3.][:k]
+    assert read_checkpoint(tmp_path/'best.pt')['opt_steps'] == 14
+
+
+@pytest.mark.parametrize('wrong', [0, -1, 1.5])
+def test_no_number_of_best_ones(wrong, tmp_path):
+    with pytest.raises(ValueError, match='keep_best'): CheckpointCB(tmp_path, best='loss', keep_best=wrong)
+
+
+class Broken:
+    "A loader that fails after its third batch"
+    def __init__(self, batches): self.batches = batches
+    def __len__(self): return len(self.batches)
+    def __iter__(self):
+        yield from self.batches[:3]
+        raise RuntimeError('Trouble!')
+
+
+def test_an_error_between_two_batches_leaves_a_checkpoint(tmp_path):
+    "save_on_exception: from which the run goes on as if nothing had happened"
+    whole, learn = quick(), quick(CheckpointCB(tmp_path, '7ep'))
+    whole.fit(2)
+    learn.dls.train = Broken(learn.dls.train)
+    with pytest.raises(RuntimeError, match='Trouble!'): learn.fit(2)
+    assert files(tmp_path) == named(3)
+    rest = quick(CheckpointCB(tmp_path, '7ep'))
+    rest.fit(2, resume=tmp_path)
+    assert same(state(rest), state(whole))
+
+
+@pytest.mark.differs('a half-finished batch is no place to go on from: after an error within one the last file stands')
+def test_an_error_within_a_batch_leaves_none(tmp_path):
+    class Trouble(Callback):
+        def after_backward(self, learn):
+            if learn.opt_steps == 9: raise RuntimeError('Trouble!')
+    with pytest.raises(RuntimeError, match='Trouble!'): quick(CheckpointCB(tmp_path, '4ba'), Trouble()).fit(2)
+    assert files(tmp_path) == named(4, 8)
+
+
 def test_a_checkpoint_callback_can_be_pickled(tmp_path):
     cb = CheckpointCB(tmp_path, best='loss')
     again = pickle.loads(pickle.dumps(cb))

@@ -140,6 +140,13 @@ def test_newer_ones_do_not_displace_the_best(tmp_path, mode, losses):
     assert (cb.best, cb.best_epoch, read_checkpoint(tmp_path/'best.pt')['opt_steps']) == (losses[0], 0, 7)
 
 
+def test_the_best_are_kept_by_rank_beside_the_newest(tmp_path):
+    "max_history=2, of each kind"
+    for mode, losses in ('max', [0.9, 0.8, 0.7]), ('min', [0.1, 0.2, 0.3]):
+        quick(Losses(losses), CheckpointCB(tmp_path/mode, keep=1, best='loss', mode=mode, keep_best=2)).fit(3)
+        assert names(tmp_path/mode) == ['best-00000007.pt', 'best-00000014.pt', 'best.pt', 'step-00000021.pt']
+
+
 # --- freezing
 
 

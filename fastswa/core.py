@@ -21,6 +21,7 @@ from html import escape
 from importlib import import_module
 from itertools import islice
 from numbers import Integral, Real
+from operator import is_
 from types import (BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType,
     SimpleNamespace)
 from typing import NamedTuple
@@ -398,7 +399,8 @@ class Time(NamedTuple):
         if self.unit == 'ba': return self.value
         if epoch_steps is None:
             raise ValueError(f"'{self}' needs a loader with a length; "
-                             "this one has none: give the time in optimizer steps, such as '200ba'")
+                             "this one has none: give the time in optimizer steps, such as '200ba'"
+                             f"{', or the fit max_steps' if self.unit == 'dur' else ''}")
         if self.unit == 'ep': return self.value*epoch_steps
         if n_epochs is None:
             raise ValueError(f"'{self}' needs the number of epochs of the run: give n_epochs, "
@@ -411,8 +413,9 @@ class Clock:
     def __init__(self,
         epoch_batches:int|None=None, # batches in an epoch; None where the loader has no length
         n_epochs:int|None=None, # epochs in the run; None where nobody knows
+        max_steps:int|None=None, # the run ends after so many optimizer steps, if its epochs do not end before
     ):
-        self.epoch_batches,self.n_epochs = epoch_batches,n_epochs
+        self.epoch_batches,self.n_epochs,self.max_steps = epoch_batches,n_epochs,max_steps
         self.epoch_steps = epoch_batches      # optimizer steps in an epoch; fewer where gradients are accumulated
         self.batches = self.steps = 0
         self.epochs = 0      # passes that are over; `ep` counts these where the loader has no length
@@ -424,10 +427,33 @@ class Clock:
         self.batches += 1
         self.steps += bool(stepped)
 
+    @property
+    def over(self) -> bool:
+        "Has the run taken all of its `max_steps`?"
+        return self.max_steps is not None and self.steps >= self.max_steps
+
+    @property
+    def by_steps(self) -> bool:
+        "Does the run end by `max_steps`? Then it is measured in steps"
+        if self.max_steps is None: return False
+        return None in (self.epoch_steps, self.n_epochs) or self.max_steps < self.epoch_steps*self.n_epochs
+
+    @property
+    def total_steps(self) -> int|None:
+        "Optimizer steps in the run, if none is skipped; None where nobody knows"
+        if self.by_steps: return self.max_steps
+        return None if None in (self.epoch_steps, self.n_epochs) else self.epoch_steps*self.n_epochs
+
+    @property
+    def total_epochs(self) -> int|None:
+        "Epochs in the run, the last one perhaps in part; None where nobody knows"
+        if not self.by_steps: return self.n_epochs
+        return math.ceil(self.max_steps/self.epoch_steps) if self.epoch_steps else self.n_epochs
+
     def now(self,
         time:Time, # whose unit counts
     ) -> int:
-        "How far the run has come: in steps for `ba`, else in batches (for `ep` in passes over a loader without length)"
+        "How far the run has come, counted as `kind` says"
         return getattr(self, self.kind(time))
 
     def begin_epoch(self,
@@ -438,13 +464,15 @@ class Clock:
         if self.epoch_batches is not None: self.batches = epoch*self.epoch_batches
 
     def kind(self, time:Time) -> str:
-        "What `now` counts"
-        if time.unit == 'ba': return 'steps'
+        """What `now` counts: steps for `ba`, and for `dur` in a run of `max_steps`; else batches, but passes for `ep`
+        where the loader has no length"""
+        if time.unit == 'ba' or time.unit == 'dur' and self.by_steps: return 'steps'
         return 'epochs' if time.unit == 'ep' and self.epoch_batches is None else 'batches'
 
     def span(self, time:Time) -> Fraction:
         "How long a time is, counted as `now` does; ValueError where that depends on an unknown length"
         if self.kind(time) == 'epochs': return time.value
+        if time.unit == 'dur' and self.by_steps: return time.value*self.max_steps
         return time.steps(self.epoch_batches, self.n_epochs)
 
 class Every:
@@ -580,8 +608,12 @@ def _rewrite(t, was):
     if t.layout is not torch.strided or not torch.equal(t, was): t.copy_(was)
 
 def _refill(container, fill, items):
+    now,was = map(_members, (container, items))
+    if len(now) == len(was) and all(map(is_, now, was)): return      # it may be iterated over at this moment
     container.clear()
     fill(items)
+
+def _members(c): return [*c.keys(), *c.values()] if isinstance(c, dict) else [*c]
 
 # %% ../nbs/00_core.ipynb #0000002f
 class later:

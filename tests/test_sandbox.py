@@ -20,8 +20,9 @@ from fastswa.averaging.batchnorm import update_bn
 from fastswa.averaging.rules import equal
 from fastswa.callbacks.basics import BatchTransformCB
 from fastswa.callbacks.swa import BNUpdateCB, EMACB, SWACB
+from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import generators_in, get_rng_state, plain, set_rng_state
-from fastswa.training.events import Callback
+from fastswa.training.events import Callback, CancelFitException
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
 from helpers import copied, end_workers, reopened, same
 
@@ -637,3 +638,33 @@ def test_a_long_pass_shows_how_far_it_is(silent, quiet, monkeypatch):
     learn.averages['ema'].load_state_dict(learn.averages['ema'].state_dict())
     learn.apply('ema')
     assert bars == [('BatchNorm statistics', 3, silent or quiet)]
+
+
+def test_a_look_from_a_loop_over_what_the_learner_keeps():
+    "A dict that is put back while it is iterated over would end the loop with an error"
+    class Sweeps(TrainLearner):
+        def sweep(self): return [self.validate(dl=dl)[0]['loss'] for dl in self.others.values()]
+    learn = Sweeps(nn.Linear(4, 1), loaders(), F.mse_loss)
+    learn.others = dict(a=[(X, Y)], b=[(X, Y*2)])
+    expected = [F.mse_loss(learn.model(X), y).item() for y in (Y, Y*2)]
+    assert learn.sweep() == pytest.approx(expected) and list(learn.others) == ['a', 'b']
+
+
+def test_a_generator_that_a_callback_makes_when_the_fit_begins(tmp_path):
+    "A resumed run goes on with its state"
+    class Noise(Callback):
+        role = 'prepares'
+        def before_fit(self, learn): self.rng = np.random.default_rng(0)
+        def before_batch(self, learn): learn.batch = learn.batch[0] + self.rng.normal(), learn.batch[1]
+    class Stop(Callback):
+        order = 99
+        def after_batch(self, learn):
+            if learn.training and (learn.epoch, learn.iter) == (1, 1): raise CancelFitException
+    def fit(**kw):
+        torch.manual_seed(0)
+        learn = TrainLearner(nn.Linear(4, 1), loaders(), F.mse_loss, 0.05, Noise())
+        learn.fit(2, **kw)
+        return copied(learn.model.state_dict())
+    whole = fit()
+    fit(cbs=[Stop(), CheckpointCB(tmp_path)])
+    assert same(fit(resume=tmp_path), whole)

@@ -141,14 +141,16 @@ class Watched:
         self.weights,self.column = name.split('/', 1) if '/' in name else ('raw', name)
         self.mode = mode or _mode_of(self.column)
 
-    def begin(self, learn):
+    def begin(self, learn,
+        needed=True, # has the mode to be known?
+    ):
         "A fit begins; ValueError where nothing tells whether small or large is good"
         metric = _metrics(learn).get(self.column)
         higher = getattr(metric, 'higher_is_better', None)
         modes = [self.given, higher if higher is None else 'max' if higher else 'min',
                  *(_mode_of(cls.__name__) for cls in type(metric).__mro__), _mode_of(self.column)]
         self.mode = next(filter(None, modes), None)
-        if self.mode is None:
+        if self.mode is None and needed:
             raise ValueError(f"is small or large {self.name!r} good? Its name does not tell: give mode='min' or 'max'")
 
     def check(self, learn,
@@ -188,7 +190,7 @@ class Watched:
             self._refuse(learn, [k for k in row if k not in ('epoch', 'train', 'weights')])
         value = plain(row[self.column], tensors=False, strict=False)
         if isinstance(value, Real): return value
-        what = 'empty' if value is None else f'a {type(value).__name__}'
+        what = 'empty: the validation gives none' if value is None else f'a {type(value).__name__}'
         raise ValueError(f'{self.name!r} has to be a number; in the row of epoch {row["epoch"]} it is {what}')
 
     def better(self,

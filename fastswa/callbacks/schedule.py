@@ -99,7 +99,7 @@ class BaseSchedCB(Callback):
         steps,asks = self.steps(learn),_takes_length(self.sched)
         if asks and not steps:
             raise ValueError('the schedule needs the number of steps in the fit, but the training loader has no '
-                             'length: give the loader a `__len__`, or the schedule its total_steps')
+                             'length: give the fit max_steps, the loader a `__len__`, or the schedule its total_steps')
         _check_rates(learn.opt)
         with self._changes.recording(): self.schedo = self.sched(learn.opt, **(dict(total_steps=steps) if asks else {}))
         if not hasattr(self.schedo, 'step'):
@@ -111,6 +111,10 @@ class BaseSchedCB(Callback):
 
     def _step(self, value=None):
         self._n += 1
+        total = getattr(self.schedo, 'total_steps', None)
+        if total and self._n > total:
+            raise ValueError(f'the schedule has {total} steps, and the fit takes more: its epochs are longer than the '
+                             'length of the loader says. Give the fit max_steps, or the schedule more total_steps')
         with self._changes.recording(): self.schedo.step(*([value] if self._by_metric else []))
 
     def before_batch(self, learn):
@@ -153,7 +157,7 @@ class BaseSchedCB(Callback):
 
 class BatchSchedCB(BaseSchedCB):
     "A schedule that steps after each optimizer step; one that needs a metric is given the batch's loss"
-    def steps(self, learn): return learn.clock.epoch_steps and learn.clock.epoch_steps*int(learn.n_epochs)
+    def steps(self, learn): return learn.clock.total_steps
     def after_step(self, learn): self._step(learn.loss.detach())
 
 # %% ../../nbs/callbacks/04_schedule.ipynb #00000013
@@ -167,15 +171,23 @@ class EpochSchedCB(BaseSchedCB):
         super().__init__(sched)
         self.watched = Watched(metric)
 
-    def steps(self, learn): return int(learn.n_epochs)
+    def steps(self, learn): return learn.clock.total_epochs
 
     def before_fit(self, learn):
         self._row = None      # of the last training epoch, until a schedule that needs a metric has stepped for it
         super().before_fit(learn)
 
+    def _check_mode(self, learn):
+        self.watched.begin(learn, needed=False)
+        name,good,mode = self.watched.name,self.watched.mode,getattr(self.schedo, 'mode', None)
+        if None not in (good, mode) and good != mode:
+            warnings.warn(f'{type(self.schedo).__name__} has mode={mode!r}, and the good values of {name!r} '
+                          f'are its {"largest" if good == "max" else "smallest"}: mode={good!r} is meant?')
+
     def before_epoch(self, learn):
-        if self._changes is not None and learn.training and self._by_metric:
-            self.watched.check(learn, rows=self.watched.weights != 'raw')
+        if self._changes is None or not learn.training or not self._by_metric: return
+        self.watched.check(learn, rows=self.watched.weights != 'raw')
+        if not self._n: self._check_mode(learn)
 
     def before_batch(self, learn):
         super().before_batch(learn)
@@ -276,11 +288,12 @@ class WarmupStableDecayCB(BatchSchedCB):
         self.final = float(check_number('final', final, high=1, include_low=True))
 
     def before_fit(self, learn):
-        self._length = learn.clock.epoch_steps,learn.n_epochs
+        self._epoch_steps = learn.clock.epoch_steps
         super().before_fit(learn)
 
     def sched(self, opt, total_steps):
-        warmup,decay = (float(t.steps(*self._length)) for t in (self.warmup, self.decay))
+        warmup,decay = (float(t.value*total_steps if t.unit == 'dur' else t.steps(self._epoch_steps, None))
+                        for t in (self.warmup, self.decay))
         if warmup + decay > total_steps:
             raise ValueError(f'warmup and decay take {warmup:g} and {decay:g} steps, '
                              f'together more than the {total_steps} of this fit')

@@ -75,6 +75,7 @@ class GradAccumCB(Callback):
         k = self.batches or (math.ceil(self.samples/bs) if bs else None)
         n = learn.clock.epoch_batches
         learn.clock.epoch_steps = math.ceil(n/k) if n and k else None
+        learn.n_epochs = learn.clock.total_epochs or learn.n_epochs
 
     def before_epoch(self, learn):
         if not learn.training: return

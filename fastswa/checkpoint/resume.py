@@ -10,13 +10,13 @@ import math, warnings
 from collections import defaultdict
 from itertools import islice
 from operator import length_hint
-from pathlib import Path
 
 import torch
 
 from ..averaging.tensors import some_names
 from .archive import newest, numbered
 from ..core import get_rng_state, is_quiet, generators_in, plain, set_rng_state, unwrap
+from ..files import as_path
 from ..training.events import Callback, by_order
 from ..training.optim import load_opt_state, loss_tensors, named_parameters, opt_state
 from ..training.sandbox import generators, takes_part
@@ -69,6 +69,7 @@ def learner_state(
         callbacks=callbacks,
         history=learn.history,
         n_epochs=learn.n_epochs,
+        total_steps=learn.clock.total_steps,
         data=_data(learn),
         place=_place(learn),
         rng=get_rng_state(generators(learn))))
@@ -153,7 +154,9 @@ class ResumeCB(Callback):
         if not self.place:
             raise ValueError(f'{path} was not saved during training: learn.load() takes it, and a fit then starts anew')
         self.epoch = self.place['epoch']
-        self._loaded = False
+        limit = learn.clock.max_steps
+        self.last = self.epoch if limit and state['averages']['steps'] >= limit else learn.epochs.stop
+        self.finished,self._loaded = self.epoch == self.last,False
         check_model(learn.model, state['weights']['raw'], path)
         check_loss(learn, state, path)
         self._check_data(learn)
@@ -176,21 +179,24 @@ class ResumeCB(Callback):
         here = _data(learn)
         words = [f'{v} {k.replace("_", " ")}, here {here[k]}' for k, v in self.state['data'].items() if v != here[k]]
         if words: raise ValueError(f'{self.path} is of a run on other data: {"; ".join(words)}')
-        if self.epoch + (self.place['batch'] > 0) > learn.n_epochs:
+        if self.epoch + (self.place['batch'] > 0) > learn.epochs.stop:
             raise ValueError(f'{self.path} has done {self.epoch} epochs and {self.place["batch"]} batches; '
                              f'n_epochs, which counts them too, must be more; got {learn.n_epochs}')
+
+    def _check_generators(self, learn):
         n,n_here = len(self.state['rng']['generators']),len(generators(learn))
         if n != n_here:
-            raise ValueError(f'{self.path} is of a run with {n} generators of its own, '
-                             f'in loaders and transforms; here are {n_here}')
+            raise ValueError(f'{self.path} is of a run with {n} generators of its own, in loaders and transforms; here '
+                             f'are {n_here}: those that are made at the first sample have to be there from the start')
 
     def before_fit(self, learn):
+        self._check_generators(learn)      # now, since callbacks may make theirs when the fit begins
         try:
             load_opt_state(named_parameters(learn), learn.opt, self.state['opt'], load=False)
             learn.averages.check_names(self.state['averages'])
         except ValueError as e: raise ValueError(f'{self.path} cannot be resumed: {e}') from e
         self._warn(learn)
-        if learn.completed == learn.n_epochs:      # all of them are done
+        if self.finished:
             self._load(learn)
             _set_rng(self.state['rng'], generators(learn))
 
@@ -200,9 +206,11 @@ class ResumeCB(Callback):
         options = sorted({f'{k} was {a} and is {b}' for k, a, b in pairs if a != b})
         but = 'but for what a schedule sets, ' if any(cb.role == 'schedules' for cb in learn.cbs) else ''
         if options: warnings.warn(f'{but}the optimizer goes on with the options that were saved: {", ".join(options)}')
-        if self.state['n_epochs'] != learn.n_epochs:
-            warnings.warn(f'the fit was of {self.state["n_epochs"]} epochs and is of {learn.n_epochs} now: what is '
-                          "measured by its length ('0.75dur', schedules) goes another way")
+        was,now,unit = self.state['n_epochs'],learn.n_epochs,'epochs'
+        if learn.clock.by_steps: was,now,unit = self.state.get('total_steps'),learn.clock.total_steps,'steps'
+        if was != now:
+            warnings.warn(f'the fit was of {was} {unit} and is of {now} now: what is measured by its length '
+                          "('0.75dur', schedules) goes another way")
 
     def before_epoch(self, learn):
         if self._loaded or not learn.training: return
@@ -255,17 +263,17 @@ def go_on_from(
     stack, # closed when the fit ends
 ):
     "A fit goes on from a checkpoint, or from the newest of a folder that can be read; a folder may have none yet"
-    path = Path(path).expanduser()
+    path = as_path(path)
     if path.suffix != '.pt' and not path.is_file() and not numbered(path):
         if not is_quiet(learn): print(f'no checkpoint in {path}: the fit starts from the beginning')
         return
     file,state,damaged = newest(path)
     cb = ResumeCB(learn, state, file, damaged)
     done = f'{cb.epoch}/{learn.n_epochs} epochs and {cb.place["batch"]} batches, {state["opt_steps"]} steps'
-    if cb.epoch == learn.n_epochs: done = f'all {cb.epoch} epochs are done, nothing is left to train'
+    if cb.finished: done,learn.n_epochs = f'all {cb.epoch} epochs are done, nothing is left to train',cb.epoch
     if not is_quiet(learn): print(f'resuming from {file}: {done}')
     stack.callback(setattr, learn, 'resuming', None)
     for cbs in (learn.cbs, extra): cbs.append(cb)
     learn.resuming = cb
     learn.epoch = learn.completed = cb.epoch
-    learn.epochs = range(cb.epoch, learn.n_epochs)
+    learn.epochs = range(cb.epoch, cb.last)

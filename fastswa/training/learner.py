@@ -7,7 +7,6 @@ __all__ = ['HasWeights', 'Learner', 'TrainCB', 'TrainLearner', 'MomentumLearner'
 
 # %% ../../nbs/training/04_learner.ipynb #00000002
 from contextlib import ExitStack, contextmanager, suppress
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +16,8 @@ from torch.nn.parameter import is_lazy
 
 from ..averaging.averages import Averages
 from ..averaging.holding import restore_raw
-from fastswa.core import (Clock, Report, batch_inputs, batch_targets, later, map_tensors, set_epoch, tensors_in,
-    unwrap)
+from ..core import (Clock, Report, batch_inputs, batch_targets, check_whole, later, map_tensors, set_epoch,
+    tensors_in, unwrap)
 from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepException
 from .events import as_list, check_cbs, with_cbs
 from .optim import HasOptimizer, parameters
@@ -115,10 +114,11 @@ def _length(dl):
 
 def _valid_loader(learn): return getattr(learn.dls, 'valid', None)
 
-def _check_fit(learn, n_epochs, train, valid, resume, reset_opt):
+def _check_fit(learn, n_epochs, train, valid, resume, reset_opt, max_steps):
     "Raise what is wrong with a fit before it begins"
-    if not isinstance(n_epochs, Integral) or n_epochs < 0:
-        raise ValueError(f'n_epochs must be a whole number, 0 or more; got {n_epochs!r}')
+    check_whole('n_epochs', n_epochs, 0, none=True)
+    check_whole('max_steps', max_steps, none=True)
+    if max_steps is not None and not train: raise ValueError('max_steps counts steps of training: it needs train=True')
     if train and not hasattr(learn.dls, 'train'):
         raise TypeError('dls must have the loaders `train` and `valid`, as DataLoaders has; '
                         f'got {type(learn.dls).__name__}')
@@ -164,29 +164,32 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         super().__init__()
 
     def fit(self,
-        n_epochs:int=1, # passes over the training data
+        n_epochs:int|None=None, # passes over the training data; None: one, or as many as `max_steps` takes
         train:bool=True, # train in each epoch?
         valid:bool|str=True, # validate in each epoch? The name of a set of weights: only those
         cbs=None, # further callbacks, for this fit only
         lr:float|None=None, # learning rate of this fit; `learn.lr` if None
         reset_opt:bool=False, # start with a new optimizer?
-        resume=None, # a checkpoint, or a folder of them: go on from there, up to `n_epochs` in all
+        resume=None, # a checkpoint, or a folder of them: go on from there, up to `n_epochs` and `max_steps` in all
+        max_steps:int|None=None, # end after so many optimizer steps, with the epoch cut short, its row and validation
     ):
         "Train and validate; raises FloatingPointError when the training loss is not finite"
         extra = as_list(cbs)
         check_cbs([*self.cbs, *extra], [s for s in STEPS if getattr(type(self), s) is not getattr(Learner, s)], train)
-        _check_fit(self, n_epochs, train, valid, resume, reset_opt)
+        _check_fit(self, n_epochs, train, valid, resume, reset_opt, max_steps)
+        passes = n_epochs if n_epochs is not None else max_steps or 1      # each takes a step at least
         with ExitStack() as stack:
             stack.callback(self._let_go)
             stack.callback(self._remove_cbs, extra)
             self.cbs.extend(extra)
             stack.callback(setattr, self, 'in_fit', self.in_fit)
             self.in_fit,self.will_train,self.training = True,train,train
-            self.n_epochs,self.epochs,self.completed = n_epochs,range(n_epochs),0
+            self.n_epochs,self.epochs,self.completed = passes,range(passes),0
             self.epoch,self.iter,self.between_batches = 0,-1,True
             if train:
                 stack.push(self._raw_after_error)
-                self.clock = Clock(_length(self.dls.train), n_epochs)
+                self.clock = Clock(_length(self.dls.train), n_epochs if max_steps else passes, max_steps)
+                self.n_epochs = self.clock.total_epochs or passes
                 self.averages.begin(clock=self.clock)
                 self.averages.clear()      # the callbacks of this fit add theirs
                 self._start_opt(lr, reset_opt)
@@ -199,8 +202,11 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         if train: self.opt      # is made by now; an error in making it comes before any training
         for self.epoch in self.epochs:
             if train: self.one_epoch(True)
+            ended = train and self.clock.over
+            self.n_epochs = self.epoch + 1 if ended else max(self.n_epochs, self.epoch + 1)
             if valid and _valid_loader(self) is not None: self._validate(valid)
             self.completed = self.epoch + 1
+            if ended: break
 
     def _validate(self, valid):
         self.averages.adopt_changes()
@@ -231,6 +237,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
             except Exception as e:
                 if not isinstance(e, CANCELS): _say_where(e, self)
                 raise
+            if self.training and self.clock.over: break
         self.between_batches = False
         if self.training: self.clock.epochs = self.epoch + 1
 

@@ -16,10 +16,10 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from ..averaging.averages import Averages
-from ..core import generators_in, keep_rng, keep_state, tensors_in
+from ..core import generators_in, keep_rng, keep_state, tensors_in, unwrap
 from .essentials import LossCB, ModesCB, PositionCB
-from fastswa.training.events import (STEPS, Callback, CancelBatchException, CancelEpochException, CancelFitException,
-    by_order, run_cbs)
+from .events import CancelBatchException, CancelEpochException, CancelFitException
+from .events import STEPS, Callback, by_order, run_cbs
 from .optim import loss_module, parameters
 
 # %% ../../nbs/training/02_sandbox.ipynb #00000005
@@ -193,6 +193,6 @@ def sandbox(
             learn.quiet,learn.history,learn.own_cbs = True,[],essentials()
             own = [deepcopy(cb) if cb.role == 'measures' else cb for cb in learn.cbs if takes_part(cb)]
             learn.cbs = [*own, *cbs]
-            with _untrained(learn) if train else keep_state(*learn.model.modules()): yield learn
+            with _untrained(learn) if train else keep_state(*unwrap(learn.model).modules()): yield learn
     finally:
         for cb, state in states: cb.load_state_dict(state)      # a loss scale, a window of accumulation

@@ -1,7 +1,6 @@
 "A column to go by: its name, which way is good, what is no number; early stopping and the weights of the best epoch"
 import warnings
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch

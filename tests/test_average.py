@@ -13,8 +13,15 @@ from torch import nn, optim
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
+from fastswa.averaging import kernels
 from fastswa.averaging.average import Average, update_all
-from fastswa.averaging.rules import ema, equal
+from fastswa.averaging.bema import BEMA
+from fastswa.averaging.ensembles import LatestAverage
+from fastswa.averaging.posthoc import PostHocEMA
+from fastswa.averaging.rules import ema, equal, power
+from fastswa.averaging.swad import SWAD
+from fastswa.averaging.swag import SWAG
+from fastswa.averaging.tensors import find_tensors
 from helpers import TiedNet, copied, ctrl_c, floats, net, one, same
 
 
@@ -580,3 +587,391 @@ def test_wrapped_models(wrap):
      'n must be a whole number, 0 or more; got -3')])
 def test_bad_input_is_named_at_once(f, says):
     with pytest.raises((ValueError, TypeError), match=says): f()
+
+
+# --- whole teachers, live modules
+
+
+class Normalised(nn.Module):
+    "A linear layer behind running statistics of its own, with a codebook, a counter and BatchNorm"
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.frozen = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)
+        for name, t in dict(mean=torch.zeros(3), codes=torch.zeros(2, 3), seen=torch.tensor(0)).items():
+            self.register_buffer(name, t)
+
+    def forward(self, x): return self.frozen(self.norm(self.a(x - self.mean)))
+
+    def move(self, generator):
+        "All of it moves"
+        with torch.no_grad():
+            for t in floats(self).values(): t += torch.rand(t.shape, generator=generator)
+            self.seen += 1
+
+
+def walked(n=3, **kw):
+    "A model after some updates of its average"
+    torch.manual_seed(0)
+    model, g = Normalised(), torch.Generator().manual_seed(0)
+    avg = Average(model, ema(decay=0.5), **kw)
+    for _ in range(n):
+        model.move(g)
+        avg.update()
+    return model, avg, g
+
+
+@pytest.mark.parametrize('held', [False, True])
+def test_a_teacher_is_whole(held):
+    "Wrong: normalisers and codebooks stay as the teacher was made, and it goes stale"
+    model, avg, g = walked()
+    teacher = Normalised()
+    expected = avg.module().state_dict()
+    if held:
+        other = Average(model)
+        other.update()
+        with other.applied():
+            model.mean.fill_(7.)                                           # of a look, not the model's own
+            avg.copy_to(teacher)
+    else: avg.copy_to(teacher)
+    assert same(copied(teacher.state_dict()), copied(expected))
+    assert torch.equal(teacher.mean, model.mean) and teacher.seen == 3
+
+
+def test_a_teacher_without_a_part():
+    "As in BYOL, whose target has no predictor: what the average leaves out need not be there, and is left alone"
+    model, avg, _ = walked(exclude=['frozen.*'])
+    target = Normalised()
+    del target.frozen, target.codes
+    target.mean = torch.zeros(1)
+    avg.copy_to(target)
+    assert torch.equal(target.a.weight, avg.weights['a.weight']) and torch.equal(target.mean, model.mean)
+
+
+@pytest.mark.parametrize('include, names', [(['*', 'codes'], {'codes'}), (['codes', 'mean'], {'codes', 'mean'})])
+def test_chosen_buffers_are_averaged(include, names):
+    model, avg, g = walked(1, include=include)
+    first = model.codes.clone()
+    model.move(g)
+    avg.update()
+    torch.testing.assert_close(avg.weights['codes'], (first + model.codes)/2)
+    assert {k for k in avg.weights if k in ('codes', 'mean', 'seen')} == names
+    with avg.applied(): assert torch.equal(model.codes, avg.weights['codes'])
+    with pytest.raises(ValueError, match="'seen' matches no weights"): Average(model, include=['*', 'seen'])
+
+
+@pytest.mark.parametrize('change', dict(
+    nothing=lambda m, a: None, loads=lambda m, a: a.load_state_dict(copy.deepcopy(a.state_dict())),
+    begins_anew=lambda m, a: a.reset(), double=lambda m, a: m.double(), channels=lambda m, a: m.share_memory(),
+    assigns=lambda m, a: m.load_state_dict(copied(m.state_dict()), assign=True),
+    buffer=lambda m, a: setattr(m, 'mean', torch.ones(3)), grows=lambda m, a: setattr(m, 'codes', torch.ones(5, 3)),
+    looks=lambda m, a: a.applied().__enter__() and None).items(), ids=lambda o: o[0])
+def test_a_live_module_follows(change):
+    """It is what `module()` gives after each update, whatever happened between
+
+    Wrong: it stands still, or looks show in it"""
+    model, avg, g = walked()
+    live = avg.live()
+    if change[0] == 'looks':
+        before = copied(live.state_dict())
+        with avg.applied(), torch.no_grad():
+            for t in (*model.parameters(), *model.buffers()): t.add_(1)
+            assert same(copied(live.state_dict()), before)
+    else: change[1](model, avg)
+    for _ in range(3):
+        model.move(g)
+        avg.update()
+        expected = avg.module().state_dict()
+        for k, v in live.state_dict().items(): torch.testing.assert_close(v, expected[k].to(v), msg=k, rtol=0, atol=0)
+    assert live.a.weight.data_ptr() == avg.weights['a.weight'].data_ptr()
+    assert not live.training and not any(p.requires_grad for p in live.parameters())
+    x = torch.rand(4, 3)
+    if change[0] != 'double': assert torch.equal(live(x), avg.module()(x))
+
+
+def test_a_live_module_is_the_averages_alone():
+    "What is done to it in train mode moves neither the average's statistics nor the model; a copy of it stands still"
+    model, avg, g = walked()
+    live = avg.live()
+    still, kept = copy.deepcopy(live), pickle.loads(pickle.dumps(avg))
+    weights, raw = copied(avg.weights), copied(model.state_dict())
+    live.train()(torch.rand(4, 3))
+    assert same(copied(avg.weights), weights) and same(copied(model.state_dict()), raw)
+    before = copied(still.state_dict())
+    model.move(g)
+    avg.update()
+    assert same(copied(still.state_dict()), before) and not same(copied(live.state_dict()), before)
+    kept.update()
+    del live
+    avg.update()
+    assert len(avg._lives) == 0
+
+
+def test_a_live_module_in_the_dtype_of_the_average():
+    "Half-precision weights have an average in fp32, and so is what shares its storage, as a whole"
+    model = net().to(torch.bfloat16)
+    avg = Average(model)
+    avg.update()
+    live = avg.live()
+    assert {t.dtype for t in floats(live).values()} == {torch.float32}
+    live(torch.randn(4, 3))
+
+
+def test_tied_weights_stay_tied_in_a_live_module():
+    model = TiedNet(tied='shared')
+    avg = Average(model)
+    avg.update()
+    live = avg.live()
+    assert live.a.weight is live.b.weight
+
+
+class Merges(nn.Linear):
+    "As LoRA does, it adds something to its weight in eval(), and takes it away in train()"
+    merged = False
+    def train(self, mode=True):
+        if self.merged == mode: self.weight.data += -1 if mode else 1
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_layers_that_merge_in_eval():
+    "A live module would write that into the average; a copy has it right, whatever the model's mode"
+    model = Merges(2, 2)
+    avg = Average(model)
+    avg.update()
+    for mode in (True, False):
+        model.train(mode)
+        torch.testing.assert_close(avg.module().weight, avg.weights['weight'] + 1)
+    with pytest.raises(RuntimeError, match='changes weight in eval'): avg.live()
+
+
+def test_a_loss_of_the_model_and_of_its_average():
+    "Wrong: 'modified by an inplace operation', at the backward pass of a student whose teacher was its own average"
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
+    avg = Average(model)
+    avg.update()
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(0.5)
+    teacher = avg.module()
+    (model(x) - teacher(x)).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    student = model(x)
+    with avg.applied(), torch.no_grad(): target = model(x)
+    (student - target).square().sum().backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected))
+    with avg.applied(): inside = model(x)
+    with pytest.raises(RuntimeError, match='inplace'): inside.sum().backward()      # not: gradients of other weights
+
+
+def test_autocast_casts_the_weights_of_a_look_anew():
+    "Wrong: within one autocast block, the average's predictions are those of the raw weights"
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    avg = Average(model)
+    avg.update()
+    nn.init.zeros_(model.weight)
+    with torch.autocast('cpu', torch.bfloat16):
+        raw = model(x)
+        with avg.applied(): averaged = model(x)
+        again = model(x)
+    assert torch.equal(raw, again) and not torch.allclose(raw, averaged)
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(averaged, avg.module()(x))
+
+
+# --- weights that cannot move, or have no values
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.mask = nn.Parameter(torch.tensor([0., -math.inf]), requires_grad=False)
+
+
+KINDS = dict(average=lambda m: Average(m, ema(decay=0.5)), unchecked=lambda m: Average(m, check_finite=False),
+             latest=lambda m: LatestAverage(m, 2), swag=lambda m: SWAG(m, 2), posthoc=PostHocEMA, bema=BEMA, swad=SWAD)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_mask_of_minus_infinity_among_the_parameters(kind):
+    "Wrong: no snapshot ever; or the mask becomes NaN, since the difference of infinities is none"
+    model, mask = Masked(), torch.tensor([0., -math.inf])
+    avg, seen = KINDS[kind](model), []
+    for i in range(4):
+        nn.init.constant_(model.layer.weight, float(i))
+        if kind in ('average', 'swag'): update_all([avg])
+        else: avg.update()
+        if kind == 'swad': avg.step(1.)
+        if kind == 'posthoc': avg.store()
+    assert (avg.n, avg.skipped) == (4, 0) and torch.equal(avg.weights['mask'], mask)
+    assert avg.weights['layer.weight'].isfinite().all() and avg.weights['layer.weight'][0, 0] > 0
+    if kind == 'swag': assert torch.equal(avg.sample()['mask'], mask)
+    if kind == 'posthoc': assert torch.equal(avg.reconstruct(0.08)['mask'], mask)
+    with avg.applied(): assert torch.equal(model.mask, mask)
+
+
+def test_what_is_frozen_and_not_finite_later():
+    "Frozen weights that become infinite are skipped once, then taken as they are; trained again, they are checked"
+    model = Masked()
+    model.mask.data.zero_()
+    avg = Average(model)
+    avg.update()
+    model.mask.data[1] = -math.inf
+    with pytest.warns(UserWarning, match='NaN or infinity'): avg.update()
+    avg.update()
+    assert (avg.n, avg.skipped) == (2, 1) and avg.weights['mask'][1] == -math.inf
+    model.mask.requires_grad_(True)
+    avg.update()
+    assert (avg.n, avg.skipped) == (2, 2)
+    model.mask.data.fill_(1.)
+    model.layer.weight.data.fill_(math.nan)
+    avg.update()
+    assert (avg.n, avg.skipped) == (2, 3)
+    model.layer.weight.data.zero_()
+    for i in range(2):
+        avg.update()
+        assert (avg.n, avg.skipped) == (3 + i, 3) and torch.equal(avg.weights['mask'], torch.ones(2))
+
+
+def test_snapshots_loaded_into_a_frozen_model_are_checked():
+    "Nothing in it is trained, so being frozen says nothing. Wrong: a diverged checkpoint as the first snapshot"
+    model = one().requires_grad_(False)
+    avg = Average(model)
+    for value in (math.nan, 1., math.inf, 3.):
+        model.load_state_dict(dict(weight=torch.full((1, 1), value)))
+        with warnings.catch_warnings(record=True): avg.update()
+    assert (avg.n, avg.skipped) == (2, 2) and avg.weights['weight'].item() == 2
+
+
+def test_frozen_weights_that_somebody_moves_are_averaged():
+    "As the momentum encoder of MoCo is, by hand"
+    model = one(1.).requires_grad_(False)
+    avg = Average(model)
+    avg.update()
+    nn.init.constant_(model.weight, 3.)
+    avg.update()
+    assert avg.weights['weight'].item() == 2
+
+
+class Quantised(torch.Tensor):
+    "A number beside its scale, as torchao keeps weights"
+    @staticmethod
+    def __new__(cls, data): return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32)
+    def __init__(self, data): self.numbers = data
+    def __tensor_flatten__(self): return ['numbers'], None
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default: return cls(args[0].numbers)
+        raise NotImplementedError(func)
+
+
+def holding_weights(weight):
+    model = nn.Module()
+    model.scaled, model.layer = nn.Parameter(weight, requires_grad=False), nn.Linear(2, 2)
+    return model
+
+
+@pytest.mark.parametrize('weight', [Quantised(torch.zeros(2, dtype=torch.int8)), torch.zeros(2).to(torch.float8_e4m3fn),
+                                    torch.zeros(2).to(torch.float8_e5m2)], ids=['subclass', 'e4m3', 'e5m2'])
+def test_quantised_weights(weight):
+    "A sentence that names them and the ways out, instead of torch's internals"
+    model = holding_weights(weight)
+    says = 'without their scales: scaled.*before it is quantised.*exclude='
+    with pytest.raises(ValueError, match=says): Average(model)
+    avg = Average(model, exclude='scaled')
+    avg.update()
+    with avg.applied(): pass
+    assert list(avg.weights) == ['layer.weight', 'layer.bias']
+
+
+@pytest.mark.parametrize('make', [Average, lambda m: LatestAverage(m, 2)])
+def test_weights_without_values(make):
+    avg = make(nn.Linear(2, 2, device='meta'))
+    with pytest.raises(RuntimeError, match=r'on the meta device.*to_empty\(\)'): avg.update()
+    assert avg.n == 0
+    avg.source.to_empty(device='cpu')
+    nn.init.ones_(avg.source.weight), nn.init.ones_(avg.source.bias)
+    assert avg.update() == 1
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
+@pytest.mark.parametrize('make', [torch.jit.script, lambda m: torch.jit.trace(m.eval(), torch.ones(1, 2)),
+                                  lambda m: nn.Sequential(torch.jit.script(m))], ids=['script', 'trace', 'inside'])
+def test_scripted_modules(make):
+    model = make(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r'scripted or traced.*script average.module\(\)'): Average(model)
+    avg = Average(nn.Linear(2, 2))
+    avg.update()
+    assert torch.equal(torch.jit.script(avg.module())(torch.ones(1, 2)), avg.module()(torch.ones(1, 2)))
+
+
+# --- another architecture, other threads
+
+
+def replaced(m): m.b = nn.Linear(3, 7, bias=False)
+def added(m): m.new = nn.Parameter(torch.zeros(2))
+def registered(m): m.a.register_parameter('extra', nn.Parameter(torch.zeros(2)))
+def removed(m): del m.b
+def parametrised(m): parametrizations.weight_norm(m.a)
+
+
+@pytest.mark.parametrize('change', [replaced, added, registered, removed, parametrised])
+def test_a_changed_architecture_is_found_at_the_next_update_and_has_a_way_on(change):
+    "Wrong: a parameter that was added is silently left out; an error that does not say what to do"
+    model = TiedNet()
+    avg = Average(model)
+    avg.update()
+    change(model)
+    says = r'weights that were averaged: .*call reset\(\) on the average'
+    for _ in range(2):
+        with pytest.raises(ValueError, match=says): avg.update()
+    avg.reset()
+    assert avg.update() == 1 and list(avg.weights) == list(find_tensors(model))
+
+
+def test_another_thread_reads_a_whole_set(monkeypatch):
+    "One that serves during training comes when half of the tensors have moved. Wrong: a mixture, or an IndexError"
+    model = nn.Sequential(*(nn.Linear(400, 400, bias=False) for _ in range(3)))
+    def fill(value):
+        for m in model: nn.init.constant_(m.weight, value)
+    avg, found, readers, real = Average(model, ema(decay=0.5)), [], [], kernels._lerp
+    def serve(): found.append((avg.module().state_dict(), [v.shape for v in avg.weights.values()]))
+    def lerp(*args):
+        real(*args)
+        readers.append(threading.Thread(target=serve))
+        readers[-1].start()
+        readers[-1].join(0.05)
+    fill(0.)
+    avg.update()
+    monkeypatch.setattr(kernels, '_lerp', lerp)
+    fill(1.)
+    avg.update()
+    fill(2.)
+    model.double()
+    avg.update()
+    for r in readers: r.join()
+    assert len(found) == len(readers) > 3
+    for weights, shapes in found:
+        assert len({v.unique().item() for v in weights.values()}) == 1 and shapes == [(400, 400)]*3
+
+
+def test_module_leaves_the_model_alone(monkeypatch):
+    "Another thread may train it meanwhile. Wrong: it holds the average for a moment, and a step is taken from there"
+    model, avg, _ = walked()
+    versions = [t._version for t in (*model.parameters(), *model.buffers())]
+    avg.module(), avg.live()
+    assert [t._version for t in (*model.parameters(), *model.buffers())] == versions
+
+
+def test_averages_print_in_a_line():
+    model = one()
+    avg = Average(model, ema(decay=0.9))
+    avg.update()
+    model.weight.data.fill_(math.nan)
+    with pytest.warns(UserWarning): avg.update()
+    assert repr(avg) == 'Average of a Linear: ema(decay=0.9), 1 snapshot, 1 skipped'
+    assert repr(LatestAverage(one(), 3)) == "LatestAverage of a Linear: latest(k=3, shape='linear'), 0 snapshots"
+    assert repr(SWAG(one())) == 'SWAG of a Linear: equal(), 0 snapshots'
+    assert repr(PostHocEMA(one())) == 'PostHocEMA of a Linear: power(sigma_rel=0.05), 0 snapshots'
+    assert [repr(r) for r in (ema(half_life='0.05dur', warmup='ratio'), power(gamma=2))] == [
+        "ema(half_life='0.05dur', warmup='ratio')", 'power(gamma=2)']

@@ -371,3 +371,32 @@ def test_a_snapshot_too_large_for_the_dtype_of_the_average(of, dtype):
     assert (together.n, together.skipped, new.n, new.skipped) == (2, 1, 1, 1)
     assert (alone.n, alone.skipped, latest.n, latest.skipped) == (1, 1, 1, 1)
     for avg in (alone, together, new, latest): torch.testing.assert_close(avg.weights['weight'], weight.to(dtype))
+
+
+@pytest.mark.parametrize('norm', [False, True])
+def test_a_module_while_another_thread_trains(norm):
+    "Wrong: the model holds the average for a moment, in which the other thread takes a step"
+    learn = fitted(EMACB(0.8, apply=False), BNUpdateCB(), model=net(norm=norm))
+    with learn.using('ema') as m: expected = copied(m.state_dict())
+    tensors = [*learn.model.parameters(), *learn.model.buffers()]
+    versions = [t._version for t in tensors]
+    alone = learn.averages.module('ema')
+    assert [t._version for t in tensors] == versions and same(copied(alone.state_dict()), expected)
+
+
+def test_snapshots_by_hand():
+    "every=None: at each take(), in a raw loop too"
+    model = nn.Linear(1, 1, bias=False)
+    averages = Averages(model, steps_per_epoch=10, n_epochs=1)
+    averages.add('swa', equal(), every=None)
+    for i in range(10):
+        nn.init.constant_(model.weight, float(i))
+        averages.step()
+        if i in (3, 8): averages.take('swa')
+    assert averages['swa'].n == 2 and averages['swa'].weights['weight'].item() == 5.5
+    with pytest.raises(ValueError, match="no weights called 'ema'"): averages.take('ema')
+    state = averages.state_dict()
+    other = Averages(model)
+    other.add('swa', equal(), every=None)
+    other.load_state_dict(state)
+    assert other['swa'].n == 2

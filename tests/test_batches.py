@@ -1,6 +1,7 @@
 "What a batch is: containers and objects of other libraries, moved, counted and split by one set of rules"
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field, fields
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import ChainDataset, DataLoader, DistributedSampler, Itera
 import helpers
 from fastswa.averaging.batchnorm import update_bn
 from fastswa.callbacks.basics import DeviceCB
-from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.metrics import EarlyStoppingCB, FunctionMetric, MetricsCB
 from fastswa.callbacks.progress import LogView, NotebookView, ProgressCB, TerminalView
 from fastswa.callbacks.schedule import OneCycleCB
 from fastswa.callbacks.swa import BNUpdateCB, EMACB
@@ -23,7 +24,7 @@ from fastswa.core import batch_size, batch_targets, first_tensor, map_tensors, t
 from fastswa.data.loaders import DataLoaders
 from fastswa.training.events import Callback
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
-from helpers import Hits, learner, linear, regression
+from helpers import Hits, learner, linear, regression, reopened
 
 
 @dataclass
@@ -391,3 +392,40 @@ def test_fits_without_validation():
         assert [r['train'] for r in learn.history] == ['train']*2
         with pytest.raises(ValueError, match='no validation loader'): learn.validate()
         assert len(learn.validate(dl=regression().valid)) == 2
+
+
+# --- functions as metrics
+
+
+def f1(preds, targets):
+    "Of class 1; it does not add up over batches"
+    hits = ((preds.argmax(1) == 1) & (targets == 1)).sum()
+    return 2*hits/((preds.argmax(1) == 1).sum() + (targets == 1).sum())
+
+
+def test_functions_as_metrics():
+    "Batches of 32, 32, 32, 4: a mean over samples, and what is called once an epoch; wrong: the mean of four values"
+    def err(preds, targets): return (preds.argmax(1) != targets).float().mean()
+    dls = helpers.data(100)
+    learn = learner(MetricsCB(err, partial(F.cross_entropy, label_smoothing=0.1), number=lambda p, y: len(y),
+                              f1=FunctionMetric(f1, over='epoch'), by_batch=FunctionMetric(f1)), dls=dls)
+    learn.fit(1)
+    row, (preds, y) = learn.history[-1], learn.get_preds()
+    assert row['err'] == pytest.approx(err(preds, y).item()) and row['f1'] == pytest.approx(f1(preds, y).item())
+    assert row['cross_entropy'] == pytest.approx(F.cross_entropy(preds, y, label_smoothing=0.1).item(), rel=1e-5)
+    assert row['number'] == pytest.approx((3*32*32 + 4*4)/100) and row['by_batch'] != pytest.approx(row['f1'])
+    with pytest.raises(ValueError, match='must return a number; got a tensor of shape .32,'):
+        learner(MetricsCB(err=FunctionMetric(lambda p, y: p.argmax(1), over='batches')), dls=dls).validate()
+
+
+@pytest.mark.parametrize('over', ['batches', 'epoch'])
+def test_a_function_goes_on_within_an_epoch(over):
+    torch.manual_seed(0)
+    batches = [(torch.randn(n, 3), torch.randint(3, (n,))) for n in (5, 7, 2)]
+    whole, part, rest = (FunctionMetric(F.cross_entropy, over) for _ in range(3))
+    for b in batches: whole.update(*b)
+    part.update(*batches[0])
+    rest.load_state_dict(reopened(part.state_dict()))
+    for b in batches[1:]: rest.update(*b)
+    want = F.cross_entropy(*(torch.cat(o) for o in zip(*batches))).item()
+    assert rest.compute().item() == whole.compute().item() == pytest.approx(want)

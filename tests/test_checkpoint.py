@@ -478,6 +478,7 @@ def test_files_have_the_permissions_of_the_user(tmp_path):
 
 def test_what_cannot_be_saved_is_said_before_training(tmp_path):
     class Odd(Callback):
+        def before_fit(self, learn): pass
         def state_dict(self): return dict(a=[{1, 2}])
     with pytest.raises(TypeError, match=r'callbacks.\d.state.a.0 is a set'):
         learner(Odd(), CheckpointCB(tmp_path)).fit(1)

@@ -528,6 +528,13 @@ class GroupsOnly(OwnStep):
     "Makes an optimizer for its groups, whose `step` is never called"
     def __init__(self, base): self.base, self.param_groups = base, base.param_groups
 
+class InBackward:
+    "An optimizer for each parameter, which steps as soon as its gradient is there"
+    def __init__(self, base):
+        self.opts = {p: optim.SGD([p], 0.1) for g in base.param_groups for p in g['params']}
+        for p in self.opts: p.register_post_accumulate_grad_hook(lambda p: self.opts[p].step())
+    def step(self): pass
+
 def replaced_step(base):
     def step(): base.param_groups[0]['params'][0].data.sub_(1.)      # without a version
     base.step = step
@@ -540,7 +547,7 @@ STEPS = dict(
     skipped_several=(lambda o: Wrapper(Several(o)), 'step', [1, 3]), twice=(Extragradient, 'step', [0, 1, 2, 3]),
     another_name=(SAM, 'second_step', [0, 1, 2, 3]), first_half=(SAM, 'first_step', []),
     no_hooks=(OwnStep, 'step', [0, 1, 2, 3]), other_hooks=(GroupsOnly, 'step', [0, 1, 2, 3]),
-    replaced=(replaced_step, 'step', [0, 1, 2, 3]),
+    replaced=(replaced_step, 'step', [0, 1, 2, 3]), in_backward=(InBackward, 'step', [0, 1, 2, 3]),
     not_torchs=(lambda o: SimpleNamespace(step=int), 'step', [0, 1, 2, 3]),
     slots=(lambda o: Slots(), 'step', [0, 1, 2, 3]))
 
@@ -553,14 +560,14 @@ def test_a_step_that_was_made_is_seen_once(name):
     opt = wrap(optim.Adam(model.parameters(), 0.1))
     watch, made = StepWatch(opt), []
     for i in range(4):
-        model(torch.ones(1, 2)).sum().backward()
         before = [p.detach().clone() for p in model.parameters()]
+        model(torch.ones(1, 2)).sum().backward()
         if watch.made(getattr(opt, call), model): made.append(i)
         moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
         assert moved == (i in want) or name in ('not_torchs', 'slots')
     assert made == want
     watch.remove()
-    watch.told = False
+    model(torch.ones(1, 2)).sum().backward()
     getattr(opt, call)()
     assert not watch.told
 
@@ -774,3 +781,20 @@ def test_looking_leaves_the_loss_as_it_was():
     learn.lr_find(show=False, max_steps=5)
     learn.validate()
     assert same(copied(loss.state_dict()), before) and loss.s.grad is None
+
+
+def test_a_search_takes_the_options_and_not_the_state_in_the_groups():
+    "Wrong: the search goes on with the count of a long run, or moves the tensor that the run's optimizer keeps there"
+    class Late(optim.SGD):
+        seen = []
+        def step(self, closure=None):
+            g = self.param_groups[0]
+            g['sum'] = g['sum'].add_(1.) if 'sum' in g else torch.ones(())
+            Late.seen.append((g['sum'].item(), g['momentum']))
+            return super().step(closure)
+    learn = TrainLearner(linear(), regression(), lr=0.01, opt_func=Late)
+    learn.fit(1)
+    learn.opt.param_groups[0]['momentum'] = 0.5
+    Late.seen.clear()
+    learn.lr_find(show=False, max_steps=4)
+    assert Late.seen == [(1, 0.5), (2, 0.5), (3, 0.5)] and learn.opt.param_groups[0]['sum'] == 7

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastswa.averaging.average import Average, update_all
+from fastswa.averaging.interchange import save_safetensors
 from fastswa.averaging.rules import ema
 from helpers import floats, memory
 
@@ -69,4 +70,13 @@ def test_several_averages_take_no_more_than_each_alone():
     averages = [Average(model, ema(decay=d)) for d in (0.9, 0.99, 0.999)]
     update_all(averages)
     top, kept = memory(lambda: update_all(averages))
+    assert kept <= SLACK and top <= small_bytes(model) + SLACK
+
+
+def test_a_file_is_written_without_a_copy_of_the_weights(tmp_path):
+    "Only small tensors, which lie together in memory, are copied for it, and what is not contiguous"
+    model = large_net()
+    avg = Average(model)
+    avg.update()
+    top, kept = memory(lambda: save_safetensors(avg, tmp_path/'w.safetensors'))
     assert kept <= SLACK and top <= small_bytes(model) + SLACK

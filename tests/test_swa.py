@@ -3,6 +3,7 @@ import copy
 import math
 import re
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,12 +19,13 @@ from fastswa.averaging.batchnorm import update_bn
 from fastswa.callbacks.basics import BatchTransformCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.training.events import Callback, CancelEpochException
-from fastswa.callbacks.schedule import EpochSchedCB
+from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
+from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import AverageCB
 from fastswa.callbacks.swa import BEMACB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB
-from helpers import Accumulate, Trail, copied, data, learner, net, one, same
+from helpers import Accumulate, AtEpoch, Trail, copied, data, learner, net, one, same
 
 N, BS = 160, 16      # samples and batch size of `data()`
 
@@ -32,11 +34,15 @@ def weights_of(cb): return cb.average.weights['0.weight']
 
 
 def test_defaults_to_the_letter():
-    "Half-life a twentieth of the fit; snapshots every hundredth from three quarters on: of 200 steps, every second"
+    """Half-life a twentieth of the fit, after a warm-up; snapshots every hundredth from three quarters on
+
+    Of 200 steps every second"""
     trail, e, s = Trail(), EMACB(), SWACB()
     learner(trail, e, s, BNUpdateCB()).fit(20)
-    d, avg = 2**(-1/10), trail.weights[0]
-    for w in trail.weights[1:]: avg = d*avg + (1 - d)*w
+    avg = trail.weights[0]
+    for n, w in enumerate(trail.weights[1:], 1):
+        d = min(2**(-1/10), (1 + n)/(10 + n))
+        avg = d*avg + (1 - d)*w
     np.testing.assert_allclose(weights_of(e), avg, rtol=1e-4, atol=1e-6)
     assert s.average.n == 26
     np.testing.assert_allclose(weights_of(s), np.mean(trail.weights[149::2], axis=0), rtol=1e-4, atol=1e-6)
@@ -52,6 +58,19 @@ def test_rules(kw, rule):
     avg = trail.weights[0]
     for n, w in enumerate(trail.weights[1:], 1): avg = avg + rule(n)*(w - avg)
     np.testing.assert_allclose(weights_of(cb), avg, rtol=1e-5, atol=1e-6)
+
+
+def test_a_warm_up_is_of_steps():
+    """With a snapshot every 5 steps the warm-up is as long as with one at each
+
+    Wrong: each snapshot counts as one step, and the memory stays five times too short"""
+    trail, cb = Trail(), EMACB(every='5ba', apply=False)
+    learner(trail, cb).fit(20)
+    seen, avg = trail.weights[4::5], None
+    for n, w in enumerate(seen):
+        left = min(2**(-1/10), (1 + 5*n)/(10 + 5*n))**5
+        avg = w if avg is None else left*avg + (1 - left)*w
+    np.testing.assert_allclose(weights_of(cb), avg, rtol=1e-4, atol=1e-6)
 
 
 def test_choice_of_weights_and_rows():
@@ -445,3 +464,139 @@ def test_validation_before_any_training_and_a_load_into_a_new_learner(cb, tmp_pa
     assert same(copied(new.model.state_dict()), copied(learn.model.state_dict()))
     new.fit(1)
     assert new.averages[new.cbs[0].name].n > 0
+
+
+# --- at the minima of the rate
+
+
+class Taken(AverageCB):
+    "Notes the steps after which a snapshot was taken, and the weights"
+    def before_fit(self, learn):
+        super().before_fit(learn)
+        self.steps, self.seen = [], []
+    def taken(self, learn):
+        self.steps.append(learn.clock.steps)
+        self.seen.append(learn.model[0].weight.detach().double().numpy().copy())
+
+
+def minima(rates, start=0):
+    "Steps, from 1, at whose rate it was lowest: it had fallen, and rises afterwards or there is none"
+    found, falling = [], False
+    for i, rate in enumerate(rates):
+        if i and rate != rates[i - 1]: falling = rate < rates[i - 1]
+        if falling and (i + 1 == len(rates) or rates[i + 1] > rate):
+            falling = False
+            if i + 1 >= start: found.append(i + 1)
+    return found
+
+
+S = optim.lr_scheduler
+CYCLES = dict(
+    restarts=partial(S.CosineAnnealingWarmRestarts, T_0=7),
+    growing=partial(S.CosineAnnealingWarmRestarts, T_0=4, T_mult=2),
+    triangular=partial(S.CyclicLR, base_lr=0.01, max_lr=0.3, step_size_up=3, step_size_down=5),
+    triangular2=partial(S.CyclicLR, base_lr=0.01, max_lr=0.3, step_size_up=4, mode='triangular2'),
+    one=partial(S.OneCycleLR, max_lr=0.3, total_steps=30), cosine=partial(S.CosineAnnealingLR, T_max=30, eta_min=0.01),
+    waves=partial(S.CosineAnnealingLR, T_max=5, eta_min=0.01),
+    plateaus=partial(S.LambdaLR, lr_lambda=lambda i: (1, 0.5, 0.1, 0.1, 0.1, 0.7)[i % 6]),
+    constant=partial(S.LambdaLR, lr_lambda=lambda i: 1), rising=partial(S.LambdaLR, lr_lambda=lambda i: 1 + i))
+
+
+@pytest.mark.parametrize('cycle', CYCLES)
+@pytest.mark.parametrize('start', ['0ba', '11ba'])
+@pytest.mark.filterwarnings('ignore:.*rate had no minimum')
+def test_snapshots_at_the_minima_of_a_schedule_by_batches(cycle, start):
+    "Wrong: at multiples of `every`, which are in the midst of a cycle; or a step late, when the rate is high again"
+    cb, rates = Taken(at='lr_min', start=start), []
+    class Rates(Callback):
+        def before_batch(self, learn):
+            if learn.training: rates.append(learn.opt.param_groups[0]['lr'])
+    learner(cb, Rates(), BatchSchedCB(CYCLES[cycle])).fit(3)
+    assert cb.steps == minima(rates, int(start[:-2]))
+    assert cb.steps or cycle in ('constant', 'rising')
+    if cb.seen: np.testing.assert_allclose(weights_of(cb), np.mean(cb.seen, 0), rtol=1e-5, atol=1e-6)
+
+
+def triangle(epoch): return 1 if epoch < 7 else 0.1 + 0.9*(1 - (epoch - 7) % 5/4)
+
+
+@pytest.mark.parametrize('kw, epochs', [(dict(at='lr_min', start='7ep'), [12, 17, 22]),
+                                        (dict(at='lr_min'), [12, 17, 22]),
+                                        (dict(at='lr_min', start='13ep'), [17, 22]),
+                                        (dict(start='7ep', every='5ep', phase='start'), [7, 12, 17, 22]),
+                                        (dict(start='12ep', every='5ep', phase='start'), [12, 17, 22]),
+                                        (dict(start='7ep', every='5ep'), [10, 15, 20])])
+@pytest.mark.parametrize('accumulate', [False, True])
+def test_snapshots_at_the_minima_of_a_schedule_by_epochs(kw, epochs, accumulate):
+    "Each is in the row of its own epoch; 12, 17, 22 are where the paper on SWA takes them"
+    cb = Taken(**kw)
+    learn = learner(cb, EpochSchedCB(partial(S.LambdaLR, lr_lambda=triangle)), *([Accumulate(5)] if accumulate else []))
+    learn.fit(22)
+    per_epoch = 2 if accumulate else 10
+    assert cb.steps == [e*per_epoch for e in epochs]
+    rows = [r['epoch'] + 1 for r in learn.history if r.get('weights') == 'average']
+    assert rows == list(range(epochs[0], 23))
+
+
+def test_a_run_resumed_between_two_minima(tmp_path):
+    "It remembers that the rate was falling. Wrong: the minimum in the first resumed epoch is missed"
+    def run(*cbs, resume=None):
+        cycle = partial(S.CyclicLR, base_lr=0.01, max_lr=0.3, step_size_up=6, step_size_down=9)
+        cb = SWACB(start='0ba', at='lr_min', apply=False)
+        learner(cb, BatchSchedCB(cycle), *cbs, model=net(norm=False)).fit(4, resume=resume)
+        return cb.average
+    whole = run()
+    run(CheckpointCB(tmp_path), AtEpoch(1))      # after 10 steps, of which the last 4 went down
+    resumed = run(resume=tmp_path)
+    assert whole.n == resumed.n == 3 and same(copied(whole.weights), copied(resumed.weights))
+
+
+def test_minima_that_cannot_be():
+    with pytest.raises(ValueError, match="at must be 'lr_min'; got 'lr_max'"): AverageCB(at='lr_max')
+    with pytest.raises(ValueError, match='swa_lr=0.1 holds the rate'): SWACB(swa_lr=0.1, at='lr_min')
+    with pytest.warns(UserWarning, match="'swa' has no snapshot: from 0.75dur on the learning rate had no minimum"):
+        learner(SWACB(at='lr_min'), BNUpdateCB()).fit(1)
+
+
+# --- fits in a row
+
+
+@pytest.mark.parametrize('make, n', [(SWACB, 26), (lambda **kw: SWAGCB(3, **kw), 26)], ids=['swa', 'swag'])
+def test_swa_begins_anew_in_each_fit(make, n):
+    "Wrong: the mean of the ends of two fits, the first before layers were unfrozen"
+    trail, cb = Trail(), make(apply=False)
+    learn = learner(trail, cb, BNUpdateCB())
+    learn.fit(20)
+    learn.fit(20)
+    assert cb.average.n == n
+    np.testing.assert_allclose(weights_of(cb), np.mean(trail.weights[149::2], axis=0), rtol=1e-4, atol=1e-6)
+    on = make(apply=False, restart=False)
+    learn = learner(on, BNUpdateCB())
+    learn.fit(20)
+    learn.fit(20)
+    assert on.average.n == 2*n
+
+
+def test_a_new_head_and_what_to_do():
+    "The error comes before training, and its advice is right"
+    cb = EMACB()
+    learn = learner(cb)
+    learn.fit(1)
+    learn.restore()
+    learn.model[-1] = nn.Linear(8, 5)
+    says = r'weight is \(5, 8\) instead of \(3, 8\).*call reset\(\).*cb.average'
+    with pytest.raises(ValueError, match=says): learn.fit(1)
+    cb.average.reset()
+    learn.fit(1)
+    assert cb.average.n == 10 and cb.average.weights['3.weight'].shape == (5, 8)
+
+
+def test_a_live_module_of_a_callback_follows_the_fit():
+    "A teacher made of a callback's average after one fit follows it through the next"
+    cb = EMACB(0.8, apply=False)
+    learn = learner(cb, BNUpdateCB())
+    learn.fit(1)
+    live, x = cb.average.live(), torch.randn(4, 3)
+    before = live(x)
+    learn.fit(1)
+    assert torch.equal(live(x), cb.average.module()(x)) and not torch.equal(live(x), before)

@@ -1,7 +1,6 @@
 "A column to go by: its name, which way is good, what is no number; early stopping and the weights of the best epoch"
 import warnings
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from fastswa.callbacks.swa import EMACB, SWACB, BNUpdateCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import quiet, set_seed
 from fastswa.training.events import Callback
+from fastswa.training.learner import TrainLearner
 from helpers import AtEpoch, Hits, copied, floats, learner, same, state
 
 
@@ -123,6 +123,21 @@ def test_the_row_of_training():
     assert rates == [pytest.approx(0.03)]                   # nothing was good enough
 
 
+@pytest.mark.parametrize('name, mode, warns', [
+    ('accuracy', 'min', "has mode='min', and the good values of 'accuracy' are its largest: mode='max' is meant"),
+    ('accuracy', 'max', None), ('train/loss', 'max', "mode='min' is meant"), ('loss', 'min', None),
+    ('throughput', 'min', None)])
+def test_a_schedule_that_takes_good_for_bad_is_warned_of(name, mode, warns):
+    "torch's default is 'min'. Wrong: the rate falls because the accuracy rises, without a word"
+    sched = EpochSchedCB(partial(lr_scheduler.ReduceLROnPlateau, mode=mode), name)
+    cbs = [sched, MetricsCB(accuracy=Hits(), throughput=Told(*RISES))]
+    with warnings.catch_warnings(record=True) as caught, quiet():
+        warnings.simplefilter('always')
+        learner(*cbs).fit(1)
+    said = [str(w.message) for w in caught if 'is meant' in str(w.message)]
+    assert len(said) == (warns is not None) and all(warns in text for text in said)
+
+
 @pytest.mark.parametrize('value, words', [
     (torch.eye(2), 'a list'), (dict(a=1.), 'a dict'), (None, 'empty'), ('good', 'a str'), (torch.tensor(1.), None)])
 def test_only_a_number_can_be_watched(value, words, tmp_path):
@@ -132,6 +147,19 @@ def test_only_a_number_can_be_watched(value, words, tmp_path):
         else:
             with pytest.raises(ValueError, match=f"'odd' has to be a number; in the row of epoch 0 it is {words}"):
                 run(cb, odd=Told(*[value]*9))
+
+
+def test_a_validation_without_a_loss():
+    "As of detection models, which give losses in training only. Wrong: the last training loss is watched in its place"
+    class Detection(TrainLearner):
+        def get_loss(self):
+            if self.training: super().get_loss()
+    for cb in EarlyStoppingCB(), EpochSchedCB(lr_scheduler.ReduceLROnPlateau):
+        with pytest.raises(ValueError, match="'loss' has to be a number; in the row of epoch 0 it is empty"):
+            learner(cb, cls=Detection).fit(3)
+    cb = EarlyStoppingCB('train/loss', patience=1, min_delta='99%')
+    with quiet(): learner(cb, cls=Detection).fit(3)
+    assert cb.stopped_epoch == 1
 
 
 def test_names_of_averages_and_metrics_leave_columns_clear():

@@ -11,15 +11,17 @@ from contextlib import contextmanager
 from copy import deepcopy
 from types import CellType, FunctionType, MethodType
 from numbers import Integral, Real
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from .holding import holding
+from .holding import holding, raw_values
 from .kernels import can_mask
 from .rules import equal
 from .snapshots import CountedSnapshots, move, move_all
-from ..core import check_whole, later, tensors_in
+from .tensors import like, locked, named_places, put
+from ..core import check_whole, later, tensors_in, unwrap
 
 # %% ../../nbs/averaging/05_average.ipynb #00000006
 class Average(CountedSnapshots):
@@ -42,9 +44,11 @@ class Average(CountedSnapshots):
         self.reset()
 
     def __repr__(self):
-        of = f'{len(self._selection.tensors)} tensors of {type(self.source).__name__}'
-        return f'{type(self).__name__}({of}, {self.rule}, n={self.n})'
+        skipped = f', {self.skipped} skipped' if self.skipped else ''
+        counted = f'{self.n} snapshot{"" if self.n == 1 else "s"}{skipped}'
+        return f'{type(self).__name__} of a {type(self.source).__name__}: {self.rule}, {counted}'
 
+    @locked
     def update(self,
         module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
         steps:int=1, # steps since the last update: as much of the average is left as after so many updates
@@ -58,19 +62,24 @@ class Average(CountedSnapshots):
     def _weight(self, steps):
         "How far the next snapshot moves the average; None where there is none yet, so that it is copied"
         self._read_flags_if_needed(getattr(self.rule, 'constant', False))
-        if self._taken == 0: return None
-        w = self.rule(self._taken)
+        if self._taken == 0: return self._check_values()
+        w = self.rule(self._taken*steps)
         if not (isinstance(w, (float, Real)) and 0 <= w <= 1):      # float is told faster than Real
             raise ValueError(f'{self.rule} gave {w!r} for n = {self._taken}: '
                              'a weight must be a number between 0 and 1')
         return w if steps == 1 else 1 - (1 - w)**steps
 
     @property
+    @locked
     def weights(self) -> dict: # name → tensor
-        "The average itself, by the names of the plain model's `state_dict`; tied weights share one storage"
+        """The average itself, by the names of the plain model's `state_dict`; tied weights share one storage.
+
+        No copies: whoever writes to them writes to the average, as `functional_call` of a module in train mode does to
+        BatchNorm's statistics. For that there are `live()` and `module()`."""
         self._need()
         return self._selection.by_name(self._avg)
 
+    @locked
     def contents(self) -> tuple: # `(dict, key)` of each tensor of the module, under every name, and the average of each
         "Where the module's tensors lie, and what the average has for them"
         self._need()
@@ -81,32 +90,76 @@ class Average(CountedSnapshots):
     def applied(self,
         stash=None, # device where the raw weights are kept meanwhile; None: that of each
     ):
-        "Inside the block the module holds the average; after it, whatever happened, what it held before"
+        """Inside the block the module holds the average; after it, whatever happened, what it held before.
+
+        A `state_dict()`, or a traced or exported form, taken inside shares the module's tensors, and so has the raw
+        weights after the block: `module()` gives what keeps the average."""
         places,values = self.contents()
         with holding(self.source, 'average', places, values, stash): yield self.source
 
+    @locked
     @torch.no_grad()
     def copy_to(self,
         module:nn.Module|None=None, # None: the module itself, whose own weights are then gone
     ):
-        "Copy the average into a module of the same names"
+        "Copy the average into a module of the same names, and into another one also all buffers that are not averaged"
         self._need()
         if module is None and self._is_held():
             raise RuntimeError('the module holds an average: copy_to() outside of applied()')
         self.verify()
         for a, t in zip(self._avg, self._values(module)): t.copy_(a)
+        if module is None or unwrap(module) is self.source: return
+        averaged = self.weights
+        ours = {name: (d, k) for name, m, d, k in named_places(self.source) if d is m._buffers and name not in averaged}
+        raw = dict(zip(ours, raw_values(self.source, ours.values())))
+        for name, m, d, k in named_places(module):
+            if d is m._buffers and name in raw: put(d, k, raw[name])
 
+    @locked
+    @torch.no_grad()
     def module(self) -> nn.Module:
-        "A copy of the module with the average in it, on its own: in eval mode, without gradients"
+        """A copy of the module with the average in it, on its own: in eval mode, without gradients.
+
+        The module itself is not touched, so another thread may train it meanwhile."""
         self._need()
         if self.sharded: raise RuntimeError('no process holds the whole of a sharded model: use applied() or copy_to()')
-        with self.applied(): return detached_copy(self.source)
+        self.verify()
+        res,averaged = detached_copy(self.source),self.weights
+        res.train()      # where layers do not derive anything from the weights
+        for name, _, d, k in named_places(res):
+            if name in averaged: d[k].copy_(averaged[name])
+        return res.eval()
 
+    @locked
+    @torch.no_grad()
+    def live(self) -> nn.Module:
+        """A module that follows the average, for teachers and serving: in eval mode, without gradients.
+
+        Its parameters are the average's own, in the average's dtype and on its device; statistics, and what is not
+        averaged, are copied at each update. A deep copy of it stands still. RuntimeError before the first update, and
+        where a layer changes its weights in `eval()`."""
+        res = self.module()
+        averaged = self.weights
+        for name, layer, d, k in named_places(res):
+            if name in averaged and not torch.equal(d[k].nan_to_num(), averaged[name].to(d[k]).nan_to_num()):
+                raise RuntimeError(f'a layer of the model changes {name} in eval(), as LoRA does when it merges: '
+                                   'it cannot follow an average; module() gives a copy')
+            if d[k].is_floating_point() or d[k].is_complex():
+                new = like(d[k], self.dtype, self.device).copy_(d[k])
+            else: new = d[k].to(self.device or d[k].device)
+            d[k] = nn.Parameter(new, requires_grad=False) if d is layer._parameters else new
+        if not self._lives: self._lives = WeakKeyDictionary()
+        self._lives[res],self._shared = (),None
+        self._share()
+        return res
+
+    @locked
     def state_dict(self) -> dict: # `n`, `skipped`, `rule` (in words) and `weights` by name
         "What `load_state_dict` needs; the tensors are the average's own, not copies"
         if self.n: self.verify()
         return dict(n=self.n, skipped=self.skipped, rule=repr(self.rule), weights=self.weights if self.n else {})
 
+    @locked
     def load_state_dict(self,
         state:dict, # from `state_dict`
     ):
@@ -119,6 +172,7 @@ class Average(CountedSnapshots):
         loaded = self._selection.in_order(state['weights'], 'the saved average') if state['n'] else None
         self.reset()
         if loaded: self._avg = self._copies(loaded)
+        if loaded and self._lives: self._share()
         self._taken,self._skipped = state['n'],state['skipped']
 
     to_averaged_model = later('averaging.interchange', 'to_averaged_model')
@@ -156,6 +210,7 @@ def _check_state(state):
     check_whole('n', state['n'], low=0)
 
 # %% ../../nbs/averaging/05_average.ipynb #00000019
+@locked
 def update_all(
     averages, # `Average`s, of one model or of several
     steps=1, # steps since the last update, one number or one for each average

@@ -34,7 +34,9 @@ class Tracked:
         if reset and self.restart: self.average.reset()
         self.clock,self.unit,self.last = clock,getattr(self.rule, 'unit', Time.parse('1ba')),0
         if hasattr(self.rule, 'resolve'): self.average.rule = self.rule.resolve(clock.span)
-        self.when.begin(clock)
+        if self.when is not None: self.when.begin(clock)
+
+    def due(self): return self.clock is not None and self.when is not None and self.when.due()
 
     def steps(self):
         "How many steps an update now stands for"
@@ -42,11 +44,13 @@ class Tracked:
         since,self.last = now - self.last,now
         return max(since, 1) if getattr(self.rule, 'per_step', False) else 1
 
-    def state_dict(self): return dict(average=self.average.state_dict(), when=self.when.state_dict(), last=self.last)
+    def state_dict(self):
+        when = self.when and self.when.state_dict()
+        return dict(average=self.average.state_dict(), when=when, last=self.last)
 
     def load_state_dict(self, state):
         self.average.load_state_dict(state['average'])
-        self.when.load_state_dict(state['when'])
+        if self.when is not None and state['when'] is not None: self.when.load_state_dict(state['when'])
         self.last = state['last']
 
 # %% ../../nbs/averaging/07_averages.ipynb #00000006
@@ -86,7 +90,7 @@ class TrackedAverages(Mapping):
         name:str, # what the average is called in tables, files and `using`
         rule=equal(), # a rule, or an `Average` of this model
         start:str='0ba', # from when on, as in `'200ba'`, `'3ep'`, `'0.75dur'`
-        every:str='1ba', # how often; below one step means every step
+        every:str|None='1ba', # how often; below one step means every step; None: at each `take`, and only then
         *,
         valid:bool=True, # does it get a row at each validation?
         restart:bool=False, # does it begin anew in each run?
@@ -101,7 +105,7 @@ class TrackedAverages(Mapping):
         if name in self._tracked: raise ValueError(f'two averages are called {name!r}: give one of them another name=')
         average = rule if isinstance(rule, Average) else Average(self.model, rule, **options)
         if average.source is not self.model: raise ValueError(f'{name!r} is an average of another model')
-        tracked = Tracked(average, Every(every, start, phase), valid, restart)
+        tracked = Tracked(average, None if every is None else Every(every, start, phase), valid, restart)
         if now: tracked.begin(self.clock, reset=False)
         self._tracked[name] = tracked
         return average
@@ -130,10 +134,17 @@ class TrackedAverages(Mapping):
         A second call in the same step changes nothing."""
         now = self.clock.batches, self.clock.steps, self.clock.epochs
         if self._updated[0] != now:
-            due = {name: t for name, t in self._tracked.items() if t.clock is not None and t.when.due()}
+            due = {name: t for name, t in self._tracked.items() if t.due()}
             if due: update_all([t.average for t in due.values()], [t.steps() for t in due.values()])
             self._updated = now, list(due)
         return self._updated[1]
+
+    def take(self,
+        name:str, # of an average
+    ):
+        "This average takes a snapshot now, whatever its `every`"
+        tracked = self._known(name)
+        tracked.average.update(steps=1 if tracked.clock is None else tracked.steps())
 
     def rows(self,
         empty:bool=False, # also averages that have no snapshot yet?
@@ -188,6 +199,10 @@ class FittedStatistics:
             return
         with keep_rng(*generators_in(batches)): update_bn(model, batches, n_batches=n_batches, forward=forward)
         self._known[name] = key, bn_state(model)
+
+    def known(self, name, stamp, n_batches, data) -> dict|None:
+        "What is known for this state of the average"
+        return self._known[name][1] if self._is_known(name, stamp, n_batches, data) else None
 
     def _is_known(self, name, stamp, n_batches, data):
         if name not in self._known: return False
@@ -327,8 +342,19 @@ class Averages(TrackedAverages):
         name:str, # `'raw'`, or the name of an average
         **kwargs, # for `using`: `bn_data`, `forward`, `n_batches`
     ) -> nn.Module:
-        "A copy of the model with these weights and statistics that fit, on its own: in eval mode, without gradients"
-        with self.using(name, **kwargs): return detached_copy(self.model)
+        """A copy of the model with these weights and statistics that fit, on its own: in eval mode, without gradients.
+
+        Where no statistics have to be computed for it, another thread may train the model meanwhile."""
+        self.adopt_changes()
+        average,stats = None if name == 'raw' else self._known(name).average, {}
+        if average is not None and bn_layers(self.model):
+            stats = self._statistics.known(name, average.stamp, kwargs.get('n_batches') or self.bn_batches,
+                                           kwargs.get('bn_data', self.bn_data))
+        if average is None or average.sharded or stats is None:
+            with self.using(name, **kwargs): return detached_copy(self.model)
+        res = average.module()
+        if stats: load_bn_state(res, stats)
+        return res
 
     def state_dict(self): return dict(super().state_dict(), statistics=self._statistics.state_dict())
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .average import Average
-from .tensors import check_same
+from .tensors import check_same, locked
 from ..core import check_choice, check_whole, uninterrupted, unwrap
 
 # %% ../../nbs/averaging/08_ensembles.ipynb #00000006
@@ -33,12 +33,14 @@ class KeepsSnapshots(Average):
         super().reset()
         self._kept = []
 
+    @locked
     def update(self,
         module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
         steps:int=1, # not used: time is counted in snapshots
     ) -> int: # snapshots in the average
         "Take a snapshot; one that is not finite is skipped whole. A GPU is waited for"
         self._ready()
+        if self._taken == 0: self._check_values()
         values = self._values(module)
         if self._is_bad(values): self._skip()
         else:
@@ -119,6 +121,7 @@ class LatestAverage(KeepsSnapshots):
         for other, w in zip(others, weights):
             total += w
             torch._foreach_lerp_(self._avg, other, w/total)
+        self._take_fixed()
 
     def load_state_dict(self, state):
         super().load_state_dict(state)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .rules import ema, equal
-from .tensors import find_tensors, some_names
+from .tensors import find_tensors, locked, some_names
 from ..core import check_whole, local, uninterrupted, unwrap
 from ..files import written
 
@@ -222,11 +222,18 @@ def write_tensors(
     path, # the file; it is replaced as a whole or not at all
     metadata:dict, # text → text
 ):
-    "Write a safetensors file: copies on the CPU, contiguous, each with memory of its own"
-    tensors = {k.replace('_orig_mod.', ''): v.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
-               for k, v in state.items() if torch.is_tensor(v)}
+    "Write a safetensors file; what lies on the CPU, contiguous and with memory of its own, is not copied for it"
+    tensors,seen = {},set()
+    for k, v in state.items():
+        if not torch.is_tensor(v): continue
+        t,storage = v.detach(),v.untyped_storage().data_ptr()
+        if storage in seen or t.device.type != 'cpu' or not t.is_contiguous():
+            t = t.to('cpu', copy=True, memory_format=torch.contiguous_format)
+        seen.add(storage)
+        tensors[k.replace('_orig_mod.', '')] = t
     with written(path) as tmp: save_file(tensors, tmp, dict(metadata, format='pt'))
 
+@locked
 def save_safetensors(
     average, # an `Average` with at least one snapshot
     path, # the file; it is replaced as a whole or not at all

@@ -15,6 +15,7 @@ from .average import Average
 from .snapshots import move
 from .ensembles import average_of
 from .rules import power
+from .tensors import locked
 from ..core import check_whole
 from ..files import as_path, written
 
@@ -108,6 +109,7 @@ class StoresSnapshots(Average):
 
     def _now(self): return dict(n=self.n, sigma_rels=self.sigma_rels, weights=[a.weights for a in self.averages])
 
+    @locked
     def update(self,
         module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
         steps:int=1, # not used: time is counted in updates

@@ -14,7 +14,7 @@ import torch
 from .holding import is_held
 from fastswa.averaging.kernels import (Blocks, DelayedFlags, PinnedCopy, all_finite, bad_anywhere, bad_flag, can_mask,
     move_unless)
-from .tensors import ShadowWeights
+from .tensors import ShadowWeights, locked
 from ..core import uninterrupted
 
 # %% ../../nbs/averaging/04_snapshots.ipynb #00000005
@@ -46,6 +46,12 @@ class CountedSnapshots(ShadowWeights):
         "What was computed from this average is stale once its stamp is another"
         return self._origin, self.n
 
+    def _check_values(self):
+        "Raise an error if the module has no values yet"
+        if any(t.is_meta for t in self._selection.live):
+            raise RuntimeError('the weights are on the meta device, which keeps no values: materialise the model, as '
+                               'by to_empty(), and load its weights before the first update')
+
     def _is_held(self): return is_held(self._selection.owners)
 
     def _need(self):
@@ -58,14 +64,21 @@ class CountedSnapshots(ShadowWeights):
             raise RuntimeError('the module holds an average and not its own weights: update outside of applied(), '
                                'after `averages.restore()` or `restore_raw(model)`')
         if self._steps_on_the_way is not None: self._settle()
-        self.verify()
+        if self.sharded or not self._selection.current(): self.verify()
 
     def _count(self, flag=None):
         "A snapshot is in; a flag on the device will tell whether it really is"
         self._taken += 1
+        if self._selection.fixed: self._take_fixed()
+        if self._lives: self._share()
         if flag is None: return
         if self._flags is None: self._flags = DelayedFlags(flag.device)
         self._flags.add(flag)
+
+    @torch.no_grad()
+    def _take_fixed(self):
+        "What has no mean, as a mask of infinities, is taken as it is"
+        for i in self._selection.fixed: self._avg[i].copy_(self._selection.live[i])
 
     def _as_kept(self, values):
         "A snapshot as it is to be checked: in a narrower dtype of the average a finite number may be infinite"
@@ -76,6 +89,7 @@ class CountedSnapshots(ShadowWeights):
     def _is_bad(self, values):
         "Is a snapshot not finite? A GPU is waited for"
         if not self.check_finite: return False
+        values = moving_of(values, self._selection.fixed_now())
         bad = not all_finite(self._as_kept(values))
         return bad_anywhere(bad, values[0].device, self._selection.meshes) if self.sharded else bad
 
@@ -83,6 +97,7 @@ class CountedSnapshots(ShadowWeights):
         if times and warn and not self._skipped:
             warnings.warn('the weights hold NaN or infinity: such snapshots are left out of the average')
         self._skipped += times
+        if times: self._selection.__dict__.pop('fixed', None)      # a frozen weight may have become infinite
 
     def _follow(self, old, new):
         super()._follow(old, new)
@@ -96,6 +111,7 @@ class CountedSnapshots(ShadowWeights):
         self._steps_on_the_way = steps
         self._host_copy.start(self._selection.live)
 
+    @locked
     def _settle(self):
         "Wait for what is still under way: weights that come from a GPU, checks that are not read yet"
         if self._steps_on_the_way is not None:
@@ -116,7 +132,7 @@ class CountedSnapshots(ShadowWeights):
     def __getstate__(self):
         "For deepcopy and pickle, which take no events and streams"
         self._settle()
-        return vars(self) | dict(_flags=None, _host_copy=None, _blocks={})
+        return vars(self) | dict(_flags=None, _host_copy=None, _blocks={}, _lives=None, _shared=None)
 
 # %% ../../nbs/averaging/04_snapshots.ipynb #00000007
 def move(averages, snapshot, steps):
@@ -133,38 +149,50 @@ def move_all(groups, then):
     with torch.no_grad():
         for plan in plans: _move(*plan)
 
-def _move(averages, snapshot, weights):
+def moving_of(tensors, fixed): return [t for i, t in enumerate(tensors) if i not in fixed] if fixed else tensors
+
+def _move(averages, values, weights):
     lead,flag = averages[0],None
+    fixed = as_they_are = lead._selection.fixed
+    if lead._selection.once_fixed:
+        fixed = as_they_are = lead._selection.fixed_now()
+        anew = {i for i in lead._selection.once_fixed if lead._avg is not None and not lead._avg[i].isfinite().all()}
+        if anew - {*fixed}: as_they_are = sorted({*fixed, *anew})      # it can move by now
+    snapshot = moving_of(values, fixed)
     check = lead.check_finite
-    if check and (lead.sharded or None in weights or _can_mask(lead, snapshot)):
-        bad = _check(lead, snapshot)
+    if check and (lead.sharded or None in weights or as_they_are is not fixed or _can_mask(lead, snapshot)):
+        bad = _check(lead, values, snapshot)
         if bad is True: return _skip_all(averages)
         check,flag = False,bad if torch.is_tensor(bad) else None
     with _guarded(averages):
-        if not _move_those_begun(averages, snapshot, weights, check, flag): return _skip_all(averages)
+        if not _move_those_begun(averages, values, as_they_are, weights, check, flag): return _skip_all(averages)
         for a, w in zip(averages, weights):
-            if w is None: a._avg = a._copies(snapshot)
+            if w is None: a._avg = a._copies(values)
+            for i in as_they_are: a._avg[i].copy_(values[i])
             a._count(flag)
 
-def _move_those_begun(averages, snapshot, weights, check, flag):
+def _move_those_begun(averages, values, fixed, weights, check, flag):
     "Was the snapshot finite, so that the averages moved (or, by the flag, will have)?"
     lead,moving = averages[0],[a for a, w in zip(averages, weights) if w is not None]
     weights = [w for w in weights if w is not None]
     if not moving: return True
+    key = id(values), *fixed, *(id(a._avg) for a in moving)
+    blocks = lead._blocks.get(key)
+    if flag is None and blocks: return blocks.move(weights, check)
+    snapshot,avgs = moving_of(values, fixed),[moving_of(a._avg, fixed) for a in moving]
     if flag is not None:
-        move_unless(flag, [a._avg for a in moving], snapshot, weights)
+        move_unless(flag, avgs, snapshot, weights)
         return True
-    key = id(snapshot), *(id(a._avg) for a in moving)
-    blocks = lead._blocks.get(key) or Blocks([a._avg for a in moving], snapshot)
-    if snapshot is lead._selection.live: lead._blocks[key] = blocks      # cut into views once
+    blocks = Blocks(avgs, snapshot)
+    if values is lead._selection.live: lead._blocks[key] = blocks      # cut into views once
     return blocks.move(weights, check)
 
 def _can_mask(lead, snapshot):
     return lead._avg is not None and can_mask(snapshot) and can_mask(lead._avg) and lead._selection.dense
 
-def _check(lead, snapshot):
+def _check(lead, values, snapshot):
     "Is a snapshot bad: True, False, or a flag on the device that tells"
-    if not _can_mask(lead, snapshot): return lead._is_bad(snapshot)
+    if not _can_mask(lead, snapshot): return lead._is_bad(values)
     flag = bad_flag(lead._as_kept(snapshot))
     return bad_anywhere(flag, snapshot[0].device, lead._selection.meshes) if lead.sharded else flag
 

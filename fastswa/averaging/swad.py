@@ -14,6 +14,7 @@ from torch import nn
 from .average import Average
 from .ensembles import KeepsSnapshots
 from .rules import equal
+from .tensors import locked
 from ..core import check_number, check_whole, uninterrupted
 
 # %% ../../nbs/averaging/13_swad.ipynb #45518fe4
@@ -66,6 +67,7 @@ class SWAD(KeepsSnapshots):
         "Is the valley over, so that nothing changes any more?"
         return self.valley is not None and self.valley[1] is not None
 
+    @locked
     def update(self,
         module:nn.Module|None=None, # take the snapshot from this module of the same names; None: from its own
         steps:int=1, # not used: snapshots count the same
@@ -74,6 +76,7 @@ class SWAD(KeepsSnapshots):
         if not self.ended: self.segment.update(module)
         return self.n
 
+    @locked
     def step(self,
         loss:float, # of validation, for the weights as they are now
     ):
@@ -93,6 +96,7 @@ class SWAD(KeepsSnapshots):
     def _compute_mean(self):
         chosen = slice(-1, None) if self.valley is None else slice(None, -self.overfit if self.ended else None)
         self._avg,self._taken = self._mean(chosen)
+        self._take_fixed()
         if self.ended: self._kept,self._counts = [],[]
         # the newest may turn out to lie behind the end of the valley; what is before them does not
         while self.valley and len(self._kept) > self.overfit:

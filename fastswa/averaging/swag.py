@@ -47,6 +47,7 @@ class SWAG(KeepsSnapshots):
         if n == 1: self._avg = self._copies(d)
         else: torch._foreach_lerp_(self._avg, d, 1/n)
         torch._foreach_sub_(d, self._avg)
+        for i in self._selection.fixed: d[i].zero_()
         if n == 1: self._kept = [self._copies(d)]      # zeros: the first snapshot is the mean
         else: torch._foreach_addcmul_(self._kept[0], d, [t.conj() for t in d], value=n/(n - 1))
         if self.rank: self._kept.append(d)
@@ -82,12 +83,12 @@ class SWAG(KeepsSnapshots):
         check_number('scale', scale, include_low=True)
         self._need_two()
         squares,*deviations = self._kept
-        res = self._copies(self._selection.in_order(self.weights))
+        res,params = self._copies(self._selection.in_order(self.weights)),self._selection.params
         device = generator.device if generator else squares[0].device
         def normal(*shape, **kw): return torch.randn(*shape, device=device, generator=generator, **kw)
         z2 = (normal(len(deviations))/math.sqrt(max(len(deviations) - 1, 1))).tolist()
         for i, (r, t) in enumerate(zip(res, squares)):
-            if not self._selection.params[i]: continue
+            if not params[i]: continue
             noise = (t/self.n).sqrt()*normal(t.shape, dtype=t.dtype).to(t.device)
             for d, z in zip(deviations, z2): noise.add_(d[i], alpha=z)
             r.add_(noise, alpha=math.sqrt(scale))

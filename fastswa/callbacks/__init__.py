@@ -5,7 +5,7 @@ from .basics import BatchTransformCB, DeviceCB, HasLearnCB, RecorderCB, SingleBa
 from .finder import LRFinderCB, LRFound, lr_find, suggest_lr
 from .inspection import CapturePreds, capture_preds, show_image_batch, summary
 from .loggers import CSVLoggerCB, LogCB, TensorBoardCB
-from .metrics import EarlyStoppingCB, MetricsCB, Watched
+from .metrics import EarlyStoppingCB, FunctionMetric, MetricsCB, Watched
 from .progress import LogView, NotebookView, ProgressCB, TerminalView, View
 from .schedule import BaseSchedCB, BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB, plot_sched, sched_rates
 from .speed import ChannelsLastCB, CompileCB, MixedPrecision, MixedPrecisionCB
@@ -15,7 +15,7 @@ from .swa import AverageCB, BEMACB, BNUpdateCB, EMACB, LAWACB, PostHocEMACB, SWA
 __all__ = [
     'ActivationStats', 'AugmentCB', 'AverageCB', 'BEMACB', 'BNUpdateCB', 'BaseSchedCB', 'BatchSchedCB',
     'BatchTransformCB', 'CSVLoggerCB', 'CapturePreds', 'ChannelsLastCB', 'ClosureCB', 'CompileCB', 'CutMixCB',
-    'DeviceCB', 'EMACB', 'EarlyStoppingCB', 'EpochSchedCB', 'GradAccumCB', 'GradClipCB', 'HasLearnCB',
+    'DeviceCB', 'EMACB', 'EarlyStoppingCB', 'EpochSchedCB', 'FunctionMetric', 'GradAccumCB', 'GradClipCB', 'HasLearnCB',
     'HooksCallback', 'LAWACB', 'LRFinderCB', 'LRFound', 'LogCB', 'LogView', 'MetricsCB', 'MixUpCB',
     'MixedPrecision', 'MixedPrecisionCB', 'NaNGuardCB', 'NotebookView', 'OneCycleCB', 'PostHocEMACB', 'ProgressCB',
     'RecorderCB', 'SWACB', 'SWADCB', 'SWAGCB', 'SingleBatchCB', 'StatsRow', 'SwitchEMACB', 'TTA', 'TensorBoardCB',

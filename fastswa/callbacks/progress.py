@@ -176,7 +176,8 @@ class ProgressCB(Callback):
         self.averages = list(learn.averages)
         self._what = 'train' if learn.training else f'valid {learn.weights}' if self.averages else 'valid'
         self.title = f'{epochs_text(self.done, self.n_epochs)}, {self._what}'
-        self.n,self.total,self.began = 0,length_hint(learn.dl) or None,self.clock()
+        dl = learn.dls.train if learn.training else learn.dls.valid      # a callback may have wrapped `learn.dl`
+        self.n,self.total,self.began = 0,length_hint(learn.dl) or length_hint(dl) or None,self.clock()
         self._recent,self._last_row = [],learn.history[-1:]
         self._complete = False
         self.view.start(self)

@@ -177,9 +177,17 @@ class EpochSchedCB(BaseSchedCB):
         self._row = None      # of the last training epoch, until a schedule that needs a metric has stepped for it
         super().before_fit(learn)
 
+    def _check_mode(self, learn):
+        self.watched.begin(learn, needed=False)
+        name,good,mode = self.watched.name,self.watched.mode,getattr(self.schedo, 'mode', None)
+        if None not in (good, mode) and good != mode:
+            warnings.warn(f'{type(self.schedo).__name__} has mode={mode!r}, and the good values of {name!r} '
+                          f'are its {"largest" if good == "max" else "smallest"}: mode={good!r} is meant?')
+
     def before_epoch(self, learn):
-        if self._changes is not None and learn.training and self._by_metric:
-            self.watched.check(learn, rows=self.watched.weights != 'raw')
+        if self._changes is None or not learn.training or not self._by_metric: return
+        self.watched.check(learn, rows=self.watched.weights != 'raw')
+        if not self._n: self._check_mode(learn)
 
     def before_batch(self, learn):
         super().before_batch(learn)

@@ -36,7 +36,10 @@ def gradients(
     learn, # a learner
 ) -> list: # dense tensors; changed in place, they change the gradients
     "The gradients of its model and loss; of a sparse one its values"
-    return [_dense(p) for p in parameters(learn) if p.grad is not None]
+    params = parameters(learn)
+    grads = [g for p in params if (g := p.grad) is not None]
+    if not any(g.is_sparse for g in grads): return grads
+    return [_dense(p) for p in params if p.grad is not None]
 
 def _dense(p):
     if not p.grad.is_sparse: return p.grad
@@ -132,9 +135,13 @@ class GradClipCB(Callback):
         self.norm_type,self.grad_norm = norm_type,None
 
     def after_backward(self, learn):
-        held = [SimpleNamespace(grad=g) for g in gradients(learn)]      # torch cannot clip a sparse one, but its values
-        if self.norm is None: nn.utils.clip_grad_value_(held, self.value)
-        else: self.grad_norm = nn.utils.clip_grad_norm_(held, self.norm, self.norm_type)
+        try: self._clip(parameters(learn))
+        except NotImplementedError:      # for a sparse gradient; its values can be clipped
+            self._clip([SimpleNamespace(grad=g) for g in gradients(learn)])
+
+    def _clip(self, params):
+        if self.norm is None: nn.utils.clip_grad_value_(params, self.value)
+        else: self.grad_norm = nn.utils.clip_grad_norm_(params, self.norm, self.norm_type)
 
 # %% ../../nbs/callbacks/06_steps.ipynb #00000011
 class NaNGuardCB(Callback):

@@ -17,7 +17,7 @@ from ..files import as_path, written
 
 # %% ../../nbs/checkpoint/00_archive.ipynb #00000005
 _FORMAT = 'fastswa checkpoint'
-_VERSION = 2
+_VERSION = 3
 
 def write_checkpoint(
     state:dict, # what is to be in it; plain

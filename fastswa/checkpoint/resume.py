@@ -10,13 +10,13 @@ import math, warnings
 from collections import defaultdict
 from itertools import islice
 from operator import length_hint
-from pathlib import Path
 
 import torch
 
 from ..averaging.tensors import some_names
 from .archive import newest, numbered
 from ..core import get_rng_state, is_quiet, generators_in, plain, set_rng_state, unwrap
+from ..files import as_path
 from ..training.events import Callback, by_order
 from ..training.optim import load_opt_state, loss_tensors, named_parameters, opt_state
 from ..training.sandbox import generators, takes_part
@@ -263,7 +263,7 @@ def go_on_from(
     stack, # closed when the fit ends
 ):
     "A fit goes on from a checkpoint, or from the newest of a folder that can be read; a folder may have none yet"
-    path = Path(path).expanduser()
+    path = as_path(path)
     if path.suffix != '.pt' and not path.is_file() and not numbered(path):
         if not is_quiet(learn): print(f'no checkpoint in {path}: the fit starts from the beginning')
         return

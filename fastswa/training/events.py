@@ -116,7 +116,7 @@ ROLES = None, 'prepares', 'steps', 'schedules', 'averages', 'measures', 'watches
 STEPS = ('predict', 'get_loss', 'backward', 'step', 'zero_grad')
 _EVENTS = {f'{when}_{what}' for when in ('before', 'after', 'cleanup') for what in ('fit', 'epoch', 'batch')} | {
     f'after_{what}' for what in ('predict', 'loss', 'backward', 'step')}
-_LIKE_EVENTS = re.compile('(before|after|cleanup)_|on_.+_(begin|start|end)$')      # the second: as Keras names them
+_LIKE_EVENTS = re.compile(r'(before|after|cleanup)_|\w*(fit|train|epoch|batch|step)\w*_(begin|start|end)$')
 
 @cache      # to compare names is slow, and they are the same in each fit
 def _is_like_an_event(name):
@@ -142,9 +142,6 @@ def check_cbs(
         for name in (n for n in dir(cb) if '_' in n and n[0] != '_' and n not in _EVENTS):
             if _is_like_an_event(name) and callable(getattr(cb, name)):
                 raise ValueError(f'{type(cb).__name__}.{name} is not an event; {_is_like_an_event(name)}')
-        if type(cb) is not Callback and not any(hasattr(cb, e) for e in (*_EVENTS, *STEPS)):
-            raise ValueError(f'{type(cb).__name__} has no method named after an event, so that nothing would call it; '
-                             f'there are {", ".join(sorted(_EVENTS))}')
     for step in STEPS if train else STEPS[:2]:
         givers = ['the learner'] if step in own else []
         givers += [type(cb).__name__ for cb in cbs if callable(getattr(cb, step, None))]

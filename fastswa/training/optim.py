@@ -278,11 +278,10 @@ class StepWatch:
     ) -> bool:
         "Call `step`; did it make a step? Where no hook tells, it did"
         before = _some_weights(model) if self.tells is None else ()
-        self.told = False
         step()
-        if self.tells is None and (self.told or any(not torch.equal(p, old) for p, old in before)):
-            self.tells = self.told
-        return self.told or self.tells is False
+        told,self.told = self.told,False      # also by those that step in the backward pass
+        if self.tells is None and (told or any(not torch.equal(p, old) for p, old in before)): self.tells = told
+        return told or self.tells is False
 
     def remove(self):
         for h in self.handles: h.remove()
@@ -445,7 +444,7 @@ def _differences(groups, params, state, old, fits):
     return [f'no group here is this one that was saved: {_some(sorted(other[0]))}'] if other else []
 
 def load_opt_state(
-    model, # a module, wrapped or not
+    model, # a module, wrapped or not, or its parameters by name
     opt, # an optimizer of its parameters
     state:dict, # from `opt_state`
     strict:bool=True, # must all names, shapes and groups be the same? If not, a warning says what was not loaded

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
 from fastswa.averaging import Average, Averages, ema
-from fastswa.callbacks import BNUpdateCB, EMACB, EarlyStoppingCB, EpochSchedCB, MetricsCB, SWACB
+from fastswa.callbacks import BNUpdateCB, EMACB, EarlyStoppingCB, EpochSchedCB, MetricsCB, MixedPrecisionCB, SWACB
 from fastswa.checkpoint import CheckpointCB
 from fastswa.training import Callback
 from helpers import AtEpoch, Scripted, Trail, copied, floats, learner, one, quick, same, state
@@ -28,8 +28,16 @@ def transformer(seed):
     return nn.Sequential(nn.Embedding(10, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
 
 
+def tied(seed):
+    "As BERT's: the embedding is the weight of the last layer too"
+    model = transformer(seed)
+    model[2] = nn.Linear(8, 10)
+    model[2].weight = model[0].weight
+    return model
+
+
 @pytest.mark.parametrize('smoothing', SMOOTHING)
-@pytest.mark.parametrize('make', [conv, transformer])
+@pytest.mark.parametrize('make', [conv, transformer, tied])
 def test_the_average_is_old_times_smoothing_plus_new(smoothing, make):
     "Parameters and float buffers, in float64"
     model = make(0)
@@ -45,9 +53,10 @@ def test_the_average_is_old_times_smoothing_plus_new(smoothing, make):
 @pytest.mark.parametrize('half_life, every, decay', [
     ('10ba', '1ba', 2**(-1/10)), ('1ep', '1ep', 0.5), ('20ba', '5ba', 2**(-1/4)), ('2ep', '10ba', 0.5**0.5),
     ('0.5dur', '1ep', 0.5**0.5)])
-def test_a_half_life_is_one_whatever_the_interval_is(half_life, every, decay):
+@pytest.mark.parametrize('make', [one, lambda: nn.BatchNorm1d(1), lambda: nn.Embedding(1, 1)])
+def test_a_half_life_is_one_whatever_the_interval_is(half_life, every, decay, make):
     "exp(-ln 2 · interval / half-life), with each in its own unit: 10 batches in an epoch here, 4 epochs"
-    averages = Averages(one(), steps_per_epoch=10, n_epochs=4)
+    averages = Averages(make(), steps_per_epoch=10, n_epochs=4)
     average = averages.add('ema', ema(half_life=half_life), every=every)
     values = []
     for step in range(20):
@@ -177,6 +186,23 @@ def test_a_run_that_is_resumed_is_the_run_without_a_break(kind, epoch, tmp_path)
     make(AtEpoch(epoch), CheckpointCB(tmp_path)).fit(4)
     rest = make(CheckpointCB(tmp_path))
     rest.fit(4, resume=tmp_path)
+    for name in ['raw', *whole.averages]:
+        assert same(copied(rest.averages.weights(name)), copied(whole.averages.weights(name)))
+
+
+@pytest.mark.parametrize('kind', ['ema', 'swa', 'both'])
+@pytest.mark.parametrize('step', [1, 5, 9])
+def test_a_run_in_half_precision_is_resumed_in_the_midst_of_an_epoch(kind, step, tmp_path):
+    "As their test of resumption: Adam, a schedule by epochs, bf16, a checkpoint at each step"
+    def make(*cbs):
+        made = KINDS[kind]()
+        if kind != 'both': made.append(EpochSchedCB(partial(ExponentialLR, gamma=0.5)))
+        return quick(*made, MixedPrecisionCB('bf16'), *cbs, opt_func=Adam, lr=0.01)
+    whole = make()
+    whole.fit(2)
+    make(CheckpointCB(tmp_path, '1ba', keep=None)).fit(2)
+    rest = make(CheckpointCB(tmp_path/'rest'))
+    rest.fit(2, resume=tmp_path/f'step-{step:08}.pt')
     for name in ['raw', *whole.averages]:
         assert same(copied(rest.averages.weights(name)), copied(whole.averages.weights(name)))
 

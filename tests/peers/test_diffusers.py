@@ -120,6 +120,29 @@ def test_frozen_parameters_stay_those_of_the_model():
     assert torch.equal(average.weights['0.weight'], model[0].weight)
 
 
+@pytest.mark.parametrize('decay', [0., 0.5, 0.9, 0.9999, 1.])
+def test_each_decay_against_a_loop(decay):
+    "One update of all tensors, each by its own expression"
+    average = Average(model := unet(), ema(decay))
+    average.update()
+    old = copied(average.weights)
+    average.update(train(model))
+    for k, new in floats(model).items():
+        torch.testing.assert_close(average.weights[k], decay*old[k] + (1 - decay)*new, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('lowest', [0.2, 0.5])
+def test_a_least_decay_is_part_of_the_rule(lowest):
+    "min_decay: the inverse-gamma warm-up that begins with more"
+    def rule(n): return 1 - min(0.999, max(lowest, 1 - (1 + n)**(-2/3)))
+    average, mean = Average(model := nn.Linear(1, 1, bias=False), rule), None
+    for n in range(6):
+        nn.init.constant_(model.weight, n)
+        average.update()
+        mean = float(n) if n == 0 else mean + rule(n)*(n - mean)
+    np.testing.assert_allclose(average.weights['weight'].item(), mean, rtol=1e-6)
+
+
 @pytest.mark.parametrize('start', [0, 4])
 def test_the_power_warm_up_of_the_training_scripts(start):
     "use_ema_warmup, update_after_step: 1 - (1 + n)^(-2/3) from the start on"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torcheval.metrics import MeanSquaredError
 
 from fastswa.callbacks import (
     ActivationStats, EarlyStoppingCB, EpochSchedCB, GradClipCB, HooksCallback, MetricsCB, MixedPrecisionCB, RecorderCB,
@@ -230,6 +231,50 @@ def test_a_callback_with_hooks_sees_the_predictions():
     learn = learner(cb := Check(store))
     learn.fit(1)
     assert cb.checked == 10 and not any(m._forward_hooks for m in learn.model.modules())
+
+
+@pytest.mark.parametrize('on_train, on_valid, n', [(True, False, 10), (False, True, 5), (True, True, 15)])
+def test_hooks_in_training_and_validation(on_train, on_valid, n):
+    "On the modules that are named, in the batches that are asked for"
+    model, calls = net(), []
+    cb = HooksCallback(lambda h, m, i, o: calls.append(m), mods=[model[0]], on_train=on_train, on_valid=on_valid)
+    learner(cb, model=model).fit(1)
+    assert calls == [model[0]]*n
+
+
+@pytest.mark.parametrize('every, n', [(1, 20), (3, 7), (7, 3)])
+def test_hooks_in_every_so_many_batches(every, n):
+    "Over the epochs, and none is there in the others"
+    there, calls = [], []
+    class Count(Callback):
+        order = 99
+        def after_predict(self, learn):
+            if learn.training: there.append(bool(learn.model[2]._forward_hooks))
+    learner(HooksCallback(lambda *args: calls.append(1), lambda m: isinstance(m, nn.ReLU), every=every), Count()).fit(2)
+    assert len(calls) == n and there == [i % every == 0 for i in range(20)]
+
+
+def test_hooks_go_with_an_error():
+    "remove_end, also where the fit fails"
+    class Fail(Callback):
+        def after_loss(self, learn): raise ZeroDivisionError
+    learn = learner(HooksCallback(store), Fail())
+    with pytest.raises(ZeroDivisionError): learn.fit(1)
+    assert not any(m._forward_hooks for m in learn.model.modules())
+
+
+@pytest.mark.parametrize('patience, min_delta, epochs', [(1, 0.1, 2), (2, 0.1, 3), (3, 0.1, 4), (2, 0., 10)])
+def test_a_metric_ends_the_fit(patience, min_delta, epochs):
+    "The mean squared error as a metric, at a rate that moves nothing to speak of"
+    cbs = MetricsCB(MeanSquaredError()), EarlyStoppingCB('MeanSquaredError', patience, min_delta)
+    learn = quick(*cbs, lr=1e-4)
+    learn.fit(10)
+    assert len(learn.history) == 2*epochs
+
+
+@pytest.mark.differs('a function does not say how it adds up over batches: the error has the class to write')
+def test_a_function_is_no_metric():
+    with pytest.raises(TypeError, match='does not add up over batches(.|\n)*class'): MetricsCB(F.mse_loss)
 
 
 @pytest.mark.parametrize('every', [1, 4])

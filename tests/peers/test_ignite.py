@@ -141,6 +141,19 @@ def test_two_averages_of_two_models_at_two_intervals():
     assert [a.weights['weight'].item() for a in found] == [4.0625, 3.5]
 
 
+@pytest.mark.parametrize('every, expected', [('1ep', 3.5), ('2ep', 4.), ('2ba', 3.5), ('1ba', 4.0625)])
+def test_an_average_by_epochs(every, expected):
+    "attach(event=EPOCH_COMPLETED), EPOCH_COMPLETED(every=2): two batches an epoch, weights 1 to 5, by halves"
+    averages = Averages(model := one(1.), steps_per_epoch=2, n_epochs=2)
+    average = averages.add('ema', lambda n: 0.5, every=every)
+    if every != '2ep': average.update()
+    else: average.load_state_dict(dict(average.state_dict(), n=1, weights=one(3.).state_dict()))
+    for _ in range(4):
+        with torch.no_grad(): model.weight += 1
+        averages.step()
+    assert average.weights['weight'].item() == expected
+
+
 def test_two_averages_need_two_names():
     averages = Averages(one())
     averages.add('ema', ema(0.9))
@@ -271,9 +284,10 @@ def test_what_is_no_name_of_a_column_is_an_error(metric, tmp_path):
 
 
 @pytest.mark.parametrize('keep, left', [(1, (4,)), (2, (3, 4)), (None, (1, 2, 3, 4))])
-def test_the_newest_stay(tmp_path, keep, left):
-    "n_saved; None: all of them"
-    quick(cb := CheckpointCB(tmp_path, keep=keep)).fit(4)
+@pytest.mark.parametrize('momentum', [0., 0.9])
+def test_the_newest_stay(tmp_path, keep, left, momentum):
+    "n_saved; None: all of them; with a state of the optimizer and without"
+    quick(cb := CheckpointCB(tmp_path, keep=keep), opt_func=partial(SGD, momentum=momentum)).fit(4)
     assert files(tmp_path) == steps(*left)
     assert cb.saved[-1] == tmp_path/steps(4)[0]      # last_checkpoint
 
@@ -437,6 +451,20 @@ def test_a_loss_that_is_not_finite_ends_the_fit(bad):
     learn.loss_func = loss
     with pytest.raises(FloatingPointError, match='batch 4 of epoch 0'): learn.fit(2)
     assert learn.iter == 4
+
+
+@pytest.mark.parametrize('epoch', [0, 1])
+@pytest.mark.parametrize('batch', [0, 3, 6])
+def test_wherever_the_loss_is_not_finite(batch, epoch):
+    "In the first batch, in the midst, in the last of an epoch: no step more, and validation is not reached"
+    losses = count()
+    def loss(preds, targets):
+        bad = next(losses) == (7 + 2)*epoch + batch      # two batches of validation
+        return F.mse_loss(preds, targets)*(math.nan if bad else 1)
+    learn = quick()
+    learn.loss_func = loss
+    with pytest.raises(FloatingPointError, match=f'batch {batch} of epoch {epoch}'): learn.fit(3)
+    assert len(learn.history) == 2*epoch
 
 
 def test_a_finite_loss_does_not_end_the_fit():

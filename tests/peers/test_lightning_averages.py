@@ -92,6 +92,18 @@ def test_ema_after_a_crash_is_ema_without_one(epoch, tmp_path):
     has_same_weights(resumed(lambda *cbs: learner(EMACB(decay=0.9), *cbs), epoch, tmp_path, 8), whole)
 
 
+@pytest.mark.parametrize('epoch', [1, 3])
+@pytest.mark.parametrize('kind', ['ema', 'swa'])
+def test_a_stream_after_a_crash(kind, epoch, tmp_path):
+    "Of a loader without a length"
+    def make(*cbs):
+        cb = EMACB(decay=0.9) if kind == 'ema' else SWACB('2ep', '1ep')
+        return learner(cb, *cbs, dls=data(stream=True))
+    whole = make()
+    whole.fit(4, valid=False)
+    has_same_weights(resumed(make, epoch, tmp_path, 4), whole)
+
+
 def test_snapshots_at_chosen_epochs():
     "should_update in epochs 3, 5 and 7"
     learn = learner(SWACB('4ep', '2ep'), rows := Rows('swa'), trail := Trail())

@@ -1,5 +1,6 @@
 "What Lightning tests of EarlyStopping, ModelCheckpoint and GradientAccumulationScheduler"
 import math
+import os
 import pickle
 from functools import partial
 
@@ -32,7 +33,8 @@ def test_the_fit_ends_when_patience_is_exhausted(losses, patience, stops):
 
 
 @pytest.mark.parametrize('validate', [True, False])
-@pytest.mark.parametrize('losses, patience, stops', [([6, 5, 5, 5, 5, 5], 3, 4), ([6, 5, 4, 4, 3, 3], 1, 3)])
+@pytest.mark.parametrize('losses, patience, stops', [([6, 5, 5, 5, 5, 5], 3, 4), ([6, 5, 4, 4, 3, 3], 1, 3),
+                                                     ([6, 5, 6, 5, 5, 5], 3, 4)])
 def test_the_row_of_training_can_be_watched(losses, patience, stops, validate):
     "check_on_train_epoch_end, with validation and without it"
     learn = quick(Losses([*losses, *[losses[-1]]*5], 'train'), EarlyStoppingCB('train/loss', patience=patience))
@@ -43,9 +45,11 @@ def test_the_row_of_training_can_be_watched(losses, patience, stops, validate):
 @pytest.mark.parametrize('stop_at, diverged_at, losses, stops', [
     (None, None, [8, 4, 2, 3, 4, 5, 8, 10], 5), (2.9, None, [9, 8, 7, 6, 5, 6, 4, 3, 2, 1], 8),
     (None, 15.9, [9, 4, 2, 16, 32, 64], 3)])
-def test_thresholds(stop_at, diverged_at, losses, stops):
-    "stopping_threshold, divergence_threshold"
-    assert last_epoch(losses, stop_at=stop_at, diverged_at=diverged_at) == stops
+@pytest.mark.parametrize('sign', [1, -1])
+def test_thresholds(stop_at, diverged_at, losses, stops, sign):
+    "stopping_threshold, divergence_threshold; where small is good, and where large is"
+    kw = {k: v and sign*v for k, v in dict(stop_at=stop_at, diverged_at=diverged_at).items()}
+    assert last_epoch([sign*v for v in losses], mode='min' if sign > 0 else 'max', **kw) == stops
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
@@ -57,7 +61,7 @@ def test_a_validation_that_is_not_finite(bad):
 
 
 @pytest.mark.parametrize('min_epochs, patience, stops', [(0, 1, 1), (2, 1, 1), (3, 1, 2), (6, 1, 5), (6, 7, 7),
-                                                         (20, 1, 9)])
+                                                         (20, 1, 9), (1, 3, 3), (4, 3, 3), (5, 3, 4)])
 def test_a_least_number_of_epochs(min_epochs, patience, stops):
     "The loss never gets better. (min_steps: a multiple of the steps of an epoch)"
     assert last_epoch([1.]*10, min_epochs=min_epochs, patience=patience) == stops
@@ -79,10 +83,12 @@ def test_the_reason(losses, kw, why, capsys):
 
 
 @pytest.mark.parametrize('first', [True, False])
-def test_of_several_the_first_to_be_exhausted_ends_the_fit(first):
-    "In either order"
-    cbs = [EarlyStoppingCB(patience=2), EarlyStoppingCB('flat', patience=3, mode='min')]
-    learn = quick(MetricsCB(flat=Scripted([0.]*20)), Losses([8, 4, 2, 3, 4, 5, 8, 10]), *cbs[::1 if first else -1])
+@pytest.mark.parametrize('rows', ['', 'train/'])
+def test_of_several_the_first_to_be_exhausted_ends_the_fit(first, rows):
+    "In either order, by rows of validation and of training"
+    cbs = [EarlyStoppingCB(f'{rows}loss', patience=2), EarlyStoppingCB(f'{rows}flat', patience=3, mode='min')]
+    losses = Losses([8, 4, 2, 3, 4, 5, 8, 10], 'train' if rows else 'eval')
+    learn = quick(MetricsCB(flat=Scripted([0.]*20)), losses, *cbs[::1 if first else -1])
     learn.fit(8)
     assert learn.history[-1]['epoch'] == 3
 
@@ -149,17 +155,19 @@ def named(*steps): return [f'step-{s:08}.pt' for s in steps]
 
 
 @pytest.mark.parametrize('kind', ['plateau', 'step'])
-def test_a_checkpoint_holds_score_epoch_step_and_schedule(kind, tmp_path):
-    "As they are after the epoch that it is of"
+@pytest.mark.parametrize('watched, validate', [('loss', True), ('train/loss', True), ('train/loss', False)])
+def test_a_checkpoint_holds_score_epoch_step_and_schedule(kind, watched, validate, tmp_path):
+    "As they are after the epoch that it is of; by the row of validation, or of training, with validation or without"
+    rows = 'train' if '/' in watched else 'eval'
     sched = dict(plateau=partial(ReduceLROnPlateau, factor=0.5, patience=0),
                  step=partial(StepLR, step_size=1, gamma=2.))
     losses = [3., 4., 5.]
-    learn = quick(Losses(losses), EpochSchedCB(sched[kind]), CheckpointCB(tmp_path, keep=None, best='loss'), lr=1e-3)
-    learn.fit(3)
+    learn = quick(Losses(losses, rows), EpochSchedCB(sched[kind], watched), lr=1e-3)
+    learn.fit(3, valid=validate, cbs=CheckpointCB(tmp_path, keep=None, best=watched))
     for epoch, name in enumerate(named(7, 14, 21)):
         saved = read_checkpoint(tmp_path/name)
-        rows = [r for r in saved['history'] if r['train'] == 'eval']
-        assert [r['loss'] for r in rows] == losses[:epoch + 1] and saved['opt_steps'] == 7*(epoch + 1)
+        found = [r for r in saved['history'] if r['train'] == rows]
+        assert [r['loss'] for r in found] == losses[:epoch + 1] and saved['opt_steps'] == 7*(epoch + 1)
         now = next(cb['state']['now'] for cb in saved['callbacks'] if cb['state'].get('now'))
         expected = 2e-3*2**epoch if kind == 'step' else 1e-3*0.5**epoch
         assert now['_last_lr'] == pytest.approx([expected])
@@ -384,6 +392,33 @@ def test_an_error_within_a_batch_leaves_none(tmp_path):
             if learn.opt_steps == 9: raise RuntimeError('Trouble!')
     with pytest.raises(RuntimeError, match='Trouble!'): quick(CheckpointCB(tmp_path, '4ba'), Trouble()).fit(2)
     assert files(tmp_path) == named(4, 8)
+
+
+@pytest.mark.parametrize('every, newest', [('1ba', 14), ('4ba', 14), ('5ba', 14), ('1ep', 14)])
+def test_of_a_folder_the_newest_is_found(every, newest, tmp_path):
+    "By its number, among files of other names. Wrong: by its place in the alphabet, or the time of the file"
+    learn = quick(CheckpointCB(tmp_path, every, keep=None, best='loss'))
+    learn.fit(2)
+    (tmp_path/'zz.pt').write_text('another file')
+    os.utime(tmp_path/files(tmp_path)[1])
+    new = quick()
+    new.load(tmp_path)
+    assert new.history == learn.history and same(state(new), state(learn))
+
+
+@pytest.mark.parametrize('kind', ['file', 'link', 'dangling'])
+def test_what_is_in_the_place_of_the_best_is_replaced(kind, tmp_path):
+    "A better one comes there, and what a link led to stays"
+    other = tmp_path/'other'
+    other.write_text('mine')
+    learn = quick(losses := Losses([3., 2.]), CheckpointCB(tmp_path/'a', best='loss'))
+    learn.fit(1)
+    if kind != 'file':
+        (tmp_path/'a'/'best.pt').unlink()
+        (tmp_path/'a'/'best.pt').symlink_to(other if kind == 'link' else tmp_path/'none')
+    losses.values = [1.]
+    learn.fit(1)
+    assert read_checkpoint(tmp_path/'a'/'best.pt')['opt_steps'] == 14 and other.read_text() == 'mine'
 
 
 def test_a_checkpoint_callback_can_be_pickled(tmp_path):

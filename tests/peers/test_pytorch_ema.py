@@ -43,11 +43,12 @@ def test_the_average_has_the_lower_validation_loss(decay, warmup, explicit):
 
 @pytest.mark.parametrize('decay', DECAYS)
 @pytest.mark.parametrize('warmup', WARMUPS)
-def test_the_raw_weights_come_back(decay, warmup):
+@pytest.mark.parametrize('explicit', [False, True])
+def test_the_raw_weights_come_back(decay, warmup, explicit):
     "Bit for bit, whatever was written to the model in the meantime"
     average = Average(model := nn.Linear(10, 2), ema(decay, warmup=warmup))
     before = copied(model.state_dict())
-    average.update()
+    average.update(*[model]*explicit)
     with average.applied(), torch.no_grad(): model.weight.uniform_(0, 1)
     assert same(copied(model.state_dict()), before)
 
@@ -84,9 +85,10 @@ def test_before_the_first_update_there_is_no_average():
 
 @pytest.mark.parametrize('explicit', [False, True])
 @pytest.mark.parametrize('decay', [0.995])
-def test_a_state_goes_there_and_back(decay, explicit):
+@pytest.mark.parametrize('warmup', WARMUPS)
+def test_a_state_goes_there_and_back(decay, warmup, explicit):
     "Weights and count go into the average of another model; what comes back is applied to the first"
-    first, second = (Average(filled(v), ema(decay)) for v in (0., 5.))
+    first, second = (Average(filled(v), rule := ema(decay, warmup=warmup)) for v in (0., 5.))
     first.update()
     second.load_state_dict(reopened(first.state_dict()))
     assert same(second.weights, first.weights) and second.n == 1
@@ -95,7 +97,7 @@ def test_a_state_goes_there_and_back(decay, explicit):
     first.load_state_dict(second.state_dict())
     first.copy_to()
     assert (second.source.weight == 1).all()
-    np.testing.assert_allclose(first.source.weight.detach().numpy(), 1 - decay, rtol=1e-5)
+    np.testing.assert_allclose(first.source.weight.detach().numpy(), rule(1), rtol=1e-5)
 
 
 @pytest.mark.differs('the decay is what the program says that goes on, not the file: a warning tells the two apart')
@@ -137,6 +139,28 @@ def test_a_decay_beyond_0_and_1_is_an_error(decay):
 def test_use_num_updates_is_the_ratio_warm_up(n):
     "decay = min(decay, (1 + n)/(10 + n)) after n updates, of which theirs counts the first as 1"
     np.testing.assert_allclose(ema(0.95, warmup='ratio')(n), 1 - min(0.95, (1 + n)/(10 + n)))
+
+
+@pytest.mark.parametrize('convert', ['double', 'half', 'bfloat16'])
+def test_the_average_follows_a_converted_model(convert):
+    "ema.to(): it goes on with the values it had, in fp32 or wider. Wrong: the tensors of before, which no longer move"
+    average = Average(model := filled(0.), ema(0.5))
+    average.update()
+    getattr(model, convert)()
+    nn.init.ones_(model.weight)
+    average.update()
+    assert (average.weights['weight'] == 0.5).all()
+    assert average.weights['weight'].dtype is (torch.float64 if convert == 'double' else torch.float32)
+
+
+@pytest.mark.parametrize('trained', [0, 1])
+def test_what_is_frozen_may_be_left_out(trained):
+    "Theirs averages the parameters that require gradients"
+    model = nn.Sequential(one(1.), one(2.))
+    model[1 - trained].requires_grad_(False)
+    average = Average(model, ema(0.5), include='trainable')
+    average.update()
+    assert list(average.weights) == [f'{trained}.weight']
 
 
 def test_half_precision_weights_have_an_average_that_moves():

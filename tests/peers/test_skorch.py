@@ -220,6 +220,16 @@ def test_callbacks_can_be_copied(copy, tmp_path):
         assert type(copy(cb)) is type(cb) and copy(cb).watched.name == 'loss'
 
 
+@pytest.mark.parametrize('kind', ['checkpoint', 'stopping', 'best'])
+def test_callbacks_can_be_pickled_after_a_fit(kind, tmp_path):
+    "With what they know of it"
+    cb = dict(checkpoint=lambda: CheckpointCB(tmp_path, best='loss'), stopping=EarlyStoppingCB,
+              best=lambda: EarlyStoppingCB(restore_best=True))[kind]()
+    quick(Losses([2., 1., 3.]), cb).fit(3)
+    again = pickle.loads(pickle.dumps(cb))
+    assert (again.best, again.best_epoch) == (cb.best, cb.best_epoch) == (1., 1)
+
+
 # --- Initializer, Freezer, Unfreezer
 
 

@@ -13,7 +13,7 @@ from fastswa.callbacks import ActivationStats, EMACB, HooksCallback
 from fastswa.checkpoint import CheckpointCB, read_checkpoint
 from fastswa.nets import Hooks
 from fastswa.training import TrainLearner, param_groups
-from helpers import Losses, copied, floats, image_data, image_net, learner, net, one, quick, same, state
+from helpers import Losses, copied, floats, image_data, image_net, learner, linear, net, one, quick, same, state
 
 # --- ModelEmaV2, ModelEmaV3, tasks
 
@@ -120,6 +120,39 @@ def test_a_checkpoint_holds_weights_and_average(tmp_path):
     new = quick(EMACB(decay=0.5))
     new.load(tmp_path/'a.pt')
     assert same(state(new), raw) and same(copied(new.averages.weights('ema')), average)
+
+
+class Projected(nn.Module):
+    "A loss with a layer of its own, as in distillation: the distance of what a layer makes of the predictions"
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.projection = nn.Linear(1, 1)
+    def forward(self, preds, targets): return F.mse_loss(self.projection(preds), targets)
+
+
+def test_the_layers_of_a_loss_are_saved_beside_the_model(tmp_path):
+    "They train, are not among the model's weights or its average's, and come back"
+    a, b = (TrainLearner(linear(), quick().dls, Projected(seed), 0.1, EMACB(decay=0.5)) for seed in (0, 1))
+    before = copied(a.loss_func.state_dict())
+    a.fit(1)
+    a.save(tmp_path/'a.pt')
+    b.load(tmp_path/'a.pt')
+    saved = read_checkpoint(tmp_path/'a.pt')
+    assert not any('projection' in k for k in [*saved['weights']['raw'], *a.averages['ema'].weights])
+    assert not same(copied(a.loss_func.state_dict()), before)
+    assert same(copied(b.loss_func.state_dict()), copied(a.loss_func.state_dict()))
+
+
+@pytest.mark.parametrize('epoch', [1, 2])
+def test_the_epoch_after_the_saved_one_comes_next(epoch, tmp_path):
+    "resume_checkpoint returns epoch + 1"
+    learn = quick(CheckpointCB(tmp_path, keep=None))
+    learn.fit(3)
+    rest = quick()
+    rest.fit(3, resume=tmp_path/f'step-{7*epoch:08}.pt')
+    assert rest.opt_steps == 21 and same(state(rest), state(learn))
+    assert [r['epoch'] for r in rest.history if r['train'] == 'train'] == [0, 1, 2]
 
 
 # --- CheckpointSaver

@@ -109,6 +109,21 @@ def test_buffers_are_those_of_the_model_if_they_are_left_out():
         assert torch.equal(ours, t) and torch.equal(ours, raw)
 
 
+@pytest.mark.parametrize('kind', RULES)
+def test_a_state_goes_to_torchs_averaged_model_and_back(kind):
+    "And each goes on as the other"
+    ours = Average(model := conv_net(), RULES[kind])
+    walk(model, ours.update)
+    theirs = THEIRS[kind](conv_net())
+    theirs.load_state_dict(ours.to_averaged_model().state_dict())
+    back = Average(model, RULES[kind])
+    back.from_averaged_model(theirs)
+    walk(model, ours.update, back.update, theirs.update_parameters, n=3)
+    assert ours.n == back.n == theirs.n_averaged == 13 and same(ours.weights, back.weights)
+    for k, p in theirs.module.named_parameters():
+        torch.testing.assert_close(ours.weights[k], p.detach(), rtol=1e-5, atol=1e-6)
+
+
 # --- update_bn
 
 

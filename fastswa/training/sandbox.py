@@ -33,6 +33,7 @@ def generators(
     own = {k: v for k, v in vars(learn).items() if k not in _OF_LOOP}
     loaders = [getattr(learn.dls, k, None) for k in ('train', 'valid')]
     skip = [learn, *(vars(learn).get(k) for k in ('history', 'own_cbs', '_averages', '_opt'))]
+    skip += learn.averages.values()      # which draw nothing, and hold many tensors
     return generators_in(*loaders, learn.model, *by_order(learn.cbs), own, type(learn), skip=skip)
 
 def _gives_steps(cb): return any(hasattr(cb, e) for e in STEPS)

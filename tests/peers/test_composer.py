@@ -191,7 +191,7 @@ def test_a_run_that_is_resumed_is_the_run_without_a_break(kind, epoch, tmp_path)
 
 
 @pytest.mark.parametrize('kind', ['ema', 'swa', 'both'])
-@pytest.mark.parametrize('step', [1, 5, 9])
+@pytest.mark.parametrize('step', [3, 9])
 def test_a_run_in_half_precision_is_resumed_in_the_midst_of_an_epoch(kind, step, tmp_path):
     "As their test of resumption: Adam, a schedule by epochs, bf16, a checkpoint at each step"
     def make(*cbs):
@@ -199,10 +199,10 @@ def test_a_run_in_half_precision_is_resumed_in_the_midst_of_an_epoch(kind, step,
         if kind != 'both': made.append(EpochSchedCB(partial(ExponentialLR, gamma=0.5)))
         return quick(*made, MixedPrecisionCB('bf16'), *cbs, opt_func=Adam, lr=0.01)
     whole = make()
-    whole.fit(2)
-    make(CheckpointCB(tmp_path, '1ba', keep=None)).fit(2)
+    whole.fit(2, valid=False)
+    make(CheckpointCB(tmp_path, '3ba', keep=None)).fit(2, valid=False)
     rest = make(CheckpointCB(tmp_path/'rest'))
-    rest.fit(2, resume=tmp_path/f'step-{step:08}.pt')
+    rest.fit(2, valid=False, resume=tmp_path/f'step-{step:08}.pt')
     for name in ['raw', *whole.averages]:
         assert same(copied(rest.averages.weights(name)), copied(whole.averages.weights(name)))
 

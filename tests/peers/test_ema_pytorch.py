@@ -87,6 +87,19 @@ def test_the_average_is_called_like_the_network():
     assert torch.equal(averaged(x), expected) and not torch.equal(model(x), expected)
 
 
+def test_a_live_module_follows_the_average():
+    "`ema(x)` at any time, without an update of its own"
+    average = Average(model := net(norm=False), ema(0.5))
+    average.update()
+    live, x = average.live(), torch.randn(4, 3)
+    for _ in range(3):
+        with torch.no_grad():
+            for p in model.parameters(): p.add_(1)
+        average.update()
+        assert torch.equal(live(x), average.module()(x)) and not torch.equal(live(x), model(x))
+    assert not live.training and not live(x).requires_grad
+
+
 def test_it_is_saved_and_goes_on_where_it_was():
     "With the step at which its warm-up was. Wrong: a warm-up that starts anew and forgets what was averaged"
     a, b = (Average(one(), ema(0.99, warmup='power')) for _ in range(2))

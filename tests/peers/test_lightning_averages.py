@@ -204,6 +204,16 @@ def test_swa_over_the_last_three_of_five_epochs(norm, stream):
         torch.testing.assert_close(learn.model[1].running_mean, z.mean(0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('stream', [True, False])
+@pytest.mark.parametrize('max_steps, snapshots', [(24, 5), (20, 4), (8, 1), (22, 4)])
+def test_a_run_of_so_many_steps(max_steps, snapshots, stream):
+    "max_epochs=-1: 4 steps an epoch, a snapshot after each from the second on; of a stream the cut one counts"
+    snapshots += stream and max_steps % 4 > 0
+    learn = learner(SWACB('2ep', '1ep', swa_lr=0.1, anneal='1ep'), BNUpdateCB(), dls=data(stream))
+    learn.fit(max_steps=max_steps, valid=False)
+    assert learn.opt_steps == max_steps and learn.averages['swa'].n == snapshots and learn.weights == 'swa'
+
+
 SCHEDULES = dict(epoch=lambda: EpochSchedCB(partial(ExponentialLR, gamma=0.1)),
                  step=lambda: BatchSchedCB(partial(ExponentialLR, gamma=0.8)),
                  custom=lambda: EpochSchedCB(partial(LambdaLR, lr_lambda=lambda _: 0.1)))

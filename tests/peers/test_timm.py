@@ -94,6 +94,17 @@ def test_a_compiled_learner_loads_a_plain_file(tmp_path):
     assert same(read_checkpoint(tmp_path/'compiled.pt')['weights']['raw'], copied(plain.model.state_dict()))
 
 
+def test_a_compiled_average_follows_it():
+    "compile_ema: what is compiled is a live module of the average"
+    average = Average(model := net(norm=False), ema(0.))
+    average.update()
+    live, x = torch.compile(average.live(), backend='eager'), torch.randn(2, 3)
+    before = live(x)
+    moved(model)
+    average.update()
+    assert not torch.allclose(live(x), before) and torch.allclose(live(x), model(x).detach())
+
+
 @pytest.mark.parametrize('wrap', [lambda m: m, nn.DataParallel, partial(torch.compile, backend='eager')])
 def test_their_checkpoint_is_taken_up(wrap):
     "`state_dict_ema` of plain and wrapped models"

@@ -19,7 +19,8 @@ from torcheval.metrics import MulticlassAccuracy
 
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.swa import BNUpdateCB, EMACB, SWACB
-from fastswa.core import quiet, set_seed
+from fastswa.core import quiet
+from fastswa.random_state import set_seed
 from fastswa.data.loaders import DataLoaders
 from fastswa.data.sources import fashion_mnist, toy_images
 from fastswa.nets.init import init_weights

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from fastswa.core import default_device
+from fastswa.batches import default_device
 from fastswa.data.transforms import cutmix, mixup, rand_copy, rand_crop, rand_erase, rand_flip
 from timing import parser, place, spread, take_turns
 

@@ -22,7 +22,8 @@ from fastswa.callbacks.basics import DeviceCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.progress import ProgressCB
 from fastswa.callbacks.swa import EMACB
-from fastswa.core import default_device, set_seed
+from fastswa.batches import default_device
+from fastswa.random_state import set_seed
 from fastswa.data.loaders import DataLoaders, inplace
 from fastswa.data.sources import fashion_mnist, toy_images
 from fastswa.nets.init import init_weights

@@ -17,7 +17,8 @@ from torch import nn, optim
 
 from fastswa.callbacks.activations import ActivationStats
 from fastswa.callbacks.basics import DeviceCB
-from fastswa.core import default_device, set_seed
+from fastswa.batches import default_device
+from fastswa.random_state import set_seed
 from fastswa.data.loaders import DataLoaders
 from fastswa.data.sources import fashion_mnist, toy_images
 from fastswa.nets.init import init_weights

@@ -22,7 +22,8 @@ from fastswa.callbacks.progress import LogView, ProgressCB
 from fastswa.callbacks.speed import ChannelsLastCB, CompileCB, MixedPrecisionCB
 from fastswa.callbacks.steps import GradAccumCB, GradClipCB
 from fastswa.callbacks.swa import EMACB
-from fastswa.core import default_device, set_seed
+from fastswa.batches import default_device
+from fastswa.random_state import set_seed
 from fastswa.nets.init import init_weights
 from fastswa.nets.layers import get_model
 from fastswa.training.learner import TrainLearner

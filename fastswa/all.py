@@ -1,15 +1,18 @@
 "Every public name, for notebooks: `from fastswa.all import *`. Written by hand"
 from fastswa.averaging import *
+from fastswa.batches import def_device, default_device, map_tensors, to_cpu, to_device
 from fastswa.callbacks import *
 from fastswa.checkpoint import *
+from fastswa.clock import Clock, Every, Time
 from fastswa.compare import *
-from fastswa.core import (Clock, Every, Report, Table, Time, clean_ipython_hist, clean_mem, clean_tb, def_device,
-    default_device, get_rng_state, keep_modes, keep_rng, map_tensors, quiet, set_rng_state, set_seed, to_cpu, to_device,
-    unwrap)
+from fastswa.core import clean_ipython_hist, clean_mem, clean_tb, quiet, unwrap
 from fastswa.data import *
+from fastswa.module_state import keep_modes
 from fastswa.nets import *
 from fastswa.plot import (get_grid, plot_func, plot_history, plot_losses, show_image, show_images, subplots, to_array,
     weight_styles)
+from fastswa.random_state import get_rng_state, keep_rng, set_rng_state, set_seed
+from fastswa.tables import Report, Table
 from fastswa.training import *
 
 del gain, gradients, sandbox, summary      # names that a notebook is likely to have for something of its own

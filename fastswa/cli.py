@@ -33,7 +33,7 @@ def _check(epochs, lr, sched, averages, init, bs, momentum, seed):
 def _check_device(device):
     "The device; ValueError if nothing can be computed there"
     import torch
-    from fastswa.core import default_device
+    from fastswa.batches import default_device
     if device == 'auto': device = default_device()
     try: torch.zeros(1, device=device).item()
     except Exception as e:      # each kind of device has its own
@@ -148,7 +148,7 @@ def train(
     from fastswa.callbacks.swa import EMACB, SWACB, BNUpdateCB
     from fastswa.checkpoint.archive import numbered
     from fastswa.checkpoint.checkpoint import CheckpointCB
-    from fastswa.core import set_seed
+    from fastswa.random_state import set_seed
     from fastswa.training.learner import TrainLearner
 
     set_seed(seed)
@@ -178,7 +178,7 @@ def train(
 # %% ../nbs/90_cli.ipynb #00000009
 def _report(learn):
     "Print the last row of each set of weights, and its distance from the raw ones in percentage points"
-    from fastswa.core import Table
+    from fastswa.tables import Table
     last = {r['weights']: r['accuracy'] for r in learn.history if r['train'] == 'eval'}
     table = Table(formats={'accuracy': '.4f'})
     for name, accuracy in last.items():

@@ -12,7 +12,7 @@ from fastswa.data.transforms import RandFlip
 from fastswa.callbacks.basics import RecorderCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
-from fastswa.core import set_seed
+from fastswa.random_state import set_seed
 from fastswa.callbacks.schedule import OneCycleCB
 from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner

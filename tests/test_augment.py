@@ -16,7 +16,7 @@ from fastswa.data.transforms import (RandCopy, RandCrop, RandErase, RandFlip, cu
                                      rand_erase, rand_flip)
 from fastswa.callbacks.basics import BatchTransformCB
 from fastswa.callbacks.metrics import MetricsCB
-from fastswa.core import set_seed
+from fastswa.random_state import set_seed
 from fastswa.data.loaders import DataLoaders
 from fastswa.data.sources import toy_images
 from fastswa.training.events import Callback

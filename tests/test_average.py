@@ -388,7 +388,7 @@ def test_ctrl_c_at_any_line_of_an_update(what):
     def run(at=None):
         _, avgs = fresh()
         update = (lambda: update_all(avgs)) if what == 'several' else avgs[0].update
-        return avgs, ctrl_c(update, ('fastswa/averaging/', 'fastswa/core.py'), at)[0]
+        return avgs, ctrl_c(update, ('fastswa/averaging/', 'fastswa/core.py', 'fastswa/random_state.py', 'fastswa/module_state.py'), at)[0]
 
     _, before = fresh()
     after, total = run()

@@ -16,7 +16,7 @@ from fastswa.averaging.ensembles import LatestAverage
 from fastswa.averaging.holding import held_weights, restore_raw
 from fastswa.averaging.rules import ema, equal, power
 from fastswa.callbacks.swa import AverageCB, BNUpdateCB, EMACB, LAWACB, SWACB
-from fastswa.core import set_seed
+from fastswa.random_state import set_seed
 from fastswa.training.events import Callback, CancelFitException, CancelStepException
 from fastswa.training.learner import TrainLearner
 from helpers import TiedNet, copied, data, learner, net, same

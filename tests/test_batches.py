@@ -20,7 +20,7 @@ from fastswa.callbacks.progress import LogView, NotebookView, ProgressCB, Termin
 from fastswa.callbacks.schedule import OneCycleCB
 from fastswa.callbacks.swa import BNUpdateCB, EMACB
 from fastswa.checkpoint.checkpoint import CheckpointCB
-from fastswa.core import batch_size, batch_targets, first_tensor, map_tensors, tensors_in, to_cpu, to_device
+from fastswa.batches import batch_size, batch_targets, first_tensor, map_tensors, tensors_in, to_cpu, to_device
 from fastswa.data.loaders import DataLoaders
 from fastswa.training.events import Callback
 from fastswa.training.learner import Learner, TrainCB, TrainLearner

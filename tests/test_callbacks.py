@@ -14,7 +14,7 @@ from fastswa.data.transforms import RandFlip
 from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, RecorderCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
-from fastswa.core import set_seed
+from fastswa.random_state import set_seed
 from fastswa.callbacks.loggers import CSVLoggerCB
 from fastswa.callbacks.schedule import OneCycleCB, WarmupStableDecayCB
 from fastswa.training.events import Callback

@@ -24,7 +24,8 @@ from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
 from fastswa.checkpoint.archive import load_weights, numbered, read_checkpoint
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.checkpoint.resume import learner_state
-from fastswa.core import quiet, set_seed
+from fastswa.core import quiet
+from fastswa.random_state import set_seed
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB
 from fastswa.data.loaders import BatchLoader
 from fastswa.training.events import Callback

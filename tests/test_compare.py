@@ -8,8 +8,9 @@ from torch import nn
 
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.swa import BNUpdateCB, EMACB, SWACB
-from fastswa.compare import Comparison, compare
-from fastswa.core import quiet, set_seed
+from fastswa.compare.runs import Comparison, compare
+from fastswa.core import quiet
+from fastswa.random_state import set_seed
 from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
 from helpers import At, data, net

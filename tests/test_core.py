@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastswa.callbacks.basics import DeviceCB
-from fastswa.core import clean_mem, to_device, uninterrupted
+from fastswa.core import clean_mem, uninterrupted
+from fastswa.batches import to_device
 from fastswa.data.loaders import collate_device
 from fastswa.nets.layers import get_model
 

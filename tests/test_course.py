@@ -19,7 +19,7 @@ from torcheval.metrics import Mean, MulticlassAccuracy
 matplotlib.use('agg')
 
 from fastswa.all import *  # noqa: E402, F403
-from fastswa.core import format_value  # noqa: E402
+from fastswa.tables import format_value  # noqa: E402
 from helpers import Hits, data, learner  # noqa: E402
 
 

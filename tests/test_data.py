@@ -8,7 +8,7 @@ import datasets, numpy as np, PIL.Image, pyarrow as pa, pytest, torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from torch.utils.data import WeightedRandomSampler
 from fastswa.data import loaders as data, sources
-from fastswa.core import set_seed
+from fastswa.random_state import set_seed
 from fastswa.data.loaders import DataLoaders, collate_dict, inplace
 from fastswa.data.sources import fashion_mnist, load_data, mnist, toy_images
 from helpers import in_new_process

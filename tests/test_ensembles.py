@@ -336,7 +336,7 @@ def test_predict_in_other_ways():
     with swag.applied(): torch.testing.assert_close(same, net(x=x).detach().float())
 
 
-FILES = 'fastswa/averaging/', 'fastswa/core.py', '/contextlib.py'      # the code in whose lines Ctrl-C is pressed
+FILES = 'fastswa/averaging/', 'fastswa/core.py', 'fastswa/random_state.py', 'fastswa/module_state.py', '/contextlib.py'      # the code in whose lines Ctrl-C is pressed
 
 
 def test_ctrl_c_at_any_line_of_predict():

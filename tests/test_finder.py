@@ -14,7 +14,7 @@ from fastswa.callbacks.schedule import OneCycleCB, WarmupStableDecayCB
 from fastswa.callbacks.finder import LRFinderCB, lr_find
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
 from fastswa.callbacks.swa import SWACB
-from fastswa.core import set_seed
+from fastswa.random_state import set_seed
 from fastswa.training.events import Callback
 from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
 from helpers import Accumulate, image_learner, linear, regression

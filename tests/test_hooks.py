@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastswa.callbacks.metrics import MetricsCB
-from fastswa.core import set_seed
+from fastswa.random_state import set_seed
 from fastswa.training.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.callbacks.activations import ActivationStats, HooksCallback
 from fastswa.nets.hooks import Hook, Hooks

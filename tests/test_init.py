@@ -7,7 +7,7 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastswa.core import set_seed
+from fastswa.random_state import set_seed
 from fastswa.nets.init import act_stats, fixup, gain, init_weights, zero_init_residual
 from fastswa.nets.lsuv import lsuv, lsuv_init
 from fastswa.nets.layers import GeneralRelu, ResBlock, act_gr, conv, get_model

@@ -16,7 +16,7 @@ from fastswa.callbacks.swa import EMACB
 from helpers import Hits, ctrl_c, image_learner
 
 # the code in whose lines Ctrl-C is pressed
-FILES = 'fastswa/averaging/', 'fastswa/training/', 'fastswa/callbacks/', 'fastswa/core.py', '/contextlib.py'
+FILES = 'fastswa/averaging/', 'fastswa/training/', 'fastswa/callbacks/', 'fastswa/core.py', 'fastswa/random_state.py', 'fastswa/module_state.py', '/contextlib.py'
 
 
 def data(n_train=4):

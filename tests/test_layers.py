@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from fastswa.averaging.average import Average
 from fastswa.averaging.batchnorm import bn_layers, update_bn
-from fastswa.core import set_seed
+from fastswa.random_state import set_seed
 from fastswa.nets.layers import GeneralRelu, ResBlock, act_gr, conv, get_model
 from fastswa.nets.norms import BatchNorm, LayerNorm
 

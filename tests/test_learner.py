@@ -14,7 +14,7 @@ from torch import nn, optim
 
 from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, RecorderCB, SingleBatchCB
 from fastswa.callbacks.metrics import MetricsCB
-from fastswa.core import set_seed
+from fastswa.random_state import set_seed
 from fastswa.training.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.training.learner import MomentumLearner, TrainLearner
 from fastswa.training.sandbox import sandbox

@@ -14,7 +14,7 @@ from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB, OneCycleCB, W
 from fastswa.callbacks.steps import GradAccumCB
 from fastswa.callbacks.swa import EMACB, LAWACB, SWACB
 from fastswa.checkpoint.checkpoint import CheckpointCB
-from fastswa.core import set_seed
+from fastswa.random_state import set_seed
 from fastswa.training.events import Callback, CancelFitException
 from helpers import Accumulate, Trail, data, learner, net, same, state
 

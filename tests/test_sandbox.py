@@ -21,7 +21,8 @@ from fastswa.averaging.rules import equal
 from fastswa.callbacks.basics import BatchTransformCB
 from fastswa.callbacks.swa import BNUpdateCB, EMACB, SWACB
 from fastswa.checkpoint.checkpoint import CheckpointCB
-from fastswa.core import generators_in, get_rng_state, plain, set_rng_state
+from fastswa.random_state import generators_in, get_rng_state, set_rng_state
+from fastswa.core import plain
 from fastswa.training.events import Callback, CancelFitException
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
 from helpers import copied, end_workers, reopened, same

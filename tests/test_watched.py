@@ -10,7 +10,8 @@ from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
 from fastswa.callbacks.schedule import EpochSchedCB
 from fastswa.callbacks.swa import EMACB, SWACB, BNUpdateCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
-from fastswa.core import quiet, set_seed
+from fastswa.core import quiet
+from fastswa.random_state import set_seed
 from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
 from helpers import AtEpoch, Hits, copied, floats, learner, same, state

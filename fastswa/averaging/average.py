@@ -21,7 +21,8 @@ from .kernels import can_mask
 from .rules import equal
 from .snapshots import CountedSnapshots, move, move_all
 from .tensors import like, locked, named_places, put
-from ..core import check_whole, later, tensors_in, unwrap
+from ..core import check_whole, later, unwrap
+from ..batches import tensors_in
 
 # %% ../../nbs/averaging/05_average.ipynb #00000006
 class Average(CountedSnapshots):

@@ -18,7 +18,10 @@ from fastswa.averaging.holding import (Held, held_record, held_weights, holding,
     restore_raw)
 from .rules import equal
 from .tensors import Selection, find_tensors
-from ..core import Clock, Every, Time, keep_modes, keep_rng, generators_in, unwrap
+from ..clock import Clock, Every, Time
+from ..module_state import keep_modes
+from ..random_state import keep_rng, generators_in
+from ..core import unwrap
 
 # %% ../../nbs/averaging/07_averages.ipynb #00000005
 class Tracked:

@@ -17,8 +17,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from .tensors import stat_buffers
-from ..core import (batch_inputs, check_whole, keep_state, set_modes, to_device, train_without_dropout,
-    uninterrupted, unwrap)
+from ..batches import batch_inputs, to_device
+from ..core import check_whole, uninterrupted, unwrap
+from ..module_state import keep_state, set_modes, train_without_dropout
 
 # %% ../../nbs/averaging/06_batchnorm.ipynb #00000005
 def bn_layers(

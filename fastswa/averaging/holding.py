@@ -14,8 +14,10 @@ from weakref import ref
 import torch
 from torch import nn
 
+from .kernels import KeepVersions
 from .tensors import reshard
-from ..core import keep_state, local, set_modes, uninterrupted, unwrap
+from ..module_state import keep_state, set_modes
+from ..core import local, uninterrupted, unwrap
 
 # %% ../../nbs/averaging/03_holding.ipynb #00000005
 _BY_TENSOR = {} # id of a tensor that is covered → weak reference to the topmost record that covers it
@@ -30,6 +32,39 @@ def layers_of(
     "The modules that a plain module is made of, itself first; a swap looks for them once"
     return [*unwrap(module).modules()]
 
+def _top(t):
+    "The topmost record that covers a tensor, or None"
+    found = _BY_TENSOR.get(id(t))
+    return found and found()
+
+def _covering(tensors):
+    "The topmost records that cover some of these tensors, each once"
+    if not _BY_TENSOR: return []      # as nearly always
+    return [h for h in dict.fromkeys(map(_top, tensors)) if h is not None]
+
+def _write(t, values):
+    "Copy values into a tensor, also into one that `expand()` made, whose elements share their memory"
+    if 0 not in t.stride(): t.copy_(values)
+    else:
+        once = tuple(slice(0, 1) if s == 0 else slice(None) for s in t.stride())
+        t[once].copy_(values[once])
+
+def _copy(t, device): return t.clone() if device is None else t.to(device, copy=True)
+
+@contextmanager
+def _in_train_mode(layers):
+    reshard(layers[0])
+    if all([m.training for m in layers]):
+        yield
+        return
+    modes = {m: m.training for m in layers}
+    try:
+        layers[0].train()
+        yield
+    finally:
+        with uninterrupted(): set_modes(modes)
+
+# %% ../../nbs/averaging/03_holding.ipynb #0112a096
 class Held:
     "What a module holds in place of other weights, and those others"
     def __init__(self,
@@ -39,7 +74,7 @@ class Held:
         look:bool=False, # only to look at for a while? Then whatever is written meanwhile is of no interest
     ):
         self.name,self.places,self.active,self.look = name,list(places),False,look
-        self.kept,self.versions,self.n_taken,self.mark = [],_Versions(),0,None
+        self.kept,self.versions,self.n_taken,self.mark = [],KeepVersions(),0,None
         ours = {(id(d), k) for d, k in self.places}
         self.buffers = [(m._buffers, k) for m in layers for k, b in m._buffers.items()
                         if b is not None and (id(m._buffers), k) not in ours]      # others, which may change meanwhile
@@ -58,7 +93,7 @@ class Held:
             once = {id(t): t for t in self.tensors}      # several places may have the same
             copies = {i: _copy(local(t), stash) for i, t in once.items()}
             self.kept = [copies[id(t)] for t in self.tensors]
-            self.versions = _Versions(map(local, once.values()))
+            self.versions = KeepVersions(map(local, once.values()))
             torch.clear_autocast_cache()      # it has the weights as they were
             for i, ((d, k), v) in enumerate(zip(self.places, values)):
                 self.n_taken = i + 1      # before: an interruption may come after the copy, and before the next line
@@ -132,46 +167,10 @@ class Held:
         return any(_top(t) is self for t in changes)      # another record's are of no interest
 
     def __setstate__(self, state):      # of a copy of the module, or one from a file
-        vars(self).update(state, versions=_Versions())      # autograd knows nothing of the copy yet
+        vars(self).update(state, versions=KeepVersions())      # autograd knows nothing of the copy yet
         if not self.active: return
         self._index()
         self.note_contents()
-
-def _top(t):
-    "The topmost record that covers a tensor, or None"
-    found = _BY_TENSOR.get(id(t))
-    return found and found()
-
-def _covering(tensors):
-    "The topmost records that cover some of these tensors, each once"
-    if not _BY_TENSOR: return []      # as nearly always
-    return [h for h in dict.fromkeys(map(_top, tensors)) if h is not None]
-
-class _Versions(torch.autograd._unsafe_preserve_version_counter):
-    "Puts the versions of tensors back, at which autograd finds that one has changed since a forward pass"
-    def __init__(self, tensors=()): super().__init__(tuple(t for t in tensors if not t.is_inference()))
-
-def _write(t, values):
-    "Copy values into a tensor, also into one that `expand()` made, whose elements share their memory"
-    if 0 not in t.stride(): t.copy_(values)
-    else:
-        once = tuple(slice(0, 1) if s == 0 else slice(None) for s in t.stride())
-        t[once].copy_(values[once])
-
-def _copy(t, device): return t.clone() if device is None else t.to(device, copy=True)
-
-@contextmanager
-def _in_train_mode(layers):
-    reshard(layers[0])
-    if all([m.training for m in layers]):
-        yield
-        return
-    modes = {m: m.training for m in layers}
-    try:
-        layers[0].train()
-        yield
-    finally:
-        with uninterrupted(): set_modes(modes)
 
 # %% ../../nbs/averaging/03_holding.ipynb #00000007
 def _resolved(held):

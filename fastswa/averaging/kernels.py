@@ -220,3 +220,8 @@ class PinnedCopy:
         "The tensors in the host's memory; waits until they are there"
         self._event.synchronize()
         return self._host
+
+# %% ../../nbs/averaging/02_kernels.ipynb #4c97241a
+class KeepVersions(torch.autograd._unsafe_preserve_version_counter):
+    "Puts the versions of tensors back, at which autograd finds that one has changed since a forward pass"
+    def __init__(self, tensors=()): super().__init__(tuple(t for t in tensors if not t.is_inference()))

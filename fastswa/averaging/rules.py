@@ -13,7 +13,8 @@ from numbers import Real
 
 import numpy as np
 
-from ..core import Time, check_number
+from ..clock import Time
+from ..core import check_number
 
 # %% ../../nbs/averaging/00_rules.ipynb #00000005
 class Rule:

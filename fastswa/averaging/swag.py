@@ -16,7 +16,9 @@ from .batchnorm import bn_layers, outputs, update_bn
 from .ensembles import KeepsSnapshots, average_of
 from .holding import holding_as_before
 from .rules import equal
-from ..core import check_number, check_whole, keep_modes, keep_rng, generators_in
+from ..core import check_number, check_whole
+from ..module_state import keep_modes
+from ..random_state import keep_rng, generators_in
 
 # %% ../../nbs/averaging/09_swag.ipynb #00000006
 def probabilities(module, batches, forward, activation):

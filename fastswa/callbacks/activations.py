@@ -14,7 +14,8 @@ import torch
 from fastcore.basics import noop
 from torch import nn
 
-from ..core import Report, check_number, check_whole, uninterrupted, unwrap
+from ..tables import Report
+from ..core import check_number, check_whole, uninterrupted, unwrap
 from ..nets.hooks import Hooks
 from ..nets.statistics import StatsHistory, hist_range, hook_stats, real_tensor, tensor_stats
 from ..plot import COLORS, GREY, get_grid, plot_style, subplots

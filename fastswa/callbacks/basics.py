@@ -6,7 +6,7 @@
 __all__ = ['DeviceCB', 'BatchTransformCB', 'SingleBatchCB', 'HasLearnCB', 'RecorderCB']
 
 # %% ../../nbs/callbacks/00_basics.ipynb #00000002
-from ..core import default_device, to_cpu, to_device
+from ..batches import default_device, to_cpu, to_device
 from ..training.events import Callback, CancelFitException, Stage
 from ..training.optim import loss_module
 

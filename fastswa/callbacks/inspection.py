@@ -12,7 +12,8 @@ import torch
 from fastcore.meta import delegates
 
 from .metrics import MetricsCB
-from ..core import batch_inputs, batch_size, first_tensor, keep_modes, map_tensors, to_cpu, to_device
+from ..batches import batch_inputs, batch_size, first_tensor, map_tensors, to_cpu, to_device
+from ..module_state import keep_modes
 from ..nets.hooks import Hooks
 from ..plot import show_images
 from ..training.events import Callback, CancelBatchException, Stage, as_list

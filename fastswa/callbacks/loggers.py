@@ -12,7 +12,8 @@ from numbers import Real
 
 import torch
 
-from ..core import Every, batch_size
+from ..clock import Every
+from ..batches import batch_size
 from ..files import as_path, check_folder, is_main_process, written
 from ..training.events import Callback, Stage
 from ..training.essentials import LossMeter

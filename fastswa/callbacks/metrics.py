@@ -12,8 +12,9 @@ from numbers import Real
 import torch
 
 from ..averaging.ensembles import Snapshot
-from ..core import (batch_size, batch_targets, check_choice, check_number, check_whole,
-    first_tensor, format_value, is_quiet, map_tensors, plain, unwrap)
+from ..batches import batch_size, batch_targets, first_tensor, map_tensors
+from ..core import check_choice, check_number, check_whole, is_quiet, plain, unwrap
+from ..tables import format_value
 from ..training.events import Callback, CancelFitException, Stage
 
 # %% ../../nbs/callbacks/01_metrics.ipynb #00000006

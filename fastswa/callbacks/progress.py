@@ -15,7 +15,8 @@ from shutil import get_terminal_size
 
 import torch
 
-from ..core import Table, format_time, format_value, is_quiet
+from ..tables import Table, format_time, format_value
+from ..core import is_quiet
 from ..training.events import Callback, Stage
 
 # %% ../../nbs/callbacks/07_progress.ipynb #00000007

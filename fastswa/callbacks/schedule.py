@@ -7,7 +7,7 @@ __all__ = ['BaseSchedCB', 'BatchSchedCB', 'EpochSchedCB', 'OneCycleCB', 'fit_one
            'plot_sched']
 
 # %% ../../nbs/callbacks/04_schedule.ipynb #00000002
-import inspect, math, warnings
+import inspect, warnings
 from contextlib import contextmanager
 from copy import copy
 from types import SimpleNamespace
@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from ..averaging.ensembles import DECAYS
 from .metrics import Watched
-from ..core import Clock, Time, check_choice, check_number, check_whole, plain
+from ..clock import Clock, Time
+from ..core import check_choice, check_number, check_whole, plain
 from ..training.events import Callback, Stage, as_list
 from ..training.learner import Learner
 from ..training.optim import OptionChanges, group_options, set_option

@@ -12,7 +12,8 @@ from torch import nn
 
 from .basics import BatchTransformCB
 from .steps import check_alone, refuse_momentum_learner
-from ..core import check_choice, check_number, check_whole, default_device, map_tensors
+from ..core import check_choice, check_number, check_whole
+from ..batches import default_device, map_tensors
 from ..training.events import Callback, CancelStepException, Stage
 from ..training.learner import TrainCB
 

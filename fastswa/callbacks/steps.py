@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..averaging.kernels import all_finite
-from ..core import batch_size, check_number, check_whole
+from ..batches import batch_size
+from ..core import check_number, check_whole
 from ..training.events import Callback, CancelBatchException, CancelStepException, Stage
 from ..training.learner import MomentumLearner
 from ..training.optim import hooked_optimizers, loss_module, named_parameters, parameters

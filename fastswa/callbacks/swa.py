@@ -25,7 +25,8 @@ from ..averaging.rules import ema, equal
 from ..averaging.swad import SWAD
 from ..averaging.swag import SWAG
 from .progress import LogView, find_view
-from ..core import Every, Time, check_choice, check_number, check_whole, is_quiet, unwrap
+from ..clock import Every, Time
+from ..core import check_choice, check_number, check_whole, is_quiet, unwrap
 from ..training.events import Callback, CancelBatchException, Stage
 from ..training.optim import OptionChanges, set_option
 from ..training.sandbox import keep_learner, prepared_batches

@@ -12,7 +12,8 @@ from ..averaging.interchange import write_tensors
 from ..callbacks.metrics import Watched
 from .archive import newest, numbered, step_of, write_checkpoint
 from .resume import check_loss, check_model, learner_state, match_callbacks, put_weights
-from ..core import Every, check_whole, unwrap
+from ..clock import Every
+from ..core import check_whole, unwrap
 from ..files import as_path, check_folder, is_main_process, wait_for_all, written
 from ..training.events import Callback, Stage, by_order
 from ..training.optim import KNOWN_OPTIONS, OptionChanges, load_opt_state, named_parameters

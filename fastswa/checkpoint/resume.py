@@ -15,7 +15,8 @@ import torch
 
 from ..averaging.tensors import some_names
 from .archive import newest, numbered
-from ..core import get_rng_state, is_quiet, generators_in, plain, set_rng_state, unwrap
+from ..random_state import get_rng_state, set_rng_state
+from ..core import is_quiet, plain, unwrap
 from ..files import as_path
 from ..training.events import Callback, by_order
 from ..training.optim import load_opt_state, loss_tensors, named_parameters, opt_state

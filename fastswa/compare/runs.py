@@ -19,7 +19,8 @@ import torch
 from ..callbacks.metrics import Watched
 from ..callbacks.swa import AverageCB
 from .statistics import paired_difference, sampling_error
-from ..core import check_choice, check_whole, is_quiet, keep_rng, plain, quiet, set_seed
+from ..core import check_choice, check_whole, is_quiet, plain, quiet
+from ..random_state import keep_rng, set_seed
 from ..files import check_folder, written
 from ..plot import GREY, plot_style, subplots, weight_styles
 from ..training.learner import Learner

@@ -14,7 +14,8 @@ import PIL.Image, torch
 import numpy as np, pyarrow as pa, pyarrow.compute as pc
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from ..core import check_whole, imports_without, to_device
+from ..core import check_whole, imports_without
+from ..batches import to_device
 
 with imports_without('IProgress not found'):      # of tqdm, in a notebook without ipywidgets
     import datasets

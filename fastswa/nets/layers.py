@@ -11,7 +11,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import check_whole, default_device
+from ..core import check_whole
+from ..batches import default_device
 
 # %% ../../nbs/nets/01_layers.ipynb #00000005
 weight_layers = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear

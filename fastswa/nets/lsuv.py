@@ -13,8 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..core import (Report, check_number, check_whole, first_tensor, get_rng_state, keep_modes, keep_rng,
-    keep_state, set_rng_state, to_device, train_without_dropout, unwrap)
+from ..tables import Report
+from ..core import check_number, check_whole, unwrap
+from ..batches import first_tensor, to_device
+from ..random_state import get_rng_state, keep_rng, set_rng_state
+from ..module_state import keep_modes, keep_state, train_without_dropout
 from .hooks import Hooks
 from .layers import weight_layers
 from .norms import at_least_float32

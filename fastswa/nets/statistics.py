@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..core import first_tensor
+from ..batches import first_tensor
 
 # %% ../../nbs/nets/03_statistics.ipynb #00000005
 _BINS, _WIDTH = 40, 0.25                 # of the histograms

@@ -10,7 +10,9 @@ import math
 
 import torch
 
-from ..core import batch_size, generators_in, get_rng_state, set_modes
+from ..batches import batch_size
+from ..random_state import generators_in, get_rng_state
+from ..module_state import set_modes
 from .events import Callback
 from .optim import loss_module
 

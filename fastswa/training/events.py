@@ -15,7 +15,7 @@ from inspect import signature
 from operator import attrgetter
 from os import PathLike
 
-from ..core import Time
+from ..clock import Time
 
 # %% ../../nbs/training/00_events.ipynb #00000005
 class CancelFitException(Exception): "Raised by a callback: the fit ends here; `after_fit` is skipped"

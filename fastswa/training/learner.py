@@ -16,8 +16,11 @@ from torch.nn.parameter import is_lazy
 
 from ..averaging.averages import Averages
 from ..averaging.holding import restore_raw
-from ..core import (Clock, Report, batch_inputs, batch_targets, check_whole, later, map_tensors, set_epoch,
-    tensors_in, unwrap)
+from ..clock import Clock
+from ..tables import Report
+from ..batches import batch_inputs, batch_targets, map_tensors, tensors_in
+from ..core import check_whole, later, unwrap
+from ..random_state import set_epoch
 from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepException
 from .events import as_list, check_cbs, with_cbs
 from .optim import HasOptimizer, parameters

@@ -17,7 +17,8 @@ from torch.optim import LBFGS
 
 from ..averaging.batchnorm import bn_layers
 from ..averaging.tensors import some_names
-from ..core import map_tensors, plain, unwrap
+from ..batches import map_tensors
+from ..core import plain, unwrap
 
 # %% ../../nbs/training/03_optim.ipynb #00000006
 # set by users, schedulers and this library; all else in a group is the optimizer's own, such as Prodigy's `d`

@@ -16,7 +16,10 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from ..averaging.averages import Averages
-from ..core import generators_in, keep_rng, keep_state, tensors_in, unwrap
+from ..random_state import generators_in, keep_rng
+from ..module_state import keep_state
+from ..batches import tensors_in
+from ..core import unwrap
 from .essentials import LossCB, ModesCB, PositionCB
 from .events import CancelBatchException, CancelEpochException, CancelFitException
 from .events import STEPS, Callback, by_order, run_cbs

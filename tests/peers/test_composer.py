@@ -9,10 +9,15 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
-from fastswa.averaging import Average, Averages, ema
-from fastswa.callbacks import BNUpdateCB, EMACB, EarlyStoppingCB, EpochSchedCB, MetricsCB, MixedPrecisionCB, SWACB
-from fastswa.checkpoint import CheckpointCB
-from fastswa.training import Callback
+from fastswa.averaging.average import Average
+from fastswa.averaging.averages import Averages
+from fastswa.averaging.rules import ema
+from fastswa.callbacks.swa import BNUpdateCB, EMACB, SWACB
+from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.schedule import EpochSchedCB
+from fastswa.callbacks.speed import MixedPrecisionCB
+from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.training.events import Callback
 from helpers import AtEpoch, Scripted, Trail, copied, floats, learner, one, quick, same, state
 
 SMOOTHING = [0, 0.5, 0.99, 1]

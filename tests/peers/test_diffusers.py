@@ -5,7 +5,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fastswa.averaging import Average, Averages, ema, save_safetensors
+from fastswa.averaging.average import Average
+from fastswa.averaging.averages import Averages
+from fastswa.averaging.rules import ema
+from fastswa.averaging.interchange import save_safetensors
 from helpers import copied, floats, reopened, same
 
 DECAY = 0.9999

@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastswa.averaging import Average, Averages, PostHocEMA, ema, load_ema_pytorch, power
-from fastswa.callbacks import SwitchEMACB
+from fastswa.averaging.average import Average
+from fastswa.averaging.averages import Averages
+from fastswa.averaging.posthoc import PostHocEMA
+from fastswa.averaging.rules import ema, power
+from fastswa.averaging.interchange import load_ema_pytorch
+from fastswa.callbacks.swa import SwitchEMACB
 from helpers import Trail, copied, floats, net, one, quick, reopened, same
 
 

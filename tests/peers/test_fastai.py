@@ -11,12 +11,17 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torcheval.metrics import MeanSquaredError
 
-from fastswa.callbacks import (
-    ActivationStats, EarlyStoppingCB, EpochSchedCB, GradClipCB, HooksCallback, MetricsCB, MixedPrecisionCB, RecorderCB,
-    gradients)
-from fastswa.checkpoint import CheckpointCB, read_checkpoint
-from fastswa.nets import Hook, Hooks
-from fastswa.training import Callback, TrainCB, Learner, TrainLearner
+from fastswa.callbacks.activations import ActivationStats, HooksCallback
+from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.schedule import EpochSchedCB
+from fastswa.callbacks.steps import GradClipCB, gradients
+from fastswa.callbacks.speed import MixedPrecisionCB
+from fastswa.callbacks.basics import RecorderCB
+from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.checkpoint.archive import read_checkpoint
+from fastswa.nets.hooks import Hook, Hooks
+from fastswa.training.events import Callback
+from fastswa.training.learner import TrainCB, Learner, TrainLearner
 from helpers import Losses, Scripted, Trail, copied, learner, linear, net, quick, regression, same
 
 # --- tracker

@@ -11,10 +11,14 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
 
-from fastswa.averaging import Average, Averages, ema
-from fastswa.callbacks import EarlyStoppingCB, EpochSchedCB, MetricsCB
-from fastswa.checkpoint import CheckpointCB, read_checkpoint
-from fastswa.training import Callback
+from fastswa.averaging.average import Average
+from fastswa.averaging.averages import Averages
+from fastswa.averaging.rules import ema
+from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.schedule import EpochSchedCB
+from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.checkpoint.archive import read_checkpoint
+from fastswa.training.events import Callback
 from helpers import AtEpoch, Losses, Scripted, copied, learner, net, one, quick, same
 
 # --- EMAHandler

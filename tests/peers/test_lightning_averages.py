@@ -11,10 +11,16 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from fastswa.averaging import Averages, ema
-from fastswa.callbacks import BNUpdateCB, BatchSchedCB, EMACB, EpochSchedCB, GradAccumCB, RecorderCB, SWACB
-from fastswa.checkpoint import CheckpointCB
-from fastswa.training import Callback, TrainLearner, param_groups
+from fastswa.averaging.averages import Averages
+from fastswa.averaging.rules import ema
+from fastswa.callbacks.swa import BNUpdateCB, EMACB, SWACB
+from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
+from fastswa.callbacks.steps import GradAccumCB
+from fastswa.callbacks.basics import RecorderCB
+from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.training.events import Callback
+from fastswa.training.learner import TrainLearner
+from fastswa.training.optim import param_groups
 from helpers import Trail, copied, net, one, same, state
 
 pytestmark = pytest.mark.filterwarnings('ignore:the model has BatchNorm')

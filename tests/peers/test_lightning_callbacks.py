@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from fastswa.callbacks import BatchSchedCB, EarlyStoppingCB, EpochSchedCB, GradAccumCB, MetricsCB
-from fastswa.checkpoint import CheckpointCB, read_checkpoint
-from fastswa.training import Callback, CancelEpochException, MomentumLearner, TrainLearner
+from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
+from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.steps import GradAccumCB
+from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.checkpoint.archive import read_checkpoint
+from fastswa.training.events import Callback, CancelEpochException
+from fastswa.training.learner import MomentumLearner, TrainLearner
 from helpers import AtEpoch, Losses, Scripted, copied, linear, quick, regression, same, state
 
 # --- EarlyStopping

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import Adam
 
-from fastswa.averaging import Average, ema
+from fastswa.averaging.average import Average
+from fastswa.averaging.rules import ema
 from helpers import copied, one, reopened, same
 
 DECAYS = [0.995, 0.9, 0., 1.]

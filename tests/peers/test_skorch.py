@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim import SGD
 
-from fastswa.callbacks import EarlyStoppingCB, MetricsCB
-from fastswa.checkpoint import CheckpointCB, read_checkpoint
-from fastswa.nets import init_weights
-from fastswa.training import Callback, TrainLearner
+from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.checkpoint.archive import read_checkpoint
+from fastswa.nets.init import init_weights
+from fastswa.training.events import Callback
+from fastswa.training.learner import TrainLearner
 from helpers import AtEpoch, Hits, Losses, Scripted, copied, data, floats, learner, net, quick, same, state
 
 # --- EarlyStopping

@@ -8,11 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import AdamW, SGD
 
-from fastswa.averaging import Average, ema, load_timm_ema, update_bn
-from fastswa.callbacks import ActivationStats, EMACB, HooksCallback
-from fastswa.checkpoint import CheckpointCB, read_checkpoint
-from fastswa.nets import Hooks
-from fastswa.training import TrainLearner, param_groups
+from fastswa.averaging.average import Average
+from fastswa.averaging.rules import ema
+from fastswa.averaging.interchange import load_timm_ema
+from fastswa.averaging.batchnorm import update_bn
+from fastswa.callbacks.activations import ActivationStats, HooksCallback
+from fastswa.callbacks.swa import EMACB
+from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.checkpoint.archive import read_checkpoint
+from fastswa.nets.hooks import Hooks
+from fastswa.training.learner import TrainLearner
+from fastswa.training.optim import param_groups
 from helpers import Losses, copied, floats, image_data, image_net, learner, linear, net, one, quick, same, state
 
 # --- ModelEmaV2, ModelEmaV3, tasks

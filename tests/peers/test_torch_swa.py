@@ -12,9 +12,14 @@ from torch.optim import SGD, swa_utils
 from torch.optim.lr_scheduler import MultiplicativeLR, SequentialLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastswa.averaging import Average, ema, equal, update_bn
-from fastswa.callbacks import EpochSchedCB, RecorderCB, SWACB
-from fastswa.training import TrainLearner, param_groups
+from fastswa.averaging.average import Average
+from fastswa.averaging.rules import ema, equal
+from fastswa.averaging.batchnorm import update_bn
+from fastswa.callbacks.schedule import EpochSchedCB
+from fastswa.callbacks.basics import RecorderCB
+from fastswa.callbacks.swa import SWACB
+from fastswa.training.learner import TrainLearner
+from fastswa.training.optim import param_groups
 from helpers import copied, floats, one, reopened, same
 
 DECAY = 0.9

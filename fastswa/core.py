@@ -700,9 +700,13 @@ def format_value(
     value, # a number, a text, a tensor; None is nothing
     spec:str|None=None, # format specification for a float; None: three decimals, or three digits if it is small or huge
 ) -> str:
-    "A number in few characters; anything else as it is"
+    "A number in few characters, of a list or dict as much as fits into 40; anything else as it is"
     if value is None: return ''
     if getattr(value, 'shape', None) == (): value = plain(value, tensors=False, strict=False)
+    if isinstance(value, (list, dict)):
+        if isinstance(value, list): text = f'[{", ".join(format_value(v, spec) for v in value)}]'
+        else: text = f'{{{", ".join(f"{k}: {format_value(v, spec)}" for k, v in value.items())}}}'
+        return text if len(text) <= 40 else f'{text[:39]}…'
     if not isinstance(value, float): return str(value)
     if spec is None: spec = '.3g' if 0 < abs(value) < 0.1 or abs(value) >= 1e6 else '.3f'
     text = format(value, spec)

@@ -17,6 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastswa.training.events import Callback, CancelFitException, CancelStepException
 from fastswa.training.learner import TrainLearner
 
+# the code of the room core in whose lines Ctrl-C is pressed
+CORE = 'fastswa/core.py', 'fastswa/random_state.py', 'fastswa/module_state.py'
+
+
 # --- data, nets, learners
 
 

@@ -22,7 +22,7 @@ from fastswa.averaging.rules import ema, equal, power
 from fastswa.averaging.swad import SWAD
 from fastswa.averaging.swag import SWAG
 from fastswa.averaging.tensors import find_tensors
-from helpers import TiedNet, copied, ctrl_c, floats, net, one, same
+from helpers import CORE, TiedNet, copied, ctrl_c, floats, net, one, same
 
 
 rules = st.one_of(st.just(equal()), st.floats(0, 1).map(lambda d: ema(decay=d)),
@@ -388,7 +388,7 @@ def test_ctrl_c_at_any_line_of_an_update(what):
     def run(at=None):
         _, avgs = fresh()
         update = (lambda: update_all(avgs)) if what == 'several' else avgs[0].update
-        return avgs, ctrl_c(update, ('fastswa/averaging/', 'fastswa/core.py', 'fastswa/random_state.py', 'fastswa/module_state.py'), at)[0]
+        return avgs, ctrl_c(update, ('fastswa/averaging/', *CORE), at)[0]
 
     _, before = fresh()
     after, total = run()

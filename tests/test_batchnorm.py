@@ -23,7 +23,7 @@ from fastswa.training.events import Callback, CancelBatchException, CancelEpochE
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
-from helpers import ctrl_c
+from helpers import CORE, ctrl_c
 
 
 def mlp(seed=0, **kw):
@@ -442,7 +442,7 @@ def test_arguments(args, kw, exc, says):
     with pytest.raises(exc, match=says): update_bn(*(net if a == 'model' else a for a in args), **kw)
 
 
-FILES = 'averaging/batchnorm.py', 'fastswa/core.py', 'fastswa/random_state.py', 'fastswa/module_state.py'      # the code in whose lines Ctrl-C is pressed
+FILES = 'averaging/batchnorm.py', *CORE      # the code in whose lines Ctrl-C is pressed
 
 
 def compiles():

@@ -13,10 +13,10 @@ from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.swa import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
-from helpers import Hits, ctrl_c, image_learner
+from helpers import CORE, Hits, ctrl_c, image_learner
 
 # the code in whose lines Ctrl-C is pressed
-FILES = 'fastswa/averaging/', 'fastswa/training/', 'fastswa/callbacks/', 'fastswa/core.py', 'fastswa/random_state.py', 'fastswa/module_state.py', '/contextlib.py'
+FILES = 'fastswa/averaging/', 'fastswa/training/', 'fastswa/callbacks/', *CORE, '/contextlib.py'
 
 
 def data(n_train=4):

@@ -98,7 +98,8 @@ def generators_in(
 
 def _parts(o):
     "What an object may draw from: its attributes and items; what a function names, be it an argument or a global"
-    if isinstance(o, (list, tuple, deque)): return islice(o, _ITEMS)
+    if isinstance(o, (list, tuple)): return islice((list if isinstance(o, list) else tuple).__iter__(o), _ITEMS)
+    if isinstance(o, deque): return islice(o, _ITEMS)
     if isinstance(o, dict): return islice(o.values(), _ITEMS)
     if isinstance(o, partial): return o.func, *o.args, *o.keywords.values()
     if isinstance(o, (MethodType, BuiltinMethodType)): return o.__self__, getattr(o, '__func__', None)

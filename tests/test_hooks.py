@@ -509,7 +509,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match='dead must be a number, 0 or more; got nan'):
         ActivationStats(dead=float('nan'))
     stats = ActivationStats(lambda m: False)
-    with pytest.raises(ValueError, match='selects no module of the model; there are Sequential, Conv2d'):
+    with pytest.warns(UserWarning, match='no module of the model, so nothing is watched; there are Sequential, Conv2d'):
         learner(stats).fit(1)
     for plot in (stats.color_dim, stats.dead_chart, stats.plot_stats):
         with pytest.raises(ValueError, match='no training batch'): plot()

@@ -6,7 +6,7 @@
 __all__ = ['HooksCallback', 'StatsRow', 'is_leaf', 'ActivationStats']
 
 # %% ../../nbs/callbacks/09_activations.ipynb #00000002
-import math
+import math, warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -44,9 +44,9 @@ class HooksCallback(Callback):
         mods = self.mods or [m for m in names if type(m).forward is not nn.Module.forward and self.mod_filter(m)]
         if not mods:
             kinds = ', '.join(dict.fromkeys(type(m).__name__ for m in names))
-            raise ValueError(f'mod_filter selects no module of the model; there are {kinds}')
+            warnings.warn(f'mod_filter selects no module of the model, so nothing is watched; there are {kinds}')
         self.learn, self.n = learn, 0                # `n`: how many batches of those to watch there were
-        self.hooks, self._attached = Hooks(mods, self._call), True
+        self.hooks, self._attached = Hooks(mods, self._call) if mods else [], True
         for h in self.hooks: h.name = f'{names.get(h.m, "(elsewhere)")} {type(h.m).__name__}'.strip()
         self._compiled = any('_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None) is not None
                              for m in learn.model.modules())

@@ -135,6 +135,7 @@ def compare(
     what they refer to travel to other processes, notebook functions too. Raises ValueError for no seeds, for a name
     that cannot be used, and for a folder of another experiment; RuntimeError if the baseline failed in every seed."""
     from joblib import Parallel, cpu_count, delayed
+    from joblib.externals.loky import get_reusable_executor
     from tqdm import tqdm
     seeds = _check_seeds(seeds)
     check_whole('epochs', epochs)
@@ -146,11 +147,16 @@ def compare(
     if n_jobs is None: n_jobs = 1 if torch.accelerator.is_available() else cpu_count()
     tasks = (delayed(folder.run)(name, makers[name], watchers if name == 'raw' else {}, seed, epochs)
              for name, seed in left)
-    done = Parallel(min(n_jobs, len(left) or 1), return_as='generator_unordered')(tasks)
-    with tqdm(total=len(results), initial=len(results) - len(left), desc='runs', disable=is_quiet()) as bar:
-        for name, seed, result in done:
+    n_jobs = min(n_jobs, len(left) or 1)
+    bar = tqdm(total=len(results), initial=len(results) - len(left), desc='runs', disable=is_quiet())
+    try:
+        for name, seed, result in Parallel(n_jobs, return_as='generator_unordered')(tasks):
             results[name, seed] = result
             bar.update()
+    finally:
+        bar.close()
+        # the processes would wait for more work, and whoever started them for their end
+        if n_jobs > 1: get_reusable_executor().shutdown(kill_workers=True)
     return Comparison(results, ['raw', *variants], dict(epochs=epochs, variants=described), metric, mode)
 
 def _check_seeds(seeds):

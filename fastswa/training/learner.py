@@ -260,10 +260,10 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
     def take_step(self):
         "What follows the gradients, from `after_backward` to `zero_grad`"
         self.callback('after_backward')
-        if self._step_was_made():
-            self.opt_steps += 1
-            self.clock.steps += 1
-            self.callback('after_step')
+        steps = self._step_was_made()
+        self.opt_steps += steps
+        self.clock.steps += steps
+        if steps: self.callback('after_step')
         self.zero_grad()
 
     def predict(self): self.callback('predict')

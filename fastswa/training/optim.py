@@ -264,25 +264,36 @@ def hooked_optimizers(
     return found
 
 class StepWatch:
-    "Tells whether a step was made"
+    "Tells how many steps were made"
     def __init__(self,
         opt, # an optimizer, or a wrapper of some
     ):
-        self.handles = [o.register_step_post_hook(self._note) for o in hooked_optimizers(opt)]
+        hooked = hooked_optimizers(opt)
+        self.handles = [o.register_step_post_hook(self._note) for o in hooked if o is not opt]
+        if any(o is opt for o in hooked):
+            self.handles += [opt.register_step_pre_hook(self._begin), opt.register_step_post_hook(self._end)]
+        self.n = self.depth = 0      # its own steps; calls that are not over, where one calls its parent's
         self.told,self.tells = False,None if self.handles else False      # None: whether hooks tell is not known yet
 
     def _note(self, *_): self.told = True
+    def _begin(self, *_): self.depth += 1
+
+    def _end(self, *_):
+        self.depth -= 1
+        self.n += self.depth <= 0
+        self.told = True
 
     def made(self,
         step, # called without arguments
         model, # what it trains
-    ) -> bool:
-        "Call `step`; did it make a step? Where no hook tells, it did"
+    ) -> int:
+        "Call `step`; how many steps did it make? Those inside a wrapper are one; where no hook tells, a call is a step"
         before = _some_weights(model) if self.tells is None else ()
+        self.depth = 0      # the last step may have failed
         step()
-        told,self.told = self.told,False      # also by those that step in the backward pass
+        (n, told),self.n,self.told = (self.n, self.told),0,False      # also by those that step in the backward pass
         if self.tells is None and (told or any(not torch.equal(p, old) for p, old in before)): self.tells = told
-        return told or self.tells is False
+        return n or int(told or self.tells is False)
 
     def remove(self):
         for h in self.handles: h.remove()
@@ -348,7 +359,7 @@ class HasOptimizer:
     def _rate(self): return self.lr if self._fit_lr is None else self._fit_lr
 
     def _step_was_made(self):
-        "Step; was a step really made?"
+        "Step; how many steps were really made?"
         if self._step_watch is None: self.opt = self.opt      # outside a fit there may be none yet
         return self._step_watch.made(self.step, self.model)
 

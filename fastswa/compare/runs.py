@@ -150,13 +150,13 @@ def compare(
     n_jobs = min(n_jobs, len(left) or 1)
     bar = tqdm(total=len(results), initial=len(results) - len(left), desc='runs', disable=is_quiet())
     try:
-        for name, seed, result in Parallel(n_jobs, return_as='generator_unordered')(tasks):
+        for name, seed, result in Parallel(n_jobs, return_as='generator_unordered', max_nbytes=None)(tasks):
             results[name, seed] = result
             bar.update()
     finally:
         bar.close()
         # the processes would wait for more work, and whoever started them for their end
-        if n_jobs > 1: get_reusable_executor().shutdown(kill_workers=True)
+        if n_jobs > 1: get_reusable_executor().shutdown(kill_workers=bar.n < bar.total)
     return Comparison(results, ['raw', *variants], dict(epochs=epochs, variants=described), metric, mode)
 
 def _check_seeds(seeds):

@@ -120,7 +120,6 @@ def test_the_error_in_before_fit_is_the_one_to_see(name, order, tmp_path):
 
 
 @pytest.mark.parametrize('make, exc', [
-    (lambda tmp: HooksCallback(append_stats, lambda m: False), ValueError),
     (lambda tmp: BatchSchedCB(lambda opt: 1/0), ZeroDivisionError),
     (lambda tmp: EpochSchedCB(lambda opt: None), TypeError), (lambda tmp: CheckpointCB(tmp/'file'), OSError),
     (lambda tmp: CSVLoggerCB(tmp), OSError),

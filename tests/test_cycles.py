@@ -115,7 +115,7 @@ def test_wsd_errors():
     for kw, match in ((dict(warmup='5'), "warmup must be a number with a unit.*got '5'"),
                       (dict(decay='2dur'), 'decay must be between'),
                       (dict(warmup='-1ba'), 'warmup must not be negative'),
-                      (dict(shape='exp'), "'1-sqrt', 'linear' or 'cosine'; got 'exp'"),
+                      (dict(shape='exp'), "'linear', '1-sqrt' or 'cosine'; got 'exp'"),
                       (dict(final=-0.1), 'final must be a number from 0 to 1; got -0.1'), (dict(final='0'), "got '0'")):
         with pytest.raises(ValueError, match=match): WarmupStableDecayCB(**kw)
 

@@ -434,7 +434,7 @@ class Thing(nn.Module):
 
 
 @pytest.mark.parametrize('f, mean', [
-    (lambda x: (x*0 + 2, x), 2), (lambda x: dict(a='text', b=[x*0 + 3]), 3), (lambda x: SimpleNamespace(x=x), None),
+    (lambda x: (x*0 + 2, x), 2), (lambda x: dict(a='text', b=[x*0 + 3]), 3), (lambda x: SimpleNamespace(x=x*0 + 5), 5),
     (lambda x: None, None),
     (lambda x: x[:0], None), (lambda x: torch.view_as_complex(x.view(-1, 2)), None), (lambda x: x.to_sparse(), None),
     (lambda x: torch.nested.nested_tensor([x[0], x[1]]), None), (lambda x: (x*0).long() + 4, 4),

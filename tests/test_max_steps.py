@@ -122,7 +122,7 @@ def test_schedules_of_so_many_steps():
 
 def test_times_of_averages_in_a_fit_of_so_many_steps():
     "15 of 20 steps are '0.75dur'; the half-life of 5 % is a step. A pass that is cut short is over"
-    swa, ema, lawa = SWACB(every='1ba'), EMACB(apply=False), LAWACB(k=9)
+    swa, ema, lawa = SWACB(every='1ba'), EMACB(half_life='0.05dur', apply=False), LAWACB(k=9)
     run(swa, ema, lawa, max_steps=20, unsized=True)
     assert (swa.average.n, ema.average.n) == (6, 20)
     assert ema.average.rule(5) == pytest.approx(0.5)

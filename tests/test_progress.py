@@ -57,7 +57,8 @@ def script(epochs, wait=False):
 
 def popen(epochs, wait=False, **kwargs):
     code = f'import test_progress as t; t.script({epochs}, {wait})'
-    env = {k: v for k, v in os.environ.items() if k != 'PYTHONUNBUFFERED'}      # it would hide that nothing is flushed
+    # the first would hide that nothing is flushed, the others the size of the terminal
+    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONUNBUFFERED', 'COLUMNS', 'LINES')}
     return subprocess.Popen([sys.executable, '-c', code], cwd=os.path.dirname(__file__), env=env, **kwargs)
 
 def in_terminal(epochs, interrupt_at=None, columns=0):
@@ -284,7 +285,7 @@ def test_nothing_of_the_learner_is_replaced():
     learn = learner(ProgressCB(view=View), watch)
     learn.fit(2)
     assert watch.seen[0] is learn.dls.valid and learn.epochs == range(2)
-    assert not hasattr(learn, 'metrics')
+    assert learn.metrics is None
 
 def test_one_callback_serves_two_learners():
     cb = ProgressCB(view=View)

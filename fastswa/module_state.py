@@ -10,7 +10,9 @@ import math
 from collections import Counter, defaultdict, deque, OrderedDict
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from operator import is_
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -48,14 +50,17 @@ def train_without_dropout(
             if 'drop' in k and isinstance(v, float): vars(m)[k] = 0.
 
 # %% ../nbs/04_module_state.ipynb #22dce0d4
-_VALUES = torch.Tensor, np.ndarray, bool, int, float, complex, str, bytes, tuple, list, dict, set, deque, type(None)
+_VALUES = (torch.Tensor, np.ndarray, bool, int, float, complex, str, bytes, tuple, list, dict, set, deque, type(None),
+           SimpleNamespace)
 _OF_MODULES = {*vars(torch.nn.Module()), '_held_weights'}      # the attributes that every module has
-_RUNNING = 2**20      # elements of a running value at most
+_RUNNING,_ITEMS = 2**20,1000      # elements of a running value at most; items of a container that are looked into
+_WRITABLE = torch.Tensor, np.ndarray, tuple, list, dict, set, deque, SimpleNamespace      # in place
 
 @contextmanager
 def keep_state(
     *objects, # modules, callbacks, a learner: whatever has attributes
     skip=(), # attributes that are left as they are
+    when=lambda: True, # called at the end: is it to be so?
 ):
     "Afterwards attributes and buffers are as before; of the attributes of modules those that are plain values"
     kept = [(o, type(o), _attributes(o, skip), dict(getattr(o, '_buffers', {}))) for o in objects]
@@ -64,6 +69,7 @@ def keep_state(
     try: yield
     finally:
         with uninterrupted(), torch.no_grad():
+            if not when(): kept,undo = [],[]
             for f in undo: f()
             for o, cls, attributes, buffers in kept:
                 if type(o) is not cls: continue      # a lazy layer that has become another one
@@ -87,15 +93,27 @@ def _put_back_buffers(o, buffers):
         if moved: now.copy_(b)
         else: o._buffers[k] = b
 
-def _undo(v, largest):
-    "A function that undoes what is written into a value in place from now on"
+def _undo(v, largest, depth=3):
+    "A function that undoes what is written into a value in place from now on, so many levels down"
     if isinstance(v, torch.Tensor):
         if is_lazy(v) or v.is_meta or v.requires_grad or v.numel() > largest: return lambda: None
         return partial(_rewrite, v, v.clone())
     if isinstance(v, np.ndarray) and v.size <= largest and v.flags.writeable: return partial(np.copyto, v, v.copy())
-    if type(v) in (list, deque): return partial(_refill, v, v.extend, list(v))
-    if type(v) in (dict, set, OrderedDict, defaultdict, Counter): return partial(_refill, v, v.update, v.copy())
+    if type(v) in (list, deque): return _both(partial(_refill, v, v.extend, list(v)), v, largest, depth)
+    if type(v) is set: return partial(_refill, v, v.update, v.copy())
+    if type(v) in (dict, OrderedDict, defaultdict, Counter):
+        return _both(partial(_refill, v, v.update, v.copy()), v.values(), largest, depth)
+    if type(v) is tuple: return _both(lambda: None, v, largest, depth)
+    if type(v) is SimpleNamespace: return _undo(vars(v), largest, depth)
     return lambda: None
+
+def _both(undo, values, largest, depth):
+    "Undo what is written into a container, and into the containers, tensors and arrays in it"
+    inside = [o for o in islice(values, _ITEMS) if isinstance(o, _WRITABLE)] if depth else []
+    inner = [_undo(o, largest, depth - 1) for o in inside]
+    def both():
+        for f in (undo, *inner): f()
+    return both if inner else undo
 
 def _rewrite(t, was):
     # only if need be: autograd counts writes, and so does whoever asks whether weights were changed

@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
+from fastswa.callbacks.schedule import BatchSchedCB
 from fastswa.callbacks.steps import ClosureCB
 from fastswa.training.events import Callback
 from fastswa.training.learner import MomentumLearner, TrainLearner
@@ -798,3 +799,25 @@ def test_a_search_takes_the_options_and_not_the_state_in_the_groups():
     Late.seen.clear()
     learn.lr_find(show=False, max_steps=4)
     assert Late.seen == [(1, 0.5), (2, 0.5), (3, 0.5)] and learn.opt.param_groups[0]['sum'] == 7
+
+
+class OwnUpdate:
+    "A wrapper that has a torch optimizer for its groups, and moves the weights itself"
+    def __init__(self, base): self.base = base
+    param_groups = property(lambda self: self.base.param_groups)
+
+    @torch.no_grad()
+    def step(self):
+        for g in self.base.param_groups:
+            for p in g['params']: p.add_(p.grad, alpha=-g['lr'])
+
+    def zero_grad(self): self.base.zero_grad()
+
+
+def test_steps_at_a_rate_of_0_count():
+    "A warm-up from 0 moves nothing at first. Wrong: no step counts, so the schedule never moves on, and nothing trains"
+    warm = BatchSchedCB(lambda o: lr_scheduler.LambdaLR(o.base, lambda step: min(1, step/4)))
+    learn = learner(warm, opt_func=lambda params, lr: OwnUpdate(optim.SGD(params, lr)))
+    before = learn.model[0].weight.detach().clone()
+    learn.fit(1)
+    assert learn.opt_steps == 10 and not torch.equal(learn.model[0].weight, before)

@@ -239,6 +239,7 @@ class Alike(Callback):
         self.exc = exc
     def __eq__(self, other): return True
     __hash__ = None
+    def before_epoch(self, learn): pass
     def go(self, learn): raise self.exc
 
 
@@ -353,3 +354,11 @@ def test_the_loaders_are_never_written_to(kind):
         end_workers(plain)
         return learn.history, other
     assert run(kind) == run(lambda dls: dls)
+
+
+@pytest.mark.parametrize('name', ['begin_epoch', 'training_step', 'epoch_ended', 'on_batch', 'run'])
+def test_a_callback_that_nothing_would_call(name):
+    "A method of any other name than an event's. Wrong: the fit runs, and the callback never does"
+    cb = type('Lost', (Callback,), {name: lambda self, learn: None})()
+    with pytest.raises(ValueError, match='Lost has no method named after an event, so that nothing would call it'):
+        learner(cb).fit(1)

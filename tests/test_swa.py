@@ -480,12 +480,15 @@ class Taken(AverageCB):
 
 
 def minima(rates, start=0):
-    "Steps, from 1, at whose rate it was lowest: it had fallen, and rises afterwards or there is none"
-    found, falling = [], False
+    """Steps, from 1, at whose rate it was lowest: it had fallen, and rises afterwards
+
+    The end is one too, unless a cycle is cut short there: then the rate is far above that of the minimum before."""
+    found, falling, newest = [], False, None
     for i, rate in enumerate(rates):
         if i and rate != rates[i - 1]: falling = rate < rates[i - 1]
-        if falling and (i + 1 == len(rates) or rates[i + 1] > rate):
-            falling = False
+        ends = i + 1 == len(rates) and (newest is None or rate <= 2*newest)
+        if falling and (ends or i + 1 < len(rates) and rates[i + 1] > rate):
+            falling, newest = False, rate
             if i + 1 >= start: found.append(i + 1)
     return found
 
@@ -548,7 +551,7 @@ def test_a_run_resumed_between_two_minima(tmp_path):
     whole = run()
     run(CheckpointCB(tmp_path), AtEpoch(1))      # after 10 steps, of which the last 4 went down
     resumed = run(resume=tmp_path)
-    assert whole.n == resumed.n == 3 and same(copied(whole.weights), copied(resumed.weights))
+    assert whole.n == resumed.n == 2 and same(copied(whole.weights), copied(resumed.weights))
 
 
 def test_minima_that_cannot_be():

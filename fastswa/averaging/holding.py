@@ -238,7 +238,8 @@ def holding(
     # two, since Ctrl-C may cut one of them short; otherwise the second finds nothing to do
     with _Releasing(held, layers), _Releasing(held, layers):
         held.take(layers, values, stash)
-        with keep_state(*layers): yield held
+        # when the record is gone, others have put everything back: that Ctrl-C cut an exit short shows only later
+        with keep_state(*layers, when=lambda: held.active): yield held
 
 class holding_as_before:
     "Afterwards a module holds what it held before, also where Ctrl-C has cut short what should have seen to that"

@@ -6,7 +6,8 @@
 __all__ = ['CapturePreds', 'capture_preds', 'summary', 'show_image_batch']
 
 # %% ../../nbs/callbacks/11_inspection.ipynb #00000002
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from copy import copy
 
 import torch
 from fastcore.meta import delegates
@@ -39,7 +40,9 @@ def _cat(
         if len({(p.ndim, p.shape[1:]) for p in parts}) > 1: return parts
         return torch.cat(parts) if first.ndim else torch.stack(parts)
     if all(isinstance(p, Mapping) and p.keys() == first.keys() for p in parts):
-        return {k: _cat([p[k] for p in parts], sizes) for k in first}
+        res = copy(first) if isinstance(first, MutableMapping) else {}      # such as a ModelOutput
+        for k in first: res[k] = _cat([p[k] for p in parts], sizes)
+        return res
     if not all(map(_is_list, parts)): return parts
     if all(map(_samples, parts, sizes)): return [o for p in parts for o in p]
     if len({*map(len, parts)}) > 1: return parts

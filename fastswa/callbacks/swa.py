@@ -166,7 +166,7 @@ class LowestRate:
     "Finds the minima of a learning rate that goes down and up again, each once"
     def __init__(self):
         self.of_batch = self.used = None      # the rate of this batch, and that of the last step
-        self.falling = False
+        self.falling,self.newest = False,None      # and that of the newest minimum
 
     def use(self):
         "A step was taken at the rate of this batch"
@@ -178,8 +178,10 @@ class LowestRate:
         last:bool=False, # is there no next step?
     ) -> bool:
         "Was the last step at a minimum?"
-        found = self.falling and (last or following > self.used)
-        if found: self.falling = False
+        # at the end a cycle may have been cut short: then its last rate is far above the minima before
+        ends = last and (self.newest is None or self.used <= 2*self.newest)
+        found = self.falling and (ends or not last and following > self.used)
+        if found: self.falling,self.newest = False,self.used
         return found
 
 def _averaging(learn): return [cb for cb in learn.cbs if cb.role == 'averages' and hasattr(cb, 'average')]

@@ -268,7 +268,7 @@ class StepWatch:
     def __init__(self,
         opt, # an optimizer, or a wrapper of some
     ):
-        hooked = hooked_optimizers(opt)
+        self.opt,hooked = opt,hooked_optimizers(opt)
         self.handles = [o.register_step_post_hook(self._note) for o in hooked if o is not opt]
         if any(o is opt for o in hooked):
             self.handles += [opt.register_step_pre_hook(self._begin), opt.register_step_post_hook(self._end)]
@@ -288,20 +288,23 @@ class StepWatch:
         model, # what it trains
     ) -> int:
         "Call `step`; how many steps did it make? Those inside a wrapper are one; where no hook tells, a call is a step"
-        before = _some_weights(model) if self.tells is None else ()
+        before = _some_weights(model, self.opt) if self.tells is None else ()
         self.depth = 0      # the last step may have failed
         step()
         (n, told),self.n,self.told = (self.n, self.told),0,False      # also by those that step in the backward pass
-        if self.tells is None and (told or any(not torch.equal(p, old) for p, old in before)): self.tells = told
-        return n or int(told or self.tells is False)
+        moved = any(not torch.equal(p, old) for p, old in before)
+        if self.tells is None and (told or moved): self.tells = told
+        # where nothing could have moved, as at the beginning of a warm-up from 0, a call counts until more is known
+        return n or int(told or self.tells is False or self.tells is None and not before)
 
     def remove(self):
         for h in self.handles: h.remove()
 
-def _some_weights(model):
-    "A few small parameters that have a gradient, and copies of them"
-    params = sorted((p for p in model.parameters() if p.grad is not None), key=torch.Tensor.numel)
-    return [(p, p.detach().clone()) for p in params[:8]]
+def _some_weights(model, opt):
+    "A few small parameters that a step would move, and copies of them; none where all rates are 0"
+    still = _ids(p for g in _groups(opt) if g.get('lr') == 0 for p in g['params'])
+    params = [p for p in model.parameters() if p.grad is not None and id(p) not in still]
+    return [(p, p.detach().clone()) for p in sorted(params, key=torch.Tensor.numel)[:8]]
 
 # %% ../../nbs/training/03_optim.ipynb #0000001a
 def _trains(module): return any(p.requires_grad for p in module.parameters())

@@ -142,7 +142,8 @@ def check_cbs(
         for name in (n for n in dir(cb) if '_' in n and n[0] != '_' and n not in _EVENTS):
             if _is_like_an_event(name) and callable(getattr(cb, name)):
                 raise ValueError(f'{type(cb).__name__}.{name} is not an event; {_is_like_an_event(name)}')
-        if type(cb) is not Callback and not any(hasattr(cb, e) for e in (*_EVENTS, *STEPS, 'state_dict')):
+        methods = {n for n in dir(cb) if n[0] != '_' and callable(getattr(cb, n, None))}
+        if methods and not methods & {*_EVENTS, *STEPS, 'state_dict'}:      # one without methods holds a setting
             raise ValueError(f'{type(cb).__name__} has no method named after an event, so that nothing would call it; '
                              f'there are {", ".join(sorted(_EVENTS))}')
     for step in STEPS if train else STEPS[:2]:

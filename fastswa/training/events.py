@@ -125,6 +125,11 @@ def _is_like_an_event(name):
     if close: return f'did you mean {close[0]}?'
     return f'there are {", ".join(sorted(_EVENTS))}' if _LIKE_EVENTS.match(name) else None
 
+def _has_methods(cb):
+    "One without any holds a setting; properties are not asked"
+    own = {n: getattr(type(cb), n, None) for n in dir(type(cb))} | vars(cb)
+    return any(n[0] != '_' and callable(f) for n, f in own.items())
+
 def check_cbs(
     cbs, # the callbacks of a fit
     own=(), # step methods that the learner itself provides
@@ -142,8 +147,7 @@ def check_cbs(
         for name in (n for n in dir(cb) if '_' in n and n[0] != '_' and n not in _EVENTS):
             if _is_like_an_event(name) and callable(getattr(cb, name)):
                 raise ValueError(f'{type(cb).__name__}.{name} is not an event; {_is_like_an_event(name)}')
-        methods = {n for n in dir(cb) if n[0] != '_' and callable(getattr(cb, n, None))}
-        if methods and not methods & {*_EVENTS, *STEPS, 'state_dict'}:      # one without methods holds a setting
+        if not any(hasattr(cb, e) for e in (*_EVENTS, *STEPS, 'state_dict')) and _has_methods(cb):
             raise ValueError(f'{type(cb).__name__} has no method named after an event, so that nothing would call it; '
                              f'there are {", ".join(sorted(_EVENTS))}')
     for step in STEPS if train else STEPS[:2]:

@@ -158,7 +158,7 @@ class Average(CountedSnapshots):
     def state_dict(self) -> dict: # `n`, `skipped`, `rule` (in words) and `weights` by name
         "What `load_state_dict` needs; the tensors are the average's own, not copies"
         if self.n: self.verify()
-        return dict(n=self.n, skipped=self.skipped, rule=repr(self.rule), weights=self.weights if self.n else {})
+        return dict(n=self.n, skipped=self.skipped, rule=_in_words(self.rule), weights=self.weights if self.n else {})
 
     @locked
     def load_state_dict(self,
@@ -167,8 +167,9 @@ class Average(CountedSnapshots):
         "Go on from a saved average, by this one's own rule; raises ValueError where names or shapes differ"
         _check_state(state)
         # the address of a function says nothing
-        if state['rule'] != repr(self.rule) and ' at 0x' not in state['rule']:
-            warnings.warn(f'the saved average followed {state["rule"]}; from here on it follows {self.rule}')
+        ours = _in_words(self.rule)
+        if state['rule'] != ours and ' at 0x' not in state['rule']:
+            warnings.warn(f'the saved average followed {state["rule"]}; from here on it follows {ours}')
         self.verify()
         loaded = self._selection.in_order(state['weights'], 'the saved average') if state['n'] else None
         self.reset()
@@ -202,6 +203,10 @@ def _rebound(f, memo):
     new = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, cells)
     new.__kwdefaults__ = f.__kwdefaults__
     return new
+
+def _in_words(rule):
+    "A rule as it was given, with times that depend on the length of a run"
+    return repr(getattr(rule, 'given', rule))
 
 def _check_state(state):
     missing = [k for k in ('n', 'skipped', 'rule', 'weights') if k not in state]

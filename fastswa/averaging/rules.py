@@ -80,7 +80,9 @@ class ema(Rule):
         "The rule with its half-life in steps of this run"
         if not isinstance(self.half_life, str): return self
         steps = float(span(Time.parse(self.half_life)))
-        return replace(self, half_life=steps or 1.)      # a run of no epochs has no steps
+        res = replace(self, half_life=steps or 1.)      # a run of no epochs has no steps
+        object.__setattr__(res, 'given', self)      # what a saved average says that it followed
+        return res
 
 # %% ../../nbs/averaging/00_rules.ipynb #00000007
 @dataclass(frozen=True, repr=False)

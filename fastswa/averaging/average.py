@@ -180,6 +180,7 @@ class Average(CountedSnapshots):
     to_averaged_model = later('averaging.interchange', 'to_averaged_model')
     from_averaged_model = later('averaging.interchange', 'from_averaged_model')
 
+# %% ../../nbs/averaging/05_average.ipynb #9070a845
 def detached_copy(module):
     "A deep copy of a module in eval mode, without gradients; what it holds are its own weights"
     memo = {}

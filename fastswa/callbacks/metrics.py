@@ -65,6 +65,7 @@ class FunctionMetric:
     def state_dict(self): return dict(total=self.total, n=self.n, parts=self.parts)
     def load_state_dict(self, state): self.total,self.n,self.parts = state['total'],state['n'],[*state['parts']]
 
+# %% ../../nbs/callbacks/01_metrics.ipynb #053c6b88
 class MetricsCB(Callback):
     "Metrics of every epoch, as columns of `learn.history`; prints the rows where no progress callback shows them"
     order,role = Stage.measure,'measures'

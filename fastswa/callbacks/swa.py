@@ -47,6 +47,7 @@ def _with_arguments_of(cls, but):
         return checked
     return decorate
 
+# %% ../../nbs/callbacks/02_swa.ipynb #c884b1c9
 class AverageCB(Callback):
     "An average of the weights by any rule, with a row at each validation"
     order,role = Stage.average,'averages'
@@ -160,6 +161,7 @@ class AverageCB(Callback):
         self._loaded = None
         if self.at: vars(self._rate).update(state.get('rate', {}))
 
+# %% ../../nbs/callbacks/02_swa.ipynb #f56f4f8c
 def _lr(learn): return float(learn.opt.param_groups[0]['lr'])
 
 class LowestRate:

@@ -213,6 +213,7 @@ class CheckpointCB(Callback):
         self.top = [tuple(o) for o in state['top']]
         self.when.load_state_dict(state['when'])
 
+# %% ../../nbs/checkpoint/02_checkpoint.ipynb #cf62f47b
 def _link(path, to):
     "`to` becomes another name of a file, or a copy where a file cannot have two"
     with written(to) as tmp:

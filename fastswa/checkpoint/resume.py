@@ -141,6 +141,7 @@ def _set_rng(state, generators):
         state = dict(state, cuda=[])
     set_rng_state(state, generators)
 
+# %% ../../nbs/checkpoint/01_resume.ipynb #4890bc00
 class ResumeCB(Callback):
     "Makes a fit resume from a checkpoint; ValueError, with nothing changed, if it cannot"
     order,role = math.inf,'watches'
@@ -247,6 +248,7 @@ class ResumeCB(Callback):
         learn.own_cbs.loss.meter.load_state_dict(self.place['meter'], device)
         learn.loss = self.place['loss'].to(device)
 
+# %% ../../nbs/checkpoint/01_resume.ipynb #78ea67bf
 class _Rest:
     "The batches of a loader after the first `n`, which are gone through at once"
     def __init__(self, dl, n):

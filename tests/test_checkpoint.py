@@ -253,7 +253,8 @@ def test_what_is_in_it(tmp_path):
     assert not torch.equal(state['weights']['raw']['0.weight'], raw['0.weight'])
     for name, a in learn.averages.items():
         saved = state['averages']['averages'][name]['average']
-        assert saved['n'] == a.n and saved['rule'] == repr(getattr(a.rule, 'given', a.rule))      # not what it comes to in this run
+        # the rule as it was given, not what it comes to in this run
+        assert saved['n'] == a.n and saved['rule'] == repr(getattr(a.rule, 'given', a.rule))
         for k, v in a.weights.items(): assert torch.equal(saved['weights'][k], v)
     assert {*state['opt']} >= {'param_groups', 'state'}
     assert {*state['rng']} >= {'python', 'numpy', 'torch', 'cuda'}

@@ -18,7 +18,8 @@ from ..batches import batch_size
 from ..core import check_number, check_whole
 from ..training.events import Callback, CancelBatchException, CancelStepException, Stage
 from ..training.learner import MomentumLearner
-from ..training.optim import hooked_optimizers, loss_module, named_parameters, parameters
+from ..training.opt_steps import hooked_optimizers
+from ..training.parameters import loss_module, named_parameters, parameters
 
 # %% ../../nbs/callbacks/06_steps.ipynb #9f71992e
 def check_alone(cb, learn):

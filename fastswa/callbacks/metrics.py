@@ -255,6 +255,7 @@ class EarlyStoppingCB(Callback):
     "End the fit when a column has not become better for some epochs; `best` and `best_epoch` say when it was best"
     order,role = Stage.schedule + 5,'watches'
     name = average = None      # of the best weights, if they are kept
+    optional = True      # a run may be resumed without it
     best = best_epoch = reason = stopped_epoch = _epoch = _value = None      # the last two: of the newest row
     def __init__(self,
         metric:str='loss', # a column of the raw row; `'ema/accuracy'` for other weights, `'train/loss'` for training

@@ -156,7 +156,7 @@ class TrackedAverages(Mapping):
         lam:float, # how much of it, and 1 - lam of the raw weights; below 0 and above 1 goes beyond them
         name:str|None=None, # of the blend; None: such as 'ema@0.5'
     ) -> Average:
-        """(1 - lam)·raw + lam·average, as they are now: a set of weights of its own, which takes one more copy of them
+        """(1 - lam)·raw + lam·average, as they are now: a set of weights of its own, one more copy of them in memory
 
         It stands still, and is made anew when it is asked for again by its name. Raises RuntimeError if the average is
         empty, ValueError if `lam` is not finite or the name taken."""

@@ -14,9 +14,11 @@ from ..core import check_choice, unwrap
 
 # %% ../../nbs/callbacks/14_teacher.ipynb #7708ae98
 class TeacherCB(AverageCB):
-    """An average of the weights as `learn.teacher`, a module in eval mode and without gradients that follows each update
+    """An average of the weights as `learn.teacher`: a module in eval mode, without gradients, that follows each update
 
-    It begins as a copy of the model when the first fit begins, and goes on in the next ones."""
+    It begins as a copy of the model when the first fit begins, and goes on in the next ones. BYOL, arXiv 2006.07733;
+    Mean Teacher, arXiv 1703.01780. Raises ValueError before training where a decay that changes needs the length of
+    the fit, which nobody knows."""
     @with_arguments_of(AverageCB, but=['rule', 'start', 'phase', 'at'])
     def __init__(self,
         decay:float=0.996, # what is left of the teacher after a step, from 0 to 1, when a fit begins

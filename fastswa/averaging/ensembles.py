@@ -18,7 +18,7 @@ from torch import nn
 from .average import Average
 from .holding import raw_values
 from .tensors import WHOLE, check_same, locked
-from ..core import check_choice, check_number, check_whole, local, uninterrupted, unwrap
+from ..core import check_choice, check_number, check_whole, local, uninterrupted
 
 # %% ../../nbs/averaging/08_ensembles.ipynb #00000006
 def average_of(average, weights):

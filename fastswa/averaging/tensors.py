@@ -70,7 +70,8 @@ def find_tensors(
         t = holder[k]
         if is_lazy(t): raise ValueError(f'{name} has no shape yet: run a batch through the lazy module first')
         names.append(name)
-        if (include in (None, WHOLE) or _matches(name, t, include)) and not _matches(name, t, exclude): found[name] = holder, k
+        wanted = include in (None, WHOLE) or _matches(name, t, include)
+        if wanted and not _matches(name, t, exclude): found[name] = holder, k
     if not found: raise ValueError(f'no weights to average are left by include={include!r}, exclude={exclude!r}')
     quantised = [name for name, (d, k) in found.items() if _is_quantised(d[k])]
     if quantised:

@@ -8,7 +8,7 @@ __all__ = ['DeviceCB', 'BatchTransformCB', 'SingleBatchCB', 'HasLearnCB', 'Recor
 # %% ../../nbs/callbacks/00_basics.ipynb #00000002
 from ..batches import default_device, to_cpu, to_device
 from ..training.events import Callback, CancelFitException, Stage
-from ..training.optim import loss_module
+from ..training.parameters import loss_module
 
 # %% ../../nbs/callbacks/00_basics.ipynb #00000006
 class DeviceCB(Callback):

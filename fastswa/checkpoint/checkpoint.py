@@ -16,7 +16,9 @@ from ..clock import Every
 from ..core import check_whole, unwrap
 from ..files import as_path, check_folder, is_main_process, wait_for_all, written
 from ..training.events import Callback, Stage, by_order
-from ..training.optim import KNOWN_OPTIONS, OptionChanges, load_opt_state, named_parameters
+from ..training.optim import KNOWN_OPTIONS, OptionChanges
+from ..training.opt_state import load_opt_state
+from ..training.parameters import named_parameters
 
 # %% ../../nbs/checkpoint/02_checkpoint.ipynb #00000007
 def save(

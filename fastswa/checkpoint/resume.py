@@ -19,7 +19,8 @@ from ..random_state import get_rng_state, set_rng_state
 from ..core import is_quiet, plain, unwrap
 from ..files import as_path
 from ..training.events import Callback, by_order
-from ..training.optim import load_opt_state, loss_tensors, named_parameters, opt_state
+from ..training.opt_state import load_opt_state, opt_state
+from ..training.parameters import loss_tensors, named_parameters
 from ..training.sandbox import generators, takes_part
 
 # %% ../../nbs/checkpoint/01_resume.ipynb #00000005

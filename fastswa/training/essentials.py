@@ -14,7 +14,7 @@ from ..batches import batch_size
 from ..random_state import generators_in, get_rng_state
 from ..module_state import set_modes
 from .events import Callback
-from .optim import loss_module
+from .parameters import loss_module
 
 # %% ../../nbs/training/01_essentials.ipynb #00000005
 class LossMeter:

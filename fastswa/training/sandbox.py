@@ -23,7 +23,7 @@ from ..core import unwrap
 from .essentials import LossCB, ModesCB, PositionCB
 from .events import CancelBatchException, CancelEpochException, CancelFitException
 from .events import STEPS, Callback, by_order, run_cbs
-from .optim import loss_module, parameters
+from .parameters import loss_module, parameters
 
 # %% ../../nbs/training/02_sandbox.ipynb #00000005
 _OF_LOOP = {'batch', 'between_batches', 'dl', 'dls', 'epoch', 'epochs', 'history', 'iter', 'loss', 'own_cbs', 'preds',

@@ -89,7 +89,7 @@ class StoresSnapshots(Average):
     "Averages by `power`, and snapshots of them in memory or in files"
     def __init__(self,
         module:nn.Module, # the model whose weights are averaged
-        sigma_rels=(0.05, 0.1), # windows of the averages that are stored, as shares of the run
+        sigma_rels=(0.05, 0.28), # windows of the averages that are stored, as shares of the run
         every:int|None=100, # updates between two snapshots; None: only those that `store` takes
         *,
         keep:int|None=40, # snapshots stored at most; when there are more, some are left out evenly; None: all stay
@@ -265,3 +265,5 @@ class PostHocEMA(StoresSnapshots):
     ):
         "A context: inside it the module holds the reconstruction; after it, whatever happened, its own weights"
         return average_of(self, self.reconstruct(window, step)).applied()
+
+    choose = later('averaging.choice', 'choose')

@@ -44,8 +44,8 @@ class PostHocEMACB(AverageCB):
     "Keeps what is needed to choose the length of the average after training: arXiv 2312.02696; see `PostHocEMA`"
     @with_arguments_of(AverageCB, but=['rule', 'restart'])
     def __init__(self,
-        sigma_rels=(0.05, 0.1), # widths of the averages that are followed; the row shows the first
-        every:str='0.05dur', # how often they are stored
+        sigma_rels=(0.05, 0.28), # widths of the averages that are followed; the row shows the first
+        every:str='0.025dur', # how often they are stored
         start:str='0ba', # from when on
         folder=None, # where to store them; None: in memory
         *, name:str='posthoc', **kwargs

@@ -82,7 +82,7 @@ def choose(
     half_lives=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), # of exponential averages, as shares of the updates so far
     merges=None, # newest snapshots in a merge; None: 4, 8 and 16, as far as there are so many
     shapes=('linear', '1-sqrt'), # of the decays that merges stand for, see `decay_weights`
-    blends=(1.,), # how much of an average counts, the rest being the raw weights
+    blends=(0.5, 1.), # how much of an average counts, the rest being the raw weights
     mode:str='max', # is a high or a low score good: `'max'` or `'min'`
     *,
     bn_data=None, # batches for BatchNorm statistics of each candidate, or a function that gives some; training data

@@ -104,7 +104,7 @@ def choose(
                       'of training data')
     total,first = 1 + len(windows)*len(blends),None
     try:
-        for row, weights in _progress(_candidates(average, averages.weights('raw'), windows, blends), total):
+        for row, weights in _progress(_candidates(average, averages, windows, blends), total):
             e = _try(choice, row, weights, averages, evaluate)
             first = first or e
     except KeyboardInterrupt:
@@ -118,26 +118,24 @@ def _progress(candidates, total):
     from tqdm import tqdm
     return tqdm(candidates, 'candidates', total, leave=False, delay=2, disable=is_quiet())
 
-def _candidates(average, raw, windows, blends):
-    "The row of each, and an `Average` of these weights; None for the raw ones"
-    yield _row('raw'), None
+def _candidates(average, averages, windows, blends):
+    "The row of each, and an `Average` of these weights"
+    raw = Snapshot(average.source)      # what `evaluate` writes does not get into the raw weights themselves
+    with averages.using('raw'): raw.update()
+    yield _row('raw'), raw
     for row, window in windows:
         weights = average.reconstruct(window)
-        for blend in blends: yield dict(row, blend=blend), _blended(average, weights, raw, blend)
+        for blend in blends: yield dict(row, blend=blend), _blended(average, weights, raw.weights, blend)
 
 def _try(choice, row, average, averages, evaluate):
     "Note the score of a candidate; returns the exception where there was one"
-    name,note,failed,score = 'raw','',None,math.nan
-    if average is not None:
-        name = 'candidate'
-        averages.add(name, average, every=None)
-        if row['residual'] > 0.1: note = 'rough: residual above 0.1'
+    averages.add('candidate', average, every=None)
+    note = 'rough: residual above 0.1' if (row['residual'] or 0) > 0.1 else ''
     try:
-        with averages.using(name) as model:
+        with averages.using('candidate') as model:
             score = float(evaluate(model.eval()))
             choice.add(dict(row, score=score, note='NaN' if math.isnan(score) else note))
     except Exception as e:
-        failed = e
         choice.add(dict(row, score=math.nan, note=f'{type(e).__name__}: {e}'.split('\n')[0][:80]))
-    averages.clear()
-    return failed
+        return e
+    finally: averages.clear()

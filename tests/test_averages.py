@@ -15,7 +15,8 @@ from fastswa.averaging.averages import Averages
 from fastswa.averaging.ensembles import LatestAverage
 from fastswa.averaging.holding import held_weights, restore_raw
 from fastswa.averaging.rules import ema, equal, power
-from fastswa.callbacks.swa import AverageCB, BNUpdateCB, EMACB, LAWACB, SWACB
+from fastswa.callbacks.swa import AverageCB, EMACB, LAWACB, SWACB
+from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.random_state import set_seed
 from fastswa.training.events import Callback, CancelFitException, CancelStepException
 from fastswa.training.learner import TrainLearner

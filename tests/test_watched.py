@@ -8,7 +8,8 @@ from torch.optim import lr_scheduler
 
 from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
 from fastswa.callbacks.schedule import EpochSchedCB
-from fastswa.callbacks.swa import EMACB, SWACB, BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
+from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import quiet
 from fastswa.random_state import set_seed

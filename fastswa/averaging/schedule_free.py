@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_schedule_free', 'schedule_free', 'ScheduleFree']
 
-# %% ../../nbs/averaging/14_schedule_free.ipynb #3016e731
+# %% ../../nbs/averaging/14_schedule_free.ipynb #8fb7a64a
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from .holding import raw_values
 from .tensors import locked
 from ..core import local
 
-# %% ../../nbs/averaging/14_schedule_free.ipynb #333bbf20
+# %% ../../nbs/averaging/14_schedule_free.ipynb #90500821
 def _beta(opt, group):
     own = getattr(opt, 'momentum', None)      # of a wrapper, whose groups have the options of the optimizer inside
     if own is not None: return own
@@ -45,6 +45,13 @@ class ScheduleFree(Average):
         opt, # of the package `schedulefree`, or one with the same options, as pytorch_optimizer has
         **kwargs, # for `Average`: `dtype`, `device`, `include`, `exclude`
     ):
+        super().__init__(module, schedule_free(), **kwargs)
+        self.follow(opt)
+
+    def follow(self,
+        opt, # of the same module
+    ):
+        "Follow this optimizer from now on; what was computed or loaded is forgotten"
         if not is_schedule_free(opt):
             raise ValueError(f'{type(opt).__name__} is no Schedule-Free optimizer, which averages the weights itself: '
                              'take one, such as schedulefree.AdamWScheduleFree, or another average')
@@ -52,10 +59,9 @@ class ScheduleFree(Average):
             raise ValueError(f'{type(opt).__name__} has a first beta, or a momentum, of 0: then its average cannot be '
                              'computed from the weights; it must be above 0')
         self.opt = opt
-        super().__init__(module, schedule_free(), **kwargs)
+        self.reset()
 
     def reset(self):
-        "Forget what was computed or loaded"
         super().reset()
         self._computed_at = None      # the step
 

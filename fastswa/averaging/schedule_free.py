@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_schedule_free', 'schedule_free', 'ScheduleFree']
 
-# %% ../../nbs/averaging/14_schedule_free.ipynb #8fb7a64a
+# %% ../../nbs/averaging/14_schedule_free.ipynb #b4e2127c
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from .holding import raw_values
 from .tensors import locked
 from ..core import local
 
-# %% ../../nbs/averaging/14_schedule_free.ipynb #90500821
+# %% ../../nbs/averaging/14_schedule_free.ipynb #5f129dbd
 def _beta(opt, group):
     own = getattr(opt, 'momentum', None)      # of a wrapper, whose groups have the options of the optimizer inside
     if own is not None: return own
@@ -37,7 +37,7 @@ class schedule_free:
 class ScheduleFree(Average):
     """The average of a Schedule-Free optimizer, computed from its state when it is asked for: arXiv 2405.15682, eq. 2
 
-    Costs nothing at a step. ValueError if the optimizer is another. BatchNorm's statistics in it are the model's own,
+    Costs next to nothing at a step. ValueError if the optimizer is another. BatchNorm's statistics in it are the model's own,
     measured where the gradients are: recompute them, as for every average. Leave the optimizer in train mode, and read
     the average between its steps."""
     def __init__(self,
@@ -73,6 +73,8 @@ class ScheduleFree(Average):
     def _steps(self):
         if not any('z' in s for s in self.opt.state.values()): return 0
         return max(g.get('k', g.get('step', 0)) for g in self.opt.param_groups)
+
+    def _ready(self, steps=1): self._check_raw()      # the tensors are looked up when they are read
 
     def update(self,
         module=None, # None: there is nothing to take from another one

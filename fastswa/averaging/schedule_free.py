@@ -37,9 +37,9 @@ class schedule_free:
 class ScheduleFree(Average):
     """The average of a Schedule-Free optimizer, computed from its state when it is asked for: arXiv 2405.15682, eq. 2
 
-    Costs next to nothing at a step. ValueError if the optimizer is another. BatchNorm's statistics in it are the model's own,
-    measured where the gradients are: recompute them, as for every average. Leave the optimizer in train mode, and read
-    the average between its steps."""
+    Costs next to nothing at a step. ValueError if the optimizer is another. BatchNorm's statistics in it are the
+    model's own, measured where the gradients are: recompute them, as for every average. Leave the optimizer in train
+    mode, and read the average between its steps."""
     def __init__(self,
         module:nn.Module, # the model that the optimizer trains
         opt, # of the package `schedulefree`, or one with the same options, as pytorch_optimizer has

@@ -34,15 +34,25 @@ class SWAGCB(SWACB):
     def new_average(self, model): return SWAG(model, self.rank, **self.options)
 
 # %% ../../nbs/callbacks/04_swa_variants.ipynb #d8d9e1c3
-def _with_moments(state, every):
-    "The state of an average, and where an `Every` stands in the run"
-    return dict(state, moments=every.state_dict()) if hasattr(every, 'clock') else state
+class _NowAndThen:
+    "Beside an `AverageCB`: calls `self.act()` after the first snapshot in each interval of `self.when`, an `Every`"
+    def before_fit(self, learn):
+        super().before_fit(learn)
+        if learn.will_train: self.when.begin(learn.clock)
 
-def _load_moments(state, every):
-    if 'moments' in state and hasattr(every, 'clock'): every.load_state_dict(state['moments'])
+    def taken(self, learn):
+        if self.when.due() and self.average.n: self.act()
+
+    def state_dict(self):
+        state = super().state_dict()
+        return dict(state, moments=self.when.state_dict()) if hasattr(self.when, 'clock') else state
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        if 'moments' in state: self.when.load_state_dict(state['moments'])
 
 # %% ../../nbs/callbacks/04_swa_variants.ipynb #00000017
-class PostHocEMACB(AverageCB):
+class PostHocEMACB(_NowAndThen, AverageCB):
     "Keeps what is needed to choose the length of the average after training: arXiv 2312.02696; see `PostHocEMA`"
     @with_arguments_of(AverageCB, but=['rule', 'restart'])
     def __init__(self,
@@ -53,33 +63,24 @@ class PostHocEMACB(AverageCB):
         *, name:str='posthoc', **kwargs
     ):
         super().__init__(None, start, '1ba', name=name, **kwargs)
-        self.sigma_rels,self.storing,self.folder = sigma_rels,Every(every),folder
+        self.sigma_rels,self.when,self.folder = sigma_rels,Every(every),folder
         PostHocEMA(nn.PReLU(), sigma_rels)      # says what is wrong with them, if anything
 
     def new_average(self, model): return PostHocEMA(model, self.sigma_rels, None, folder=self.folder, **self.options)
 
     def before_fit(self, learn):
         super().before_fit(learn)
-        if not learn.will_train: return
-        self.storing.begin(learn.clock)
-        if not learn.resuming: self.average.check_new()
+        if learn.will_train and not learn.resuming: self.average.check_new()
 
-    def taken(self, learn):
-        if self.storing.due() and self.average.n: self.average.store()
+    def act(self): self.average.store()
 
     def cleanup_fit(self, learn):
         ended = learn.error is None and learn.will_train
         if ended and self.average is not None and self.average.n: self.average.store()
         super().cleanup_fit(learn)
 
-    def state_dict(self): return _with_moments(super().state_dict(), self.storing)
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        _load_moments(state, self.storing)
-
 # %% ../../nbs/callbacks/04_swa_variants.ipynb #0000001a
-class SwitchEMACB(EMACB):
+class SwitchEMACB(_NowAndThen, EMACB):
     "An `EMACB` from whose average training goes on after each epoch (Switch EMA), arXiv 2402.09240, alg. 1"
     @with_arguments_of(EMACB, but=[])
     def __init__(self,
@@ -90,20 +91,9 @@ class SwitchEMACB(EMACB):
     ):
         super().__init__(decay, half_life, name=name, **kwargs)
         Time.parse(switch, 'switch', zero=False)
-        self.switching = Every(switch)
+        self.when = Every(switch)
 
-    def before_fit(self, learn):
-        super().before_fit(learn)
-        if learn.will_train: self.switching.begin(learn.clock)
-
-    def taken(self, learn):
-        if self.switching.due() and self.average.n: self.average.copy_to()
-
-    def state_dict(self): return _with_moments(super().state_dict(), self.switching)
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        _load_moments(state, self.switching)
+    def act(self): self.average.copy_to()
 
 # %% ../../nbs/callbacks/04_swa_variants.ipynb #2dad7b0d
 class SWADCB(AverageCB):

@@ -9,7 +9,7 @@ __all__ = ['DECAYS', 'decay_weights', 'LatestAverage', 'Snapshot', 'merge', 'uni
 import math
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from torch import nn
 
 from .average import Average
 from .holding import raw_values
-from .tensors import check_same, locked
-from ..core import check_choice, check_number, check_whole, local, uninterrupted, unwrap
+from .tensors import WHOLE, check_same, locked
+from ..core import check_choice, check_number, check_whole, local, uninterrupted
 
 # %% ../../nbs/averaging/08_ensembles.ipynb #00000006
 def average_of(average, weights):
@@ -137,15 +137,13 @@ class newest:
 
 # %% ../../nbs/averaging/08_ensembles.ipynb #e9d6b4dd
 class Snapshot(Average):
-    "What a module holds when `update` is called, its own weights or others, with the statistics that it has then"
+    "What a module holds when `update` is called, its own weights or others, with all buffers as they are then"
     fitted = True
     def __init__(self,
         module:nn.Module, # the model whose weights are kept
         **kwargs, # for `Average`: `dtype`, `device`
     ):
-        tensors = unwrap(module).named_parameters(remove_duplicate=False),unwrap(module).named_buffers()
-        names = [k for k, t in chain(*tensors) if t.is_floating_point() or t.is_complex()]
-        super().__init__(module, newest(), include=names, **kwargs)
+        super().__init__(module, newest(), include=WHOLE, **kwargs)
 
     def update(self,
         module:nn.Module|None=None, # take what this module of the same names holds; None: its own

@@ -196,7 +196,8 @@ def sandbox(
         with keep_learner(learn, valid=valid):
             learn.quiet,learn.history,learn.own_cbs = True,[],essentials()
             own = [deepcopy(cb) if cb.role == 'measures' else cb for cb in learn.cbs if takes_part(cb)]
-            learn.cbs = [*own, *cbs]
+            stand_ins = [cb.stand_in for cb in learn.cbs if cb.stand_in is not None]
+            learn.cbs = [*own, *stand_ins, *cbs]
             with _untrained(learn) if train else keep_state(*unwrap(learn.model).modules()): yield learn
     finally:
         for cb, state in states: cb.load_state_dict(state)      # a loss scale, a window of accumulation

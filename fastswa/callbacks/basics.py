@@ -9,18 +9,17 @@ __all__ = ['DeviceCB', 'BatchTransformCB', 'SingleBatchCB', 'HasLearnCB', 'Recor
 from ..batches import default_device, to_cpu, to_device
 from ..training.events import Callback, CancelFitException, Stage
 from ..training.optim import groups_of
-from ..training.parameters import loss_module
+from ..training.parameters import loss_modules
 
 # %% ../../nbs/callbacks/00_basics.ipynb #00000006
 class DeviceCB(Callback):
-    "Move the model, a loss that is a module, and every batch to a device"
+    "Move the model, a loss that has parameters, and every batch to a device"
     order,role = Stage.prepare,'prepares'
     def __init__(self,
         device=None, # a torch device; None: the accelerator, or the CPU where there is none
     ): self.device = default_device() if device is None else device
     def before_fit(self, learn):
-        for module in (learn.model, loss_module(learn)):
-            if module is not None: module.to(self.device)
+        for module in (learn.model, *loss_modules(learn).values()): module.to(self.device)
     def before_batch(self, learn): learn.batch = to_device(learn.batch, self.device)
 
 class BatchTransformCB(Callback):

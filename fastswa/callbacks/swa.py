@@ -63,7 +63,7 @@ class AverageCB(Callback):
         if at is not None: check_choice('at', at, ['lr_min'])
         self.rule,self.start,self.every,self.phase,self.at = rule,start,every,phase,at
         self.name,self.apply,self.valid,self.restart = name,apply,valid,restart
-        self.average,self._loaded,self._rate = None,None,LowestRate()
+        self.average,self._loaded,self._rate,self._warned = None,None,LowestRate(),False
         self.options = dict(include=include, exclude=exclude, dtype=dtype, device=device, check_finite=check_finite)
 
     def __repr__(self):
@@ -97,6 +97,13 @@ class AverageCB(Callback):
         if (clock.max_steps if steps else clock.epoch_batches*clock.n_epochs) < clock.span(start):
             warnings.warn(f'{self.name!r} starts after this fit has ended, so it will take no snapshot: '
                           f'its start is {self.start}')
+
+    def warn_of_statistics(self, learn):
+        "Say, once, that those of BatchNorm will not fit this average"
+        if self._warned or not bn_layers(learn.model) or any(isinstance(cb, BNUpdateCB) for cb in learn.cbs): return
+        self._warned = True
+        warnings.warn('the model has BatchNorm, whose statistics do not fit averaged weights: '
+                      'add BNUpdateCB() to the callbacks')
 
     def before_batch(self, learn):
         if self.at and learn.training: self._rate.of_batch = _lr(learn)
@@ -212,15 +219,12 @@ class SWACB(AverageCB):
         if swa_lr is not None: check_number('swa_lr', swa_lr)
         if swa_lr is not None and self.at:
             raise ValueError(f'swa_lr={swa_lr} holds the rate, which has no minima then: give no at={self.at!r}')
-        self.swa_lr,self.anneal,self._changes,self._warned = swa_lr,Time.parse(anneal, 'anneal'),None,False
+        self.swa_lr,self.anneal,self._changes = swa_lr,Time.parse(anneal, 'anneal'),None
 
     def before_fit(self, learn):
         super().before_fit(learn)
         if not learn.will_train: return
-        if bn_layers(learn.model) and not any(isinstance(cb, BNUpdateCB) for cb in learn.cbs) and not self._warned:
-            self._warned = True
-            warnings.warn('the model has BatchNorm, whose statistics do not fit averaged weights: '
-                          'add BNUpdateCB() to the callbacks')
+        self.warn_of_statistics(learn)
         if self.swa_lr is None: return
         self._changes,self._lrs,self._annealed_from = OptionChanges(learn.opt),None,0
         self._start = Time.parse(self.start)

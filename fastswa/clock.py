@@ -120,6 +120,7 @@ class Clock:
         if time.unit == 'dur' and self.by_steps: return time.value*self.max_steps
         return time.steps(self.epoch_batches, self.n_epochs)
 
+# %% ../nbs/03_clock.ipynb #5ef30866
 class Every:
     "Is it time again? At whole multiples of `every` from the run's beginning (or `start`), once `start` is reached"
     def __init__(self,

@@ -163,7 +163,9 @@ class Held:
     def changed(self) -> bool:
         "Has somebody put other weights in the place of those that were to be held?"
         if self.look: return False
-        changes = (t for t, then, now in zip(self.tensors, self.mark, self._contents()) if then != now)
+        pairs = zip(self.tensors, self.mark, self._contents())
+        # parameters only: a forward pass may write to buffers
+        changes = (t for t, then, now in pairs if then != now and isinstance(t, nn.Parameter))
         return any(_top(t) is self for t in changes)      # another record's are of no interest
 
     def __setstate__(self, state):      # of a copy of the module, or one from a file

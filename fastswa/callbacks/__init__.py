@@ -12,15 +12,16 @@ from .schedule import BaseSchedCB, BatchSchedCB, EpochSchedCB, OneCycleCB, Warmu
 from .speed import ChannelsLastCB, CompileCB, MixedPrecision, MixedPrecisionCB
 from .steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB, gradients
 from .swa import AverageCB, EMACB, LAWACB, SWACB
-from .swa_variants import BEMACB, PostHocEMACB, SWADCB, SWAGCB, SwitchEMACB
+from .swa_variants import BEMACB, PostHocEMACB, SWADCB, SWAGCB, ScheduleFreeCB, SwitchEMACB
+from .teacher import TeacherCB
 
 __all__ = [
     'ActivationStats', 'AugmentCB', 'AverageCB', 'BEMACB', 'BNUpdateCB', 'BaseSchedCB', 'BatchSchedCB',
     'BatchTransformCB', 'CSVLoggerCB', 'CapturePreds', 'ChannelsLastCB', 'ClosureCB', 'CompileCB', 'CutMixCB',
     'DeviceCB', 'EMACB', 'EarlyStoppingCB', 'EpochSchedCB', 'FunctionMetric', 'GradAccumCB', 'GradClipCB', 'HasLearnCB',
-    'HooksCallback', 'LAWACB', 'LRFinderCB', 'LRFound', 'LogCB', 'LogView', 'MetricsCB', 'MixUpCB',
-    'MixedPrecision', 'MixedPrecisionCB', 'NaNGuardCB', 'NotebookView', 'OneCycleCB', 'PostHocEMACB', 'ProgressCB',
-    'RecorderCB', 'SWACB', 'SWADCB', 'SWAGCB', 'SingleBatchCB', 'StatsRow', 'SwitchEMACB', 'TTA', 'TensorBoardCB',
-    'TerminalView', 'View', 'WarmupStableDecayCB', 'Watched', 'capture_preds', 'gradients', 'is_leaf',
+    'HooksCallback', 'LAWACB', 'LRFinderCB', 'LRFound', 'LogCB', 'LogView', 'MetricsCB', 'MixUpCB', 'MixedPrecision',
+    'MixedPrecisionCB', 'NaNGuardCB', 'NotebookView', 'OneCycleCB', 'PostHocEMACB', 'ProgressCB', 'RecorderCB', 'SWACB',
+    'SWADCB', 'SWAGCB', 'ScheduleFreeCB', 'SingleBatchCB', 'StatsRow', 'SwitchEMACB', 'TTA', 'TeacherCB',
+    'TensorBoardCB', 'TerminalView', 'View', 'WarmupStableDecayCB', 'Watched', 'capture_preds', 'gradients', 'is_leaf',
     'log_mean_probs', 'lr_find', 'plot_sched', 'sched_rates', 'show_image_batch', 'suggest_lr', 'summary', 'tta',
     'tta_views']

@@ -16,7 +16,7 @@ from shutil import get_terminal_size
 import torch
 
 from ..tables import Table, format_time, format_value
-from ..core import is_quiet
+from ..core import ipython, is_quiet
 from ..training.events import Callback, Stage
 
 # %% ../../nbs/callbacks/09_progress.ipynb #00000007
@@ -134,7 +134,7 @@ def _png(p):
 # %% ../../nbs/callbacks/09_progress.ipynb #0000000f
 def find_view() -> View:
     "The view for where this runs: a Jupyter kernel, another IPython shell, a terminal, or a log"
-    ip = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
+    ip = ipython()
     in_kernel,in_terminal = getattr(ip, 'kernel', None) is not None,hasattr(ip, 'mainloop')
     if in_kernel or not (ip is None or in_terminal): return NotebookView(live=in_kernel)
     return TerminalView() if getattr(sys.stdout, 'isatty', bool)() else LogView()

@@ -12,6 +12,7 @@ from contextlib import suppress
 from torch.optim import LBFGS
 
 from ..averaging.batchnorm import bn_layers
+from ..averaging.schedule_free import is_schedule_free
 from ..averaging.tensors import some_names
 from .opt_steps import StepWatch
 from .optim import KNOWN_OPTIONS, group_options, groups_of, set_option
@@ -79,7 +80,8 @@ def keep_state(
 ):
     "Momentum and the like of the parameters that both have goes on; a warning says that there is a new optimizer"
     params = {p for g in groups_of(new) for p in g['params']}
-    same = type(old) is type(new) and not isinstance(new, LBFGS) and hasattr(old, 'state')
+    whole = isinstance(new, LBFGS) or is_schedule_free(new)      # its groups have a part of the state
+    same = type(old) is type(new) and not whole and hasattr(old, 'state')
     if same: new.state.update({p: s for p, s in old.state.items() if p in params})
     n = len(ids(params) - _held(old))
     warnings.warn(f'the model has other parameters than its optimizer ({n} are new): opt_func makes a new one, '

@@ -42,7 +42,8 @@ def opt_state(
     names,params = _names(model, opt),plain_parameters(model)
     groups = [dict(g, param_names=ns) for g, ns in zip(state['param_groups'], names)]
     kinds = {n: dict(shape=list(params[n].shape), dtype=str(params[n].dtype)) for ns in names for n in ns}
-    return plain(dict(state, param_groups=groups, optimizer=type(opt).__name__, params=kinds), strict=False)
+    mode = dict(train_mode=opt.train_mode) if hasattr(opt, 'train_mode') else {}      # of a wrapper that forgets it
+    return plain(dict(state, param_groups=groups, optimizer=type(opt).__name__, params=kinds, **mode), strict=False)
 
 # %% ../../nbs/training/05_opt_state.ipynb #00000020
 def _saved_names(names, rename):
@@ -118,6 +119,7 @@ def _load(opt, groups, params, state, fits):
     for g, new in zip(held, opt.param_groups):      # groups, and tensors among their options, stay the same objects
         for k in new.keys() - {'params', 'param_names'}: set_option(g, k, new[k])
     opt.param_groups[:] = held
+    if 'train_mode' in state: opt.train_mode = state['train_mode']
     for n, s in news.items():                       # torch casts to the parameter's type what may not have been of it
         if str(params[n].dtype) != state['params'][fits[n]]['dtype']: continue
         mine = opt.state[params[n]]

@@ -112,8 +112,9 @@ def test_a_model_holds_what_it_holds_when_its_learner_is_gone(of):
     assert held_weights(model) == 'raw' and same(copied(model.state_dict()), raw)
 
 
-CONTEXTS = dict(using=lambda learn: learn.averages.using('ema'), applied=lambda learn: learn.averages['ema'].applied(),
-                of_the_learner=lambda learn: learn.using('ema'), module=lambda learn: learn.cbs[0].average.applied('cpu'))
+CONTEXTS = dict(using=lambda learn: learn.averages.using('ema'), of_the_learner=lambda learn: learn.using('ema'),
+                applied=lambda learn: learn.averages['ema'].applied(),
+                stashed=lambda learn: learn.cbs[0].average.applied('cpu'))
 
 
 def dropped(enter): enter()

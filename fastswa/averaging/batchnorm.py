@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from .tensors import named_places, stat_buffers
+from .tensors import stat_buffers
 from ..batches import batch_inputs, to_device
 from ..core import check_whole, uninterrupted, unwrap
-from ..module_state import keep_state, set_modes, train_without_dropout
+from ..module_state import keep_state, keep_tensors, set_modes, train_without_dropout
 
 # %% ../../nbs/averaging/06_batchnorm.ipynb #00000005
 def bn_layers(
@@ -170,7 +170,7 @@ def _pools(model, layers, data, n_batches, forward, undo):
     pools = {name: _InstancePool() if isinstance(m, _InstanceNorm) else _Pool() for name, m in layers.items()}
     batches = iter(data)
     with uninterrupted():
-        keep_state(*model.modules(), places=[(d, k) for *_, d, k in named_places(model)]).enter(undo)
+        for context in (keep_state(*model.modules()), keep_tensors(_parameters(model))): context.enter(undo)
         undo.callback(set_modes, {m: m.training for m in model.modules()})
         if batches is not data: undo.callback(getattr(batches, 'close', int))      # also after the first few of them
         train_without_dropout(model)
@@ -183,6 +183,9 @@ def _pools(model, layers, data, n_batches, forward, undo):
     for n, batch in enumerate(islice(batches, n_batches), 1): forward(model, batch)
     if n == 0: raise ValueError('there is no data: not one batch to take the statistics from')
     return pools
+
+def _parameters(model):
+    return [(m._parameters, k) for m in model.modules() for k, p in m._parameters.items() if p is not None]
 
 def _reset(layers):
     layers = {name: m for name, m in layers.items() if not isinstance(m, _InstanceNorm)}      # for which None means 0

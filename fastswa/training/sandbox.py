@@ -129,7 +129,7 @@ def loader(
     while isinstance(dls, _Loaders): dls = dls.dls
     if not hasattr(dls, 'train'):
         raise TypeError('the learner has no data: its dls must have the loaders `train` and `valid`, as DataLoaders '
-                        f'has; got {dls!r:.80}')
+                        f'has; got {type(dls).__name__}')
     if name == 'train': raise ValueError('there is no training loader: dls.train is None')
     raise ValueError('there is no validation loader: dls.valid is None. Give batches, as in validate(dl=…)')
 

@@ -18,7 +18,7 @@ from fastswa.callbacks.steps import ClosureCB
 from fastswa.callbacks.swa_variants import ScheduleFreeCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.training.events import Callback, CancelFitException
-from helpers import Accumulate, At, NoOptimizer, TiedNet, copied, data, learner, net, quick, same
+from helpers import Accumulate, At, AtEpoch, NoOptimizer, TiedNet, copied, data, learner, net, quick, same
 
 sf = pytest.importorskip('schedulefree')
 
@@ -313,6 +313,20 @@ def test_resume(opt, tmp_path):
     assert again.averages['schedule_free'].n == 30
 
 
+def test_resume_of_a_second_fit(tmp_path):
+    "Without a word about options, as what the optimizer counts in its groups is none; wrong: 'k was 10 and is 0'"
+    def make(): return sf_learner(ScheduleFreeCB(), BNUpdateCB())
+    learn, again = make(), make()
+    learn.fit(1)
+    learn.fit(2, cbs=[CheckpointCB(tmp_path), AtEpoch(1)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        again.fit(2, resume=tmp_path)
+    assert again.averages['schedule_free'].n == again.opt_steps == 30
+    x = x_of(again)
+    assert same(only(x, again.averages['schedule_free'].weights), x)
+
+
 @opts('sgd', 'wrapper')
 @pytest.mark.parametrize('mode', ['train', 'eval'])
 def test_load(opt, mode, tmp_path):
@@ -361,6 +375,17 @@ def test_copies():
     assert same(only(x, other.averages['schedule_free'].weights), x_of(other))
     average = pickle.loads(pickle.dumps(learn.averages['schedule_free']))
     assert same(only(x, average.weights), x)
+
+
+def test_a_schedule_of_the_rate():
+    "One cycle is of the rate alone; wrong: it moves the beta, and y is no longer where x and z say"
+    cb, betas = ScheduleFreeCB(apply=False), set()
+    class Betas(Callback):
+        def after_step(self, learn): betas.add(learn.opt.param_groups[0]['betas'])
+    learn = sf_learner(cb, BNUpdateCB(), Betas())
+    learn.fit_one_cycle(2, 0.02)
+    x = x_of(learn)
+    assert same(only(x, cb.average.weights), x) and betas == {(0.9, 0.999)}
 
 
 # --- other optimizers

@@ -15,6 +15,7 @@ from fastswa.averaging.averages import Averages
 from fastswa.averaging.schedule_free import ScheduleFree, is_schedule_free
 from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.callbacks.steps import ClosureCB
+from fastswa.callbacks.swa import EMACB
 from fastswa.callbacks.swa_variants import ScheduleFreeCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.training.events import Callback, CancelFitException
@@ -430,6 +431,34 @@ def test_an_optimizer_that_averages_nothing(opt):
     with pytest.raises(ValueError, match='is no Schedule-Free optimizer.*take one, such as schedulefree.AdamW'):
         learn.fit(1)
     assert same(learn.model.state_dict(), before) and not is_schedule_free(learn.opt)
+
+
+def test_beside_other_averages():
+    "First asked for while the model holds another average: from the raw weights; wrong: from what it holds"
+    learn = sf_learner(EMACB(), ScheduleFreeCB(valid=False), BNUpdateCB())
+    learn.fit(2)
+    x = x_of(learn)
+    learn.apply('ema')
+    assert same(only(x, learn.averages.weights('schedule_free')), x)
+    with learn.using('schedule_free'): assert same(copied(dict(learn.model.named_parameters())), x)
+    assert [r['weights'] for r in learn.validate()] == ['raw', 'ema']
+
+
+def test_a_module_that_follows():
+    "At each step, whether or not anybody reads the average"
+    model = net(norm=False)
+    opt = sf.SGDScheduleFree(model.parameters(), 0.1)
+    opt.train()
+    averages, seen = Averages(model), None
+    avg = averages.add('x', ScheduleFree(model, opt))
+    for xb, yb in data().train:
+        F.cross_entropy(model(xb), yb).backward()
+        opt.step()
+        averages.step()
+        seen = seen or avg.live()
+    got = copied(dict(seen.named_parameters()))
+    opt.eval()
+    assert same(got, copied(dict(model.named_parameters())))
 
 
 def test_a_step_while_the_model_holds_x():

@@ -19,7 +19,7 @@ from ..core import check_number, check_whole
 from ..training.events import Callback, CancelBatchException, CancelStepException, Stage
 from ..training.learner import MomentumLearner
 from ..training.opt_steps import hooked_optimizers
-from ..training.parameters import loss_module, named_parameters, parameters
+from ..training.parameters import loss_modules, named_parameters, parameters
 
 # %% ../../nbs/callbacks/08_steps.ipynb #9f71992e
 def check_alone(cb, learn):
@@ -160,7 +160,7 @@ class NaNGuardCB(Callback):
 
     def before_batch(self, learn):
         if not learn.training: return
-        modules = [m for root in (learn.model, loss_module(learn)) if root is not None for m in root.modules()]
+        modules = [m for root in (learn.model, *loss_modules(learn).values()) for m in root.modules()]
         places = [(m._buffers, k) for m in modules for k in m._buffers]
         places += [(m._parameters, 'weight') for m in modules if getattr(m, 'max_norm', None) is not None]
         self._before = [(d, k, d[k], d[k] if d[k] is None else d[k].clone()) for d, k in places]

@@ -9,10 +9,13 @@ __all__ = ['SWAGCB', 'PostHocEMACB', 'SwitchEMACB', 'SWADCB', 'BEMACB', 'Schedul
 from torch import nn
 
 from ..averaging.bema import BEMA
+from ..averaging.choice import Choice
 from ..averaging.posthoc import PostHocEMA
 from ..averaging.schedule_free import ScheduleFree
 from ..averaging.swad import SWAD
 from ..averaging.swag import SWAG
+from .batchnorm import TrainingBatches
+from .metrics import Watched
 from .swa import AverageCB, EMACB, SWACB, with_arguments_of
 from ..clock import Every, Time
 from ..core import unwrap
@@ -56,17 +59,39 @@ class PostHocEMACB(_NowAndThen, AverageCB):
     "Keeps what is needed to choose the length of the average after training: arXiv 2312.02696; see `PostHocEMA`"
     @with_arguments_of(AverageCB, but=['rule', 'restart'])
     def __init__(self,
-        sigma_rels=(0.05, 0.1), # widths of the averages that are followed; the row shows the first
-        every:str='0.05dur', # how often they are stored
+        sigma_rels=(0.05, 0.28), # widths of the averages that are followed; the row shows the first
+        every:str='0.025dur', # how often they are stored
         start:str='0ba', # from when on
         folder=None, # where to store them; None: in memory
+        keep:int|None=40, # snapshots stored at most; when there are more, some are left out evenly; None: all stay
         *, name:str='posthoc', **kwargs
     ):
         super().__init__(None, start, '1ba', name=name, **kwargs)
-        self.sigma_rels,self.when,self.folder = sigma_rels,Every(every),folder
-        PostHocEMA(nn.PReLU(), sigma_rels)      # says what is wrong with them, if anything
+        self.sigma_rels,self.when,self.folder,self.keep = sigma_rels,Every(every),folder,keep
+        PostHocEMA(nn.PReLU(), sigma_rels, keep=keep)      # says what is wrong with them, if anything
 
-    def new_average(self, model): return PostHocEMA(model, self.sigma_rels, None, folder=self.folder, **self.options)
+    def new_average(self, model):
+        return PostHocEMA(model, self.sigma_rels, None, keep=self.keep, folder=self.folder, **self.options)
+
+    def choose(self,
+        learn, # the learner whose fit this callback has watched
+        dl, # batches to score on: images that were held out of training, and are not the test set
+        metric:str='loss', # a column of the table
+        mode:str|None=None, # is `'min'` or `'max'` good? None: as names of losses, errors and scores tell
+        n_batches:int|None=20, # training batches for BatchNorm statistics of each candidate; None: all
+        **kwargs, # for `choose` of `averaging.choice`: `half_lives`, `merges`, `shapes`, `blends`
+    ) -> Choice: # `.table`, `.best`, `.plot()`, and `.average` with the best weights
+        """Try many averages that the fit has left, by a column of the table: the best weights. See `averaging.choice`
+
+        Do not choose by the test set: the best score of many is better than the weights are."""
+        if self.average is None: raise RuntimeError('there is nothing to choose from: fit with this callback first')
+        if self.average.source is not unwrap(learn.model):
+            raise ValueError('the snapshots are of another model than that of this learner')
+        watched,batches = Watched(metric, mode),TrainingBatches(learn)
+        watched.begin(learn)
+        def score(model): return watched.of(learn.validate(learn.weights, dl=dl)[0], learn)
+        return self.average.choose(score, mode=watched.mode, bn_data=batches, forward=batches.predict,
+                                   n_batches=n_batches, **kwargs)
 
     def before_fit(self, learn):
         super().before_fit(learn)

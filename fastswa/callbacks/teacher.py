@@ -11,14 +11,22 @@ from ..averaging.batchnorm import bn_layers, bn_state
 from ..averaging.rules import ema, scheduled_ema
 from .swa import AverageCB, with_arguments_of
 from ..core import check_choice, unwrap
+from ..training.events import Callback, Stage
 
 # %% ../../nbs/callbacks/14_teacher.ipynb #7708ae98
+class _ModelAsTeacher(Callback):
+    "A copy of the model as `learn.teacher`, where something is tried out before the first fit"
+    order,role = Stage.average,'prepares'
+    def before_fit(self, learn):
+        if not hasattr(learn, 'teacher'): learn.teacher = detached_copy(unwrap(learn.model))
+
 class TeacherCB(AverageCB):
     """An average of the weights as `learn.teacher`: a module in eval mode, without gradients, that follows each update
 
     It begins as a copy of the model when the first fit begins, and goes on in the next ones. BYOL, arXiv 2006.07733;
     Mean Teacher, arXiv 1703.01780. Raises ValueError before training where a decay that changes needs the length of
     the fit, which nobody knows."""
+    stand_in = _ModelAsTeacher()
     @with_arguments_of(AverageCB, but=['rule', 'start', 'phase', 'at'])
     def __init__(self,
         decay:float=0.996, # what is left of the teacher after a step, from 0 to 1, when a fit begins
@@ -34,7 +42,7 @@ class TeacherCB(AverageCB):
         changes = check_choice('schedule', schedule, ['cosine', 'linear', 'constant']) != 'constant'
         rule = scheduled_ema(decay, end, schedule if changes else 'linear')      # says what is wrong, if anything
         super().__init__(rule if changes else ema(decay), every=every, name=name, apply=apply, **kwargs)
-        self.batchnorm = check_choice('batchnorm', batchnorm, ['average', 'model', 'batch'])
+        self.batchnorm,self._norms = check_choice('batchnorm', batchnorm, ['average', 'model', 'batch']),[]
 
     def new_average(self, model):
         exclude = self.options['exclude'] or []
@@ -48,11 +56,15 @@ class TeacherCB(AverageCB):
                              'AverageCB keep the other, whose cb.average.live() is a module like learn.teacher')
         super().before_fit(learn)
         if learn.will_train and not self.average.n: self.average.update()      # a resumed fit loads it later
+        if learn.will_train and not self.average.n:
+            raise ValueError('there is no teacher: the weights of the model hold NaN or infinity')
         learn.teacher = self.average.live() if self.average.n else detached_copy(unwrap(learn.model))
-        self._norms = []
         if self.batchnorm != 'batch': return
         self._norms = list(zip(*(bn_layers(m).values() for m in (learn.model, learn.teacher))))
-        for _, norm in self._norms: norm.momentum = 0.      # its statistics stay those of the average
+        for _, own in self._norms: own.momentum = 0.      # its statistics stay those of the average
 
     def before_epoch(self, learn):
         for norm, own in self._norms: own.train(norm.training)
+
+    def cleanup_epoch(self, learn):
+        for _, own in self._norms: own.eval()

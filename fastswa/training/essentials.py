@@ -16,7 +16,7 @@ from ..core import is_quiet
 from ..random_state import generators_in, get_rng_state
 from ..module_state import set_modes
 from .events import Callback
-from .parameters import loss_module
+from .parameters import loss_modules
 
 # %% ../../nbs/training/01_essentials.ipynb #00000005
 class LossMeter:
@@ -98,9 +98,7 @@ class ModesCB(Callback):
     def __init__(self): self.modes,self.frozen,self.loss = {},[],[]
 
     def before_fit(self, learn):
-        loss = loss_module(learn)
-        apart = loss is not None and loss not in {*learn.model.modules()}
-        self.loss = [loss] if apart and loss.training else []
+        self.loss = [m for m in loss_modules(learn).values() if m.training]
         self.modes = {m: m.training for root in (*self.loss, learn.model) for m in root.modules()}
         self.frozen = None
 
@@ -119,7 +117,9 @@ class ModesCB(Callback):
             learn.opt.train()
             if first: _warn_of_average(learn)
 
-    def cleanup_fit(self, learn): set_modes(self.modes)
+    def cleanup_fit(self, learn):
+        set_modes(self.modes)
+        self.modes = {}
 
 def _warn_of_average(learn):
     if is_quiet(learn) or not is_schedule_free(learn.opt): return

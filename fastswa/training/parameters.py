@@ -6,12 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/training/03_parameters.ipynb #0b260e91
-import difflib
-from functools import partial
+import difflib, dis
+from contextlib import suppress
+from functools import cache, partial
+from itertools import islice
+from types import CodeType, FunctionType, MethodType
 
 from torch import nn
 
 from ..core import unwrap
+from .events import Callback, CallbackRunner
 
 # %% ../../nbs/training/03_parameters.ipynb #60d87174
 def plain_parameters(model):
@@ -24,30 +28,78 @@ def unknown_parameter(what, name, names):
     return ValueError(f'{what} {name!r} matches no parameter; {"close are" if close else "there are"} '
                       + (', '.join(close or list(names)[:8]) or 'none'))
 
+# %% ../../nbs/training/03_parameters.ipynb #ca91cd7f
+@cache
+def _names_in(code):
+    "The globals that code reads, and the attributes that it may ask for, with those of functions inside it"
+    read = {o.argval for o in dis.get_instructions(code) if o.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
+    inner = [_names_in(c) for c in code.co_consts if isinstance(c, CodeType)]
+    return tuple(frozenset().union(*sets) for sets in zip((read, code.co_names), *inner))
+
+def _of_function(f):
+    "Name → object: globals, closure and defaults"
+    code,defaults = f.__code__,f.__defaults__ or ()
+    found = {k: f.__globals__[k] for k in sorted(_names_in(code)[0]) if k in f.__globals__}
+    for k, cell in zip(code.co_freevars, f.__closure__ or ()):
+        with suppress(ValueError): found[k] = cell.cell_contents      # it may be empty yet
+    args = code.co_varnames[:code.co_argcount]
+    return found | dict(zip(args[len(args) - len(defaults):], defaults)) | (f.__kwdefaults__ or {})
+
+def _of_object(o, attrs):
+    "Pairs of name and object: the attributes that are asked for; methods are bound, and have no name"
+    own = getattr(o, '__dict__', {})
+    for k in sorted({'__call__', *attrs}):
+        v = own[k] if k in own else getattr(type(o), k, None)
+        if isinstance(v, FunctionType) and k not in own: yield '', MethodType(v, o)
+        elif k in own or isinstance(v, nn.Module): yield k, v
+
+def _parts(o, attrs):
+    "Pairs of name and object: what a callable uses, what a container holds"
+    if isinstance(o, partial): return [('', o.func), *enumerate(o.args), *o.keywords.items()]
+    if isinstance(o, MethodType): return [('', o.__self__), ('', o.__func__)]
+    if isinstance(o, (dict, list, tuple)): return islice(o.items() if isinstance(o, dict) else enumerate(o), 100)
+    if isinstance(o, (type, Callback, CallbackRunner)): return ()      # the latter keep what they have to themselves
+    if not isinstance(o, FunctionType): return _of_object(o, attrs)
+    parts = [('', o.__wrapped__)] if hasattr(o, '__wrapped__') else []
+    return parts if o.__globals__.get('__name__', '').startswith('torch.') else [*parts, *_of_function(o).items()]
+
+def _modules_in(o, path, seen, attrs=frozenset()):
+    "Pairs of path and module, or of path and parameter: those that a loss uses, wherever they are"
+    if (id(o), attrs) in seen: return
+    seen[id(o), attrs] = o
+    if isinstance(o, (nn.Module, nn.Parameter)): yield path, o
+    else:
+        f = o.func if isinstance(o, partial) else o
+        if isinstance(f, (FunctionType, MethodType)): attrs = _names_in(f.__code__)[1]
+        for name, part in [*_parts(o, attrs)]: yield from _modules_in(part, f'{path}.{name}'.strip('.'), seen, attrs)
+
 # %% ../../nbs/training/03_parameters.ipynb #76b9a5c5
 def ids(params):
     "The identities of parameters, to compare lists of them by"
     return {id(p) for p in params}
 
-def loss_module(
+def loss_modules(
     learn, # a learner
-) -> nn.Module|None:
-    "Its loss function, if that is a module, a method of one, or a `partial` of either"
-    f = getattr(learn, 'loss_func', None)
-    while isinstance(f, partial): f = f.func
-    f = getattr(f, '__self__', f)
-    return f if isinstance(f, nn.Module) else None
+) -> dict: # path → module; the path of the loss function itself is ''
+    "The modules that its loss function is or uses; none of the model's, and none in eval mode that it only uses"
+    found = {}
+    for path, m in _modules_in(getattr(learn, 'loss_func', None), '', {}):
+        while path in found: path += '_'
+        found[path] = unwrap(m) if isinstance(m, nn.Module) else nn.ParameterList([m])
+    if not found: return {}
+    models,modes = {*learn.model.modules()},learn.own_cbs.modes.modes if hasattr(learn, 'own_cbs') else {}
+    return {k: m for k, m in found.items() if m not in models and (not k or modes.get(m, m.training))}
 
 def loss_tensors(
     learn, # a learner
     kind:str='parameters', # or `'buffers'`
 ) -> dict: # name → tensor
-    "The parameters or buffers of a loss that is a module, but none that are the model's too"
-    loss = loss_module(learn)
-    found = {} if loss is None else dict(getattr(loss, f'named_{kind}')())
-    if not found: return {}
-    models = ids(getattr(learn.model, kind)())
-    return {f'loss_func.{n}': t for n, t in found.items() if id(t) not in models}
+    "The parameters or buffers of its loss, each once, but none that are the model's too"
+    named = [(f'loss_func.{k}.{n}'.replace('..', '.'), t) for k, m in loss_modules(learn).items()
+             for n, t in getattr(m, f'named_{kind}')()]
+    if not named: return {}
+    known = ids(getattr(learn.model, kind)())
+    return {n: t for n, t in named if id(t) not in known and not known.add(id(t))}
 
 def parameters(
     learn, # a learner

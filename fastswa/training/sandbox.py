@@ -23,7 +23,7 @@ from ..core import unwrap
 from .essentials import LossCB, ModesCB, PositionCB
 from .events import CancelBatchException, CancelEpochException, CancelFitException
 from .events import STEPS, Callback, by_order, run_cbs
-from .parameters import loss_module, parameters
+from .parameters import loss_modules, parameters
 
 # %% ../../nbs/training/02_sandbox.ipynb #00000005
 _OF_LOOP = {'batch', 'between_batches', 'dl', 'dls', 'epoch', 'epochs', 'history', 'iter', 'loss', 'own_cbs', 'preds',
@@ -138,7 +138,7 @@ def keep_learner(
     loaders = {name: evaluation.loader(getattr(kept, name)) for name in ('train', 'valid') if hasattr(kept, name)}
     if valid is not None: loaders['valid'] = _batches(valid)
     changing = [] if row else [learn, *filter(_prepares, learn.cbs if cbs is None else cbs)]
-    if (loss := loss_module(learn)) is not None: changing += loss.modules()
+    changing += (m for loss in loss_modules(learn).values() for m in loss.modules())
     try:
         learn.dls = _Loaders(kept, **loaders)
         if row: evaluation.check(learn, learn.dls.valid)
@@ -196,7 +196,8 @@ def sandbox(
         with keep_learner(learn, valid=valid):
             learn.quiet,learn.history,learn.own_cbs = True,[],essentials()
             own = [deepcopy(cb) if cb.role == 'measures' else cb for cb in learn.cbs if takes_part(cb)]
-            learn.cbs = [*own, *cbs]
+            stand_ins = [cb.stand_in for cb in learn.cbs if cb.stand_in is not None]
+            learn.cbs = [*own, *stand_ins, *cbs]
             with _untrained(learn) if train else keep_state(*unwrap(learn.model).modules()): yield learn
     finally:
         for cb, state in states: cb.load_state_dict(state)      # a loss scale, a window of accumulation

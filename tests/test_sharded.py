@@ -215,7 +215,8 @@ def schedule_free():
     assert torch.equal(outputs(model), inside)
 
 
-CASES = schedule_free, shards, swapped, evaluated_in_between, interrupted, bad_on_one, several, saved, an_empty_shard, in_ddp
+CASES = (shards, swapped, evaluated_in_between, interrupted, bad_on_one, several, saved, an_empty_shard, in_ddp,
+         schedule_free)
 
 
 def work(rank, folder, port):

@@ -6,9 +6,7 @@
 __all__ = ['set_modes', 'keep_modes', 'train_without_dropout', 'keep_state']
 
 # %% ../nbs/04_module_state.ipynb #742a4f59
-import math
 from collections import Counter, defaultdict, deque, OrderedDict
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from operator import is_
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from .core import uninterrupted
+from .core import Context, local
 
 # %% ../nbs/04_module_state.ipynb #0000002c
 def set_modes(
@@ -28,15 +26,11 @@ def set_modes(
     for m, mode in modes.items():
         if m.training != mode: m.train(mode)
 
-@contextmanager
 def keep_modes(
     model, # a module
 ):
     "Afterwards each module in it is in train or eval mode as before"
-    modes = {m: m.training for m in model.modules()}
-    try: yield
-    finally:
-        with uninterrupted(): set_modes(modes)
+    return Context(lambda undo: undo.callback(set_modes, {m: m.training for m in model.modules()}))
 
 def train_without_dropout(
     model, # a module
@@ -50,74 +44,92 @@ def train_without_dropout(
             if 'drop' in k and isinstance(v, float): vars(m)[k] = 0.
 
 # %% ../nbs/04_module_state.ipynb #22dce0d4
-_VALUES = (torch.Tensor, np.ndarray, bool, int, float, complex, str, bytes, tuple, list, dict, set, deque, type(None),
-           SimpleNamespace)
+_UNWRITABLE = {bool, int, float, complex, str, bytes, type(None)}
+_WRITABLE = torch.Tensor, np.ndarray, tuple, list, dict, set, deque, SimpleNamespace      # in place
+_VALUES = *_UNWRITABLE, *_WRITABLE
 _OF_MODULES = {*vars(torch.nn.Module()), '_held_weights'}      # the attributes that every module has
 _RUNNING,_ITEMS = 2**20,1000      # elements of a running value at most; items of a container that are looked into
-_WRITABLE = torch.Tensor, np.ndarray, tuple, list, dict, set, deque, SimpleNamespace      # in place
 
-@contextmanager
 def keep_state(
     *objects, # modules, callbacks, a learner: whatever has attributes
     skip=(), # attributes that are left as they are
+    places=None, # where tensors lie whose values are kept: `(dict, key)`; None: those of all buffers
     when=lambda: True, # called at the end: is it to be so?
 ):
-    "Afterwards attributes and buffers are as before; of the attributes of modules those that are plain values"
-    kept = [(o, type(o), _attributes(o, skip), dict(getattr(o, '_buffers', {}))) for o in objects]
-    undo = [_undo(v, _RUNNING) for _, _, attributes, _ in kept for v in attributes.values()]
-    undo += [_undo(b, math.inf) for *_, buffers in kept for b in buffers.values()]
-    try: yield
-    finally:
-        with uninterrupted(), torch.no_grad():
-            if not when(): kept,undo = [],[]
-            for f in undo: f()
-            for o, cls, attributes, buffers in kept:
-                if type(o) is not cls: continue      # a lazy layer that has become another one
-                _put_back_buffers(o, buffers)
-                for k in _attributes(o, skip).keys() - attributes.keys(): del vars(o)[k]
-                vars(o).update((k, v) for k, v in attributes.items() if not _registers(o, k))
+    """Afterwards attributes are as before, of modules those that are plain values; parameters and buffers are the same
+    ones, with the same values at `places`"""
+    def enter(undo):
+        kept = [(o, type(o), {*vars(o)}, _attributes(o, skip), _tensors(o)) for o in objects]
+        values = (v for *_, attributes, _ in kept for v in attributes.values())
+        writes = [_undo(v, _RUNNING) for v in values if type(v) not in _UNWRITABLE]
+        buffers = ((d, k) for *_, tensors in kept for d, was in tensors[:1] for k in was)
+        chosen = {id(d[k]): d[k] for d, k in (buffers if places is None else places)}
+        writes += map(_undo_tensor, chosen.values())
+        undo.callback(_put_back, kept, [*filter(None, writes)], skip, when)
+    return Context(enter)
 
 def _attributes(o, skip):
     if not isinstance(o, torch.nn.Module): return {k: v for k, v in vars(o).items() if k not in skip}
     return {k: v for k, v in vars(o).items() if k not in _OF_MODULES and isinstance(v, _VALUES)}
 
+def _tensors(o): return [(d, d.copy()) for d in (o._buffers, o._parameters)] if isinstance(o, torch.nn.Module) else []
+
+@torch.no_grad()
+def _put_back(kept, writes, skip, when):
+    if not when(): return
+    for f in writes: f()
+    for o, cls, names, attributes, tensors in kept:
+        if type(o) is not cls: continue      # a lazy layer that has become another one
+        for d, was in tensors: _put_back_tensors(d, was)
+        now = vars(o)
+        new = now.keys() - names
+        for k in new and _attributes(o, skip).keys() & new: del now[k]
+        now.update((k, v) for k, v in attributes.items() if now.get(k, names) is not v and not _registers(o, k))
+
 def _registers(o, k):
     return isinstance(o, torch.nn.Module) and any(k in d for d in (o._modules, o._parameters, o._buffers))
 
-def _put_back_buffers(o, buffers):
-    for k in getattr(o, '_buffers', {}).keys() - buffers.keys(): del o._buffers[k]
-    for k, b in buffers.items():
-        now = o._buffers.get(k)
-        # after a move to another device or dtype the module keeps its new buffers
-        moved = b is not None and now is not None and (now.device, now.dtype) != (b.device, b.dtype)
-        if moved: now.copy_(b)
-        else: o._buffers[k] = b
+def _put_back_tensors(d, was):
+    if len(d) == len(was) and all(map(is_, d.values(), was.values())): return
+    for k in d.keys() - was.keys(): del d[k]
+    for k, t in was.items():
+        now = d.get(k)
+        if now is t or hasattr(t, 'to_local'): continue      # FSDP exchanges whole parameters for its parts, and back
+        # after a move to another device or dtype the module keeps its new tensors
+        moved = t is not None and now is not None and (now.device, now.dtype) != (t.device, t.dtype)
+        if moved: now.copy_(t)
+        else: d[k] = t
 
+# %% ../nbs/04_module_state.ipynb #4c83623d
 def _undo(v, largest, depth=3):
-    "A function that undoes what is written into a value in place from now on, so many levels down"
-    if isinstance(v, torch.Tensor):
-        if is_lazy(v) or v.is_meta or v.requires_grad or v.numel() > largest: return lambda: None
-        return partial(_rewrite, v, v.clone())
+    "A function that undoes what is written into a value in place from now on, so many levels down; None if nothing is"
+    if isinstance(v, torch.Tensor): return None if v.requires_grad or v.numel() > largest else _undo_tensor(v)
     if isinstance(v, np.ndarray) and v.size <= largest and v.flags.writeable: return partial(np.copyto, v, v.copy())
     if type(v) in (list, deque): return _both(partial(_refill, v, v.extend, list(v)), v, largest, depth)
     if type(v) is set: return partial(_refill, v, v.update, v.copy())
     if type(v) in (dict, OrderedDict, defaultdict, Counter):
         return _both(partial(_refill, v, v.update, v.copy()), v.values(), largest, depth)
-    if type(v) is tuple: return _both(lambda: None, v, largest, depth)
-    if type(v) is SimpleNamespace: return _undo(vars(v), largest, depth)
-    return lambda: None
+    if type(v) is tuple: return _both(None, v, largest, depth)
+    return _undo(vars(v), largest, depth) if type(v) is SimpleNamespace else None
 
 def _both(undo, values, largest, depth):
     "Undo what is written into a container, and into the containers, tensors and arrays in it"
     inside = [o for o in islice(values, _ITEMS) if isinstance(o, _WRITABLE)] if depth else []
-    inner = [_undo(o, largest, depth - 1) for o in inside]
+    undos = [f for f in (undo, *(_undo(o, largest, depth - 1) for o in inside)) if f]
     def both():
-        for f in (undo, *inner): f()
-    return both if inner else undo
+        for f in undos: f()
+    return both if undos else None
+
+def _undo_tensor(t):
+    # quantised ones are of several tensors, which no forward pass writes to
+    if t is None or is_lazy(t) or t.is_meta or hasattr(local(t), '__tensor_flatten__'): return None
+    return partial(_rewrite, t, local(t).detach().clone())
 
 def _rewrite(t, was):
+    now = local(t)
+    alike = now.layout is torch.strided and (now.device, now.dtype) == (was.device, was.dtype)
     # only if need be: autograd counts writes, and so does whoever asks whether weights were changed
-    if t.layout is not torch.strided or not torch.equal(t, was): t.copy_(was)
+    if not alike or not torch.equal(now, was): now.copy_(was)
 
 def _refill(container, fill, items):
     now,was = map(_members, (container, items))

@@ -8,7 +8,6 @@ __all__ = ['set_seed', 'get_rng_state', 'set_rng_state', 'keep_rng', 'generators
 # %% ../nbs/02_random_state.ipynb #8b608962
 import random, sys
 from collections import deque
-from contextlib import contextmanager
 from functools import cache, partial
 from itertools import islice
 from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from .batches import map_tensors
-from .core import uninterrupted
+from .core import Context
 
 # %% ../nbs/02_random_state.ipynb #00000016
 def set_seed(
@@ -67,13 +66,9 @@ def set_rng_state(
     if state['mps'] is not None: torch.mps.set_rng_state(state['mps'])
     for g, s in zip(generators, state['generators'], strict=True): _set_state(g, s)
 
-@contextmanager
 def keep_rng(*generators):
     "Every global generator, and `generators`, go on after the block as if it had not been"
-    state = get_rng_state(generators)
-    try: yield
-    finally:
-        with uninterrupted(): set_rng_state(state, generators)
+    return Context(lambda undo: undo.callback(set_rng_state, get_rng_state(generators), generators))
 
 # %% ../nbs/02_random_state.ipynb #0000001b
 _LEAVES = (torch.Tensor, torch.dtype, torch.device, np.ndarray, np.generic, str, bytes, int, float, complex, type(None),

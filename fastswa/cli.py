@@ -74,8 +74,8 @@ def _check_resumed(folder, settings):
     place = state['place'] or dict(epoch=0, batch=0)
     done = place['epoch'] + (place['batch'] > 0)      # begun, at least
     if settings['epochs'] < done:
-        raise ValueError(f'--epochs counts from the beginning of the run, which is in its epoch {done} already: it must '
-                         f'be {done} or more; got {settings["epochs"]}')
+        raise ValueError(f'--epochs counts from the beginning of the run, which has begun {done} epochs: '
+                         f'it must be {done} or more; got {settings["epochs"]}')
     other = [f'--{k} was {saved.get(k)} and is {v}' for k, v in settings.items() if k != 'epochs' and saved.get(k) != v]
     if other: raise ValueError(f'--resume goes on with a run as it was: {"; ".join(other)}')
 

@@ -13,6 +13,7 @@ from functools import cache, partial
 from itertools import chain, islice
 from operator import is_
 from types import BuiltinFunctionType, CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from weakref import ProxyTypes
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def train_without_dropout(
 _CONTAINERS = {OrderedDict: OrderedDict.update, dict: dict.update, list: list.extend, deque: deque.extend,
                set: set.update, bytearray: bytearray.extend}
 _BASES = {'abc', 'argparse', 'builtins', 'collections', 'types', 'typing'}
-_NO_STATE = type, BaseException, ModuleType, FunctionType, BuiltinFunctionType, MethodType
+_NO_STATE = type, BaseException, ModuleType, FunctionType, BuiltinFunctionType, MethodType, *ProxyTypes
 _AT_WORK = {'_io', 'asyncio', 'concurrent', 'io', 'multiprocessing', 'queue', 'socket', 'subprocess', 'threading'}
 
 def _top(cls): return str(cls.__module__).partition('.')[0]
@@ -163,8 +164,8 @@ def snapshot(
         while queue and len(seen) < _MOST:
             o = queue.popleft()
             if type(o) in _LEAVES or id(o) in seen: continue
-            seen[id(o)] = o
-            if isinstance(o, (torch.Tensor, np.ndarray)):
+            seen[id(o)] = o      # which keeps it alive: nothing else gets its id
+            if issubclass(type(o), (torch.Tensor, np.ndarray)):
                 n = _size(o)
                 if n > min(_LARGEST, room): continue
                 room -= n
@@ -184,11 +185,11 @@ def _size(v):
 def _look_at(o, asked, skip):
     "What may change about an object, and what it leads to"
     cls = type(o)
-    if isinstance(o, torch.nn.Module): return _look_at_module(o)
+    if issubclass(cls, torch.nn.Module): return _look_at_module(o)
     if cls is CellType: return _look_at_fields(o, [CellType.cell_contents])
     if cls is MethodType: return [], [o.__self__, o.__func__]
     if cls is FunctionType: return [], () if of_a_library(o.__module__) else (o.__closure__, o.__defaults__, vars(o))
-    if isinstance(o, partial): return [], [o.func, o.args, o.keywords]
+    if issubclass(cls, partial): return [], [o.func, o.args, o.keywords]
     if not (asked or _is_plain(cls)): return [], ()
     if issubclass(cls, tuple): return [], o
     has_dict,base = hasattr(o, '__dict__'),_container(cls)

@@ -7,7 +7,7 @@ __all__ = ['set_seed', 'get_rng_state', 'set_rng_state', 'keep_rng', 'generators
 
 # %% ../nbs/02_random_state.ipynb #8b608962
 import gc, random, sys, threading, weakref
-from collections import deque
+from collections import OrderedDict, deque
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
@@ -34,19 +34,25 @@ def set_seed(
     np.random.seed(seed % 2**32)
 
 # %% ../nbs/02_random_state.ipynb #00000018
-_NUMPY = np.random.Generator, np.random.RandomState, np.random.BitGenerator
+_NUMPY = np.random.Generator, np.random.RandomState, np.random.BitGenerator, np.random.SeedSequence
 
 def _bits(g): return g.bit_generator if isinstance(g, np.random.Generator) else g
 
 def _get_state(g):
     if isinstance(g, np.random.RandomState): return g.get_state(legacy=False)
-    if isinstance(g, _NUMPY): return _bits(g).state
+    if isinstance(g, np.random.SeedSequence): return g.state
+    # what it has spawned, too: the next that it spawns is another
+    if isinstance(g, _NUMPY): return dict(_bits(g).state, seeds=getattr(_bits(g).seed_seq, 'state', None))
     return g.getstate() if isinstance(g, random.Random) else g.get_state()
 
 def _set_state(g, state):
     if isinstance(g, random.Random): return g.setstate(state)
     if isinstance(g, _NUMPY): state = map_tensors(lambda t: t.numpy().view(np.uint64), state)      # out of a checkpoint
-    if isinstance(g, (np.random.Generator, np.random.BitGenerator)): _bits(g).state = state
+    if isinstance(g, np.random.SeedSequence): return g.__init__(**state)
+    if isinstance(g, (np.random.Generator, np.random.BitGenerator)):
+        seeds = state.pop('seeds', None)
+        if seeds is not None: _bits(g).seed_seq.__init__(**seeds)
+        _bits(g).state = state
     else: g.set_state(state)
 
 def get_rng_state(
@@ -97,7 +103,7 @@ def generators_in(
     found,queue,seen = [],deque(objects),{id(o): o for o in (*_GLOBAL, *skip)}
     while queue and len(seen) < _MOST:
         o = queue.popleft()
-        if _is_leaf(type(o)) or id(o) in seen or (isinstance(o, (dict, set)) and not o): continue
+        if _is_leaf(type(o)) or id(o) in seen or (type(o) in (dict, OrderedDict, set) and not o): continue
         seen[id(o)] = o      # which keeps it alive: nothing else gets its id
         if issubclass(type(o), _GENERATORS): found.append(o)
         if type(o) not in _GENERATORS: queue.extend(islice(_parts(o), _ITEMS))

@@ -1,4 +1,4 @@
-"What learner, callbacks, layers and data keep in helper objects is put back after a look; what is others' is left alone"
+"What learner, callbacks, layers and data keep in helper objects is put back after a look, and nothing else"
 import io
 import threading
 from argparse import Namespace

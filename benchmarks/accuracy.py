@@ -18,7 +18,8 @@ from torch import nn, optim
 from torcheval.metrics import MulticlassAccuracy
 
 from fastswa.callbacks.metrics import MetricsCB
-from fastswa.callbacks.swa import BNUpdateCB, EMACB, SWACB
+from fastswa.callbacks.batchnorm import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.core import quiet
 from fastswa.random_state import set_seed
 from fastswa.data.loaders import DataLoaders

@@ -145,7 +145,8 @@ def train(
     from fastswa.callbacks.metrics import MetricsCB
     from fastswa.callbacks.progress import ProgressCB
     from fastswa.callbacks.schedule import BatchSchedCB
-    from fastswa.callbacks.swa import EMACB, SWACB, BNUpdateCB
+    from fastswa.callbacks.swa import EMACB, SWACB
+    from fastswa.callbacks.batchnorm import BNUpdateCB
     from fastswa.checkpoint.archive import numbered
     from fastswa.checkpoint.checkpoint import CheckpointCB
     from fastswa.random_state import set_seed

@@ -8,7 +8,6 @@ __all__ = ['set_modes', 'keep_modes', 'train_without_dropout', 'snapshot', 'keep
 # %% ../nbs/04_module_state.ipynb #742a4f59
 import math
 from collections import OrderedDict, deque
-from contextlib import contextmanager
 from functools import cache, partial
 from itertools import chain, islice
 from operator import is_
@@ -18,8 +17,9 @@ from weakref import ProxyTypes
 import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
 
-from .core import uninterrupted
+from .core import Context, local
 from .random_state import of_a_library
 
 # %% ../nbs/04_module_state.ipynb #0000002c
@@ -30,15 +30,11 @@ def set_modes(
     for m, mode in modes.items():
         if m.training != mode: m.train(mode)
 
-@contextmanager
 def keep_modes(
     model, # a module
 ):
     "Afterwards each module in it is in train or eval mode as before"
-    modes = {m: m.training for m in model.modules()}
-    try: yield
-    finally:
-        with uninterrupted(): set_modes(modes)
+    return Context(lambda undo: undo.callback(set_modes, {m: m.training for m in model.modules()}))
 
 def train_without_dropout(
     model, # a module
@@ -54,22 +50,20 @@ def train_without_dropout(
 # %% ../nbs/04_module_state.ipynb #22dce0d4
 _CONTAINERS = {OrderedDict: OrderedDict.update, dict: dict.update, list: list.extend, deque: deque.extend,
                set: set.update, bytearray: bytearray.extend}
-_BASES = {'abc', 'argparse', 'builtins', 'collections', 'types', 'typing'}
+_BASES = {'abc', 'argparse', 'builtins', 'collections', 'collections.abc', 'types', 'typing',
+          'torch.utils.data.dataset', 'torch.utils.data.sampler'}
 _NO_STATE = type, BaseException, ModuleType, FunctionType, BuiltinFunctionType, MethodType, *ProxyTypes
 _AT_WORK = {'_io', 'asyncio', 'concurrent', 'io', 'multiprocessing', 'queue', 'socket', 'subprocess', 'threading'}
-
-def _top(cls): return str(cls.__module__).partition('.')[0]
 
 @cache
 def _is_plain(cls):
     "Do objects of a class keep what they know in attributes and items, and can these be put back?"
     if issubclass(cls, _NO_STATE): return False
     if hasattr(cls, 'compute') and hasattr(cls, 'load_state_dict'): return True      # a metric of some library
-    return all(not of_a_library(c.__module__) or _top(c) in _BASES or
-               c.__module__ in ('torch.utils.data.dataset', 'torch.utils.data.sampler') for c in cls.__mro__)
+    return all(c.__module__ in _BASES or c is DataLoader or not of_a_library(c.__module__) for c in cls.__mro__)
 
 @cache
-def _is_at_work(cls): return any(_top(c) in _AT_WORK for c in cls.__mro__)
+def _is_at_work(cls): return any(c.__module__.partition('.')[0] in _AT_WORK for c in cls.__mro__)
 
 @cache
 def _slots(cls):
@@ -79,14 +73,18 @@ def _slots(cls):
 @cache
 def _container(cls): return next((base for base in _CONTAINERS if issubclass(cls, base)), None)
 
-# %% ../nbs/04_module_state.ipynb #2029885a
+# %% ../nbs/04_module_state.ipynb #4c83623d
 _NOTHING = object()
 _OF_MODULES = {*vars(torch.nn.Module()), '_held_weights'}      # the attributes that every module has
 
 def _tensor(t):
-    was = t.clone()
-    # only if need be: autograd counts writes, and so does whoever asks whether weights were changed
-    return lambda: [] if t.layout is torch.strided and torch.equal(t, was) else [partial(t.copy_, was)]
+    was = local(t).detach().clone()
+    def changes():
+        now = local(t)
+        alike = now.layout is torch.strided and (now.device, now.dtype) == (was.device, was.dtype)
+        # only if need be: autograd counts writes, and so does whoever asks whether weights were changed
+        return [] if alike and torch.equal(now, was) else [partial(now.copy_, was)]
+    return changes
 
 def _array(a):
     was = a.copy()
@@ -102,10 +100,10 @@ def _members(c, base):
         base.clear(c)
         n = len(was)//2
         _CONTAINERS[base](c, zip(was[:n], was[n:]) if issubclass(base, dict) else was)
-    def changes():
-        now = _items(c, base)
-        return [] if len(now) == len(was) and all(map(is_, now, was)) else [refill]
-    return changes
+    # unless nothing changed: it may be iterated over at this moment
+    return lambda: [] if _are_same(_items(c, base), was) else [refill]
+
+def _are_same(now, was): return len(now) == len(was) and all(map(is_, now, was))
 
 def _get(field, o):
     try: return field.__get__(o)
@@ -117,9 +115,8 @@ def _fields(o, fields):
     def put(f, v): f.__delete__(o) if v is _NOTHING else f.__set__(o, v)
     return lambda: [partial(put, f, v) for f, v in zip(fields, was) if _get(f, o) is not v]
 
-def _attributes(o, skip=()):
+def _attributes(o, skip):
     cls,module,was = type(o),isinstance(o, torch.nn.Module),vars(o).copy()
-    if module: skip = _OF_MODULES
     def put(k):
         if k not in was: del vars(o)[k]
         elif not module or not any(k in d for d in (o._modules, o._parameters, o._buffers)): vars(o)[k] = was[k]
@@ -130,36 +127,44 @@ def _attributes(o, skip=()):
         return [partial(put, k) for k in keys if not module or _is_value(was[k] if k in was else now[k])]
     return changes
 
-def _is_value(v): return isinstance(v, (torch.Tensor, np.ndarray)) or _is_plain(type(v))
+def _is_value(v): return isinstance(v, (torch.Tensor, np.ndarray, tuple, *_CONTAINERS)) or _is_plain(type(v))
 
-def _buffers(m):
-    cls,was = type(m),m._buffers.copy()
+def _tensors(m, d):
+    "Which tensors the parameters or the buffers of a module are"
+    cls,was = type(m),d.copy()
     def put():
-        for k in m._buffers.keys() - was.keys(): del m._buffers[k]
-        for k, b in was.items():
-            now = m._buffers.get(k)
-            # after a move to another device or dtype the module keeps its new buffers
-            if b is not None and now is not None and (now.device, now.dtype) != (b.device, b.dtype): now.copy_(b)
-            else: m._buffers[k] = b
+        for k in d.keys() - was.keys(): del d[k]
+        for k, t in was.items():
+            now = d.get(k)
+            # FSDP exchanges whole parameters for its parts, and back
+            if now is t or hasattr(t, 'to_local'): continue
+            # after a move to another device or dtype the module keeps its new tensors
+            moved = t is not None and now is not None and (now.device, now.dtype) != (t.device, t.dtype)
+            if moved: now.copy_(t)
+            else: d[k] = t
     def changes():
-        same = m._buffers.keys() == was.keys() and all(m._buffers[k] is b for k, b in was.items())
-        return [] if same or type(m) is not cls else [put]
+        same = type(m) is not cls or _are_same([*d.keys(), *d.values()], [*was.keys(), *was.values()])
+        return [] if same else [put]
     return changes
 
-# %% ../nbs/04_module_state.ipynb #66b64847
+# %% ../nbs/04_module_state.ipynb #bab95ffd
 _LEAVES = {bool, int, float, complex, str, bytes, type(None)}
-_LARGEST,_ROOM = 2**20,2**24      # elements of a tensor that is copied, and of all of them together; less of data
+_LARGEST,_ROOM,_ROOM_FOR_DATA = 2**20,2**26,2**18      # elements of a tensor that is copied; of all of them together
 _MOST,_INSIDE = 20_000,1000      # objects that are looked at, in all and in one container
 
 def snapshot(
     *objects, # modules, callbacks, a learner: whatever has attributes
     skip=(), # attributes of theirs that are left as they are
+    places=None, # where tensors lie whose values are kept: `(dict, key)`; None: those of all buffers of `objects`
     leave=(), # objects that are left as they are
-    also=(), # what data is made of: of the user's classes, and without what is large
+    also=(), # what data is made of: looked at if it is of the user's classes
 ): # a function that returns a list of functions: called in this order, they undo what has changed since
-    "Remember attributes and buffers, and the containers, tensors, closures and user's objects that they lead to"
-    asked,seen,looks = {id(o) for o in objects},{id(o): o for o in leave},[]
-    for start, room in ((objects, _ROOM), (also, _ROOM//64)):
+    """Remember attributes, which parameters and buffers there are, the values at `places`, and the containers, tensors,
+    closures and user's objects that all this leads to"""
+    if places is None: places = [(m._buffers, k) for m in objects if isinstance(m, torch.nn.Module) for k in m._buffers]
+    chosen,asked = {id(d[k]): d[k] for d, k in places},{id(o) for o in objects}
+    seen,looks = chosen | {id(o): o for o in leave},[]
+    for start, room in ((objects, _ROOM), (also, _ROOM_FOR_DATA)):
         queue = deque(start)
         while queue and len(seen) < _MOST:
             o = queue.popleft()
@@ -175,54 +180,58 @@ def snapshot(
                 new,inside = _look_at(o, id(o) in asked, skip)
                 looks += new
                 queue.extend(islice(inside, _INSIDE))
+    looks += [_tensor(t) for t in chosen.values() if _has_values(t)]
     return lambda: [undo for changes in reversed(looks) for undo in changes()]
+
+def _has_values(t):
+    # quantised ones are of several tensors, which no forward pass writes to
+    return not (t is None or is_lazy(t) or t.is_meta or hasattr(local(t), '__tensor_flatten__'))
 
 def _size(v):
     "The elements that a running value has; infinitely many for what is no such value"
     if isinstance(v, np.ndarray): return v.size if v.flags.writeable else math.inf
-    return math.inf if v.requires_grad or is_lazy(v) or v.is_meta else v.numel()
+    return v.numel() if _has_values(v) and not v.requires_grad else math.inf
 
 def _look_at(o, asked, skip):
     "What may change about an object, and what it leads to"
     cls = type(o)
-    if issubclass(cls, torch.nn.Module): return _look_at_module(o)
+    if issubclass(cls, torch.nn.Module): return _look_at_module(o, asked)
     if cls is CellType: return _look_at_fields(o, [CellType.cell_contents])
     if cls is MethodType: return [], [o.__self__, o.__func__]
     if cls is FunctionType: return [], () if of_a_library(o.__module__) else (o.__closure__, o.__defaults__, vars(o))
     if issubclass(cls, partial): return [], [o.func, o.args, o.keywords]
     if not (asked or _is_plain(cls)): return [], ()
     if issubclass(cls, tuple): return [], o
-    has_dict,base = hasattr(o, '__dict__'),_container(cls)
-    attributes = {k: v for k, v in vars(o).items() if not asked or k not in skip} if has_dict else {}
+    has_dict,base,skip = hasattr(o, '__dict__'),_container(cls),{'_iterator', *(skip if asked else ())}
+    attributes = {k: v for k, v in vars(o).items() if k not in skip} if has_dict else {}
     if not asked and any(_is_at_work(type(v)) for v in attributes.values()): return [], ()
     looks,inside = _look_at_fields(o, _slots(cls))
-    if has_dict: looks.append(_attributes(o, skip if asked else ()))
+    if has_dict: looks.append(_attributes(o, skip))
     if base: looks.append(_members(o, base))
     return looks, [*inside, *attributes.values(), *(_items(o, base) if base else ())]
 
 def _look_at_fields(o, fields): return [_fields(o, fields)] if fields else [], [_get(f, o) for f in fields]
 
-def _look_at_module(m):
-    buffers = [b for b in m._buffers.values() if b is not None and _size(b) < math.inf]
+def _look_at_module(m, asked):
     values = [v for k, v in vars(m).items() if k not in _OF_MODULES and _is_value(v)]
-    return [_buffers(m), _attributes(m), *map(_tensor, buffers)], [*values, *m._modules.values()]
+    buffers = () if asked else m._buffers.values()
+    looks = [_tensors(m, m._parameters), _tensors(m, m._buffers), _attributes(m, _OF_MODULES)]
+    return looks, [*values, *buffers, *m._modules.values()]
 
-@contextmanager
 def keep_state(
     *objects, # modules, callbacks, a learner: whatever has attributes
     when=lambda: True, # called at the end: is it to be so?
     **kwargs, # see `snapshot`
 ):
     "Afterwards everything that `snapshot` remembers is as before"
-    changes = snapshot(*objects, **kwargs)
-    try: yield
-    finally:
-        with uninterrupted():
-            if when(): undo_all(changes())
+    def enter(undo):
+        changes = snapshot(*objects, **kwargs)
+        undo.callback(lambda: undo_all(changes()) if when() else None)
+    return Context(enter)
 
+@torch.no_grad()
 def undo_all(
     functions, # from what `snapshot` returned
 ):
     "Call them, without a trace in autograd"
-    with torch.no_grad():
-        for undo in functions: undo()
+    for undo in functions: undo()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GREY', 'COLORS', 'plot_style', 'to_array', 'show_image', 'subplots', 'get_grid', 'show_images', 'plot_func',
-           'weight_styles', 'plot_history', 'plot_losses']
+           'weight_styles', 'plot_history', 'plot_losses', 'plot_choice']
 
 # %% ../nbs/07_plot.ipynb #00000002
 import math
@@ -233,3 +233,51 @@ def plot_losses(
     ax.grid(alpha=0.3)
     if losses or valid: ax.legend()
     return ax
+
+# %% ../nbs/07_plot.ipynb #9e3bad9e
+def _plot_candidates(ax, rows, column, scale=1):
+    "Plot the scores of rows that have this column, a line for each kind of average and each blend"
+    lines = {}
+    for r in rows:
+        if r.get(column) is not None: lines.setdefault((r['average'], r['blend']), []).append(r)
+    averages,blends = (list(dict.fromkeys(o)) for o in zip(*lines))
+    one = len(averages) == 1      # then colours tell blends, else averages
+    for (average, blend), rs in lines.items():
+        color = COLORS[(blends.index(blend) if one else averages.index(average)) % len(COLORS)]
+        ls = '-' if one else ('-', '--', ':', '-.')[blends.index(blend) % 4]
+        label = average if len(blends) == 1 else f'{average}, blend {blend:g}'
+        rs = sorted(rs, key=lambda r: r[column])
+        xs,ys = [scale*r[column] for r in rs],[r['score'] for r in rs]
+        ax.plot(xs, ys, color=color, ls=ls, label=label)
+        fills = [color if r['residual'] <= 0.1 else 'w' for r in rs]
+        ax.scatter(xs, ys, c=fills, edgecolors=color, s=28, linewidths=1.5, zorder=3)
+    ticks = sorted({scale*r[column] for rs in lines.values() for r in rs})
+    ax.set_xscale('log')
+    ax.set_xticks(ticks, [f'{x:g}' for x in ticks], minor=False)
+    ax.minorticks_off()
+
+@plot_style()
+def plot_choice(
+    rows:list, # of candidates, as in the `table` of a `Choice`
+    best:dict|None=None, # the row to mark with a star
+    axes=None, # an array of axes, one for half-lives and one for merges if there are both; a new figure if None
+):
+    "Plot the scores of candidates, hollow where the residual is above 0.1; the raw weights are a grey line"
+    kinds = {column: any(r.get(column) is not None for r in rows) for column in ('half_life', 'k')}
+    columns = [column for column, there in kinds.items() if there] or ['half_life']
+    if axes is None:
+        n = len(columns)
+        axes = subplots(1, n, figsize=(5.5*n, 3.6), layout='constrained', sharey=True)[1]
+    labels = dict(half_life='half-life, % of the updates', k='newest snapshots in the merge')
+    for ax, column in zip(np.ravel(axes), columns, strict=True):
+        for r in rows:
+            if r['average'] == 'raw': ax.axhline(r['score'], color=GREY, ls='--', lw=1.5, label='raw')
+        scale = 100 if column == 'half_life' else 1
+        if kinds[column]: _plot_candidates(ax, rows, column, scale)
+        if best and best.get(column) is not None:
+            ax.plot(scale*best[column], best['score'], '*', color='k', ms=15, mec='w', zorder=4, label='best')
+        ax.set(xlabel=labels[column], ylabel='score')
+        ax.grid(alpha=0.3)
+        ax.legend()
+        ax.label_outer()
+    return axes

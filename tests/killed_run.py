@@ -16,7 +16,8 @@ from fastswa.random_state import set_seed
 from fastswa.callbacks.schedule import OneCycleCB
 from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.swa import EMACB, SWACB, BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
+from fastswa.callbacks.batchnorm import BNUpdateCB
 from helpers import Hits
 
 N_EPOCHS,STEPS = 4,8

@@ -23,7 +23,7 @@ from fastswa.training.events import Callback
 from fastswa.nets.init import init_weights
 from fastswa.nets.layers import act_gr, get_model
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
-from fastswa.callbacks.swa import BNUpdateCB
+from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
 
 SHAPES = [(5, 1, 28, 28), (3, 3, 7, 11), (4, 2, 16, 9), (1, 1, 5, 5), (2, 5, 1, 6), (1, 1, 1, 1)]

@@ -18,7 +18,8 @@ from fastswa.callbacks.basics import DeviceCB
 from fastswa.callbacks.metrics import EarlyStoppingCB, FunctionMetric, MetricsCB
 from fastswa.callbacks.progress import LogView, NotebookView, ProgressCB, TerminalView
 from fastswa.callbacks.schedule import OneCycleCB
-from fastswa.callbacks.swa import BNUpdateCB, EMACB
+from fastswa.callbacks.batchnorm import BNUpdateCB
+from fastswa.callbacks.swa import EMACB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.batches import batch_size, batch_targets, first_tensor, map_tensors, tensors_in, to_cpu, to_device
 from fastswa.data.loaders import DataLoaders

@@ -21,7 +21,7 @@ from fastswa.averaging.batchnorm import bn_layers, bn_state, update_bn
 from fastswa.nets.norms import BatchNorm
 from fastswa.training.events import Callback, CancelBatchException, CancelEpochException
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.swa import BNUpdateCB
+from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
 from helpers import CORE, ctrl_c
 

@@ -29,8 +29,9 @@ from fastswa.callbacks.speed import MixedPrecisionCB
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.progress import ProgressCB
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
-from fastswa.callbacks.swa import BNUpdateCB
-from fastswa.callbacks.swa import BEMACB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.batchnorm import BNUpdateCB
+from fastswa.callbacks.swa_variants import BEMACB, PostHocEMACB, SWADCB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.swa import EMACB, LAWACB, SWACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
 from fastswa.callbacks.progress import LogView, View
 from helpers import At, Hits, image_learner as learner, same, state

@@ -32,8 +32,9 @@ from fastswa.training.events import Callback
 from fastswa.training.learner import MomentumLearner, TrainLearner
 from fastswa.callbacks.speed import MixedPrecisionCB
 from fastswa.callbacks.progress import LogView, ProgressCB
-from fastswa.callbacks.swa import BNUpdateCB
-from fastswa.callbacks.swa import BEMACB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.batchnorm import BNUpdateCB
+from fastswa.callbacks.swa_variants import BEMACB, PostHocEMACB, SWADCB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.swa import EMACB, LAWACB, SWACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
 from helpers import AtEpoch, Hits, end_workers, in_new_process
 from killed_run import Data, learner, net, result, the_run

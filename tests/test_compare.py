@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastswa.callbacks.metrics import MetricsCB
-from fastswa.callbacks.swa import BNUpdateCB, EMACB, SWACB
+from fastswa.callbacks.batchnorm import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.compare.runs import Comparison, compare
 from fastswa.core import quiet
 from fastswa.random_state import set_seed

@@ -30,19 +30,21 @@ def test_an_error_inside_is_not_hidden_by_ctrl_c():
     assert isinstance(e.value.__context__, ValueError)
 
 
-def test_clean_ipython_hist_lets_go_of_what_cells_returned():
+@pytest.mark.parametrize('cache_size', [1000, 0])      # 0: the shell keeps no outputs
+def test_clean_ipython_hist_lets_go_of_what_cells_returned(cache_size, capsys):
     "Exported, the course's version looked for `get_ipython` among the module's globals and never ran"
     from IPython.core.interactiveshell import InteractiveShell
     InteractiveShell.clear_instance()
-    shell = InteractiveShell.instance()
+    shell = InteractiveShell.instance(cache_size=cache_size)
     try:
         shell.run_cell('class Big: pass\nbig = Big()', store_history=True)
         shell.run_cell('big', store_history=True)
         ref = weakref.ref(shell.user_ns['big'])
         del shell.user_ns['big']
-        assert ref() is not None                     # Out and _ hold it
+        assert ref() is not None                     # Out and _ hold it, and the last result
+        capsys.readouterr()
         clean_mem()
-        assert ref() is None
+        assert ref() is None and capsys.readouterr().out == ''
         assert '_i1' not in shell.user_ns and not any(shell.history_manager.input_hist_raw)
     finally: InteractiveShell.clear_instance()
 

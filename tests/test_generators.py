@@ -20,9 +20,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastswa.callbacks.basics import BatchTransformCB
-from fastswa.callbacks.swa import BNUpdateCB, EMACB, SWACB
+from fastswa.callbacks.batchnorm import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.checkpoint.checkpoint import CheckpointCB
-from fastswa.random_state import generators_in, get_rng_state, keep_rng, set_rng_state
+from fastswa.random_state import generators_in, get_rng_state, keep_rng, seed_generator, set_rng_state
 from fastswa.core import plain
 from fastswa.training.events import Callback, CancelFitException
 from fastswa.training.learner import TrainLearner
@@ -173,7 +174,7 @@ PLACES = dict(
     imported_inside=imported_inside, imported_from_inside=imported_from_inside, in_a_package=in_a_package,
     executed=executed,
     late_in_a_list=lambda r: [SimpleNamespace() for _ in range(1500)] + [r],
-    beside_a_long_list=lambda r: [[SimpleNamespace(i=[i]) for i in range(50_000)], [[[[r]]]]])
+    beside_a_long_list=lambda r: [[SimpleNamespace(i=[i]) for i in range(5000)], [[[[r]]]]])
 
 
 @pytest.mark.parametrize('place', PLACES)
@@ -319,3 +320,14 @@ def test_resumed_twice_within_an_epoch(make, tmp_path):
     fit(StopAt(1, 0), saved)
     fit(StopAt(1, 2), saved, resume=tmp_path/'a')
     assert same(fit(resume=tmp_path/'a'), whole)
+
+
+@pytest.mark.parametrize('rng, other', [
+    (np.random.default_rng(0), np.random.default_rng(1)), (np.random.RandomState(0), np.random.RandomState(1)),
+    (np.random.Generator(np.random.MT19937(0)), np.random.Generator(np.random.MT19937(1))),
+    (random.Random(0), random.Random(1)), (np.random.Philox(0), np.random.Philox(1))])
+def test_seeded_anew(rng, other):
+    for g in (rng, other): seed_generator(g, 5)
+    draw = next(n for n in ('normal', 'gauss', 'random_raw') if hasattr(rng, n))
+    args = (0, 1) if draw == 'gauss' else ()
+    assert getattr(rng, draw)(*args) == getattr(other, draw)(*args)

@@ -142,7 +142,7 @@ def test_a_fit_does_not_wait(no_waiting):
     from fastswa.callbacks.loggers import LogCB
     from fastswa.callbacks.speed import MixedPrecisionCB
     from fastswa.callbacks.progress import ProgressCB, View
-    from fastswa.callbacks.swa import BNUpdateCB
+    from fastswa.callbacks.batchnorm import BNUpdateCB
     from fastswa.callbacks.swa import EMACB, SWACB
     from fastswa.callbacks.steps import GradAccumCB, GradClipCB
 

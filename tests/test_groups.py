@@ -17,8 +17,10 @@ from fastswa.callbacks.schedule import BatchSchedCB
 from fastswa.callbacks.steps import ClosureCB
 from fastswa.training.events import Callback
 from fastswa.training.learner import MomentumLearner, TrainLearner
-from fastswa.training.optim import (KNOWN_OPTIONS, OptionChanges, StepWatch, group_options, load_opt_state, make_opt,
-                                    opt_fits, opt_state, param_groups, set_rates)
+from fastswa.training.optim import KNOWN_OPTIONS, OptionChanges, group_options, param_groups
+from fastswa.training.opt_steps import StepWatch
+from fastswa.training.opt_state import load_opt_state, opt_state
+from fastswa.training.learner_optim import make_opt, opt_fits, set_rates
 import helpers
 from helpers import copied, learner, linear, regression, reopened, same, state
 

@@ -24,7 +24,7 @@ from fastswa.nets.hooks import Hook, Hooks
 from fastswa.nets.layers import get_model
 from fastswa.nets.statistics import StatsHistory, _allow_nondeterministic, append_stats, get_hist, get_min, tensor_stats
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.swa import BNUpdateCB
+from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
 from helpers import ctrl_c, memory
 

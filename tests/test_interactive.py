@@ -18,8 +18,8 @@ from fastswa.callbacks.basics import BatchTransformCB, SingleBatchCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.schedule import BatchSchedCB
 from fastswa.callbacks.steps import GradClipCB
-from fastswa.callbacks.swa import (
-    AverageCB, BEMACB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB)
+from fastswa.callbacks.swa import AverageCB, EMACB, LAWACB, SWACB
+from fastswa.callbacks.swa_variants import BEMACB, PostHocEMACB, SWADCB, SWAGCB, SwitchEMACB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.data.loaders import DataLoaders
 from fastswa.data.sources import toy_images

@@ -11,7 +11,7 @@ from torch import nn, optim
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
-from fastswa.callbacks.swa import BNUpdateCB
+from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
 from helpers import CORE, Hits, ctrl_c, image_learner, moments
 

@@ -18,7 +18,7 @@ from fastswa.random_state import set_seed
 from fastswa.training.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.training.learner import MomentumLearner, TrainLearner
 from fastswa.training.sandbox import sandbox
-from fastswa.callbacks.swa import BNUpdateCB
+from fastswa.callbacks.batchnorm import BNUpdateCB
 import helpers
 from fastswa.core import clean_mem
 from fastswa.callbacks.activations import ActivationStats

@@ -19,7 +19,8 @@ from fastswa.averaging.averages import Averages
 from fastswa.averaging.batchnorm import update_bn
 from fastswa.averaging.rules import equal
 from fastswa.callbacks.basics import BatchTransformCB
-from fastswa.callbacks.swa import BNUpdateCB, EMACB, SWACB
+from fastswa.callbacks.batchnorm import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.random_state import generators_in, get_rng_state, set_rng_state
 from fastswa.core import plain
@@ -662,7 +663,7 @@ def test_a_long_pass_shows_how_far_it_is(silent, quiet, monkeypatch):
     "A bar over its batches when an average is applied, in a terminal or a notebook; not in a log, not if quiet"
     import tqdm
     from fastswa.callbacks.progress import LogView, TerminalView
-    monkeypatch.setattr('fastswa.callbacks.swa.find_view', LogView if silent else TerminalView)
+    monkeypatch.setattr('fastswa.callbacks.batchnorm.find_view', LogView if silent else TerminalView)
     bars = []
     def bar(batches, desc, total, *, delay, disable, **kw):
         bars.append((desc, total, disable))

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from fastswa.callbacks.basics import BatchTransformCB
-from fastswa.callbacks.swa import BNUpdateCB, EMACB, SWACB
+from fastswa.callbacks.batchnorm import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.module_state import keep_state
 from fastswa.training.events import Callback
 from fastswa.training.essentials import LossMeter
@@ -434,15 +435,15 @@ def test_objects_stay_the_same_ones():
 
 
 def test_much_data_is_not_copied():
-    "The content of large tensors, of the rest of a long list, and of many tensors together, is left alone"
-    big, many, long = torch.zeros(2**20 + 1), [torch.zeros(2**20) for _ in range(20)], [[] for _ in range(3000)]
-    o = SimpleNamespace(big=big, many=many, long=long)
-    with keep_state(o):
-        big += 1
-        for t in many: t += 1
+    "The content of large tensors, of the rest of a long list, and of many tensors of a data set, is left alone"
+    big, many, long = torch.zeros(2**20 + 1), [torch.zeros(2**16) for _ in range(20)], [[] for _ in range(3000)]
+    o, data = SimpleNamespace(big=big, long=long), Counted(SimpleNamespace(many=many, n=0))
+    with keep_state(o, also=[data]):
+        for t in (big, *many): t += 1
         for r in long: r.append(1)
         long.append(0)
-    assert big.sum() > 0 and 0 < sum(t[0] == 0 for t in many) <= 16
+        data.helper.n += 1
+    assert big.sum() > 0 and 0 < sum(t[0] == 0 for t in many) <= 4 and data.helper.n == 0
     assert len(long) == 3000 and long[-1] == [1] and long[0] == []
 
 

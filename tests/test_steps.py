@@ -20,7 +20,7 @@ from fastswa.callbacks.metrics import EarlyStoppingCB
 from fastswa.training.events import CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
 from fastswa.callbacks.schedule import BatchSchedCB
-from fastswa.callbacks.swa import BNUpdateCB
+from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.callbacks.swa import EMACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
 from helpers import image_learner, in_new_process

@@ -22,9 +22,10 @@ from fastswa.training.events import Callback, CancelEpochException
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
-from fastswa.callbacks.swa import BNUpdateCB
+from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.callbacks.swa import AverageCB
-from fastswa.callbacks.swa import BEMACB, EMACB, LAWACB, PostHocEMACB, SWACB, SWADCB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.swa_variants import BEMACB, PostHocEMACB, SWADCB, SWAGCB, SwitchEMACB
+from fastswa.callbacks.swa import EMACB, LAWACB, SWACB
 from helpers import Accumulate, AtEpoch, Trail, copied, data, learner, net, one, same
 
 N, BS = 160, 16      # samples and batch size of `data()`

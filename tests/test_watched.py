@@ -4,17 +4,20 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import lr_scheduler
 
 from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
 from fastswa.callbacks.schedule import EpochSchedCB
-from fastswa.callbacks.swa import EMACB, SWACB, BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
+from fastswa.callbacks.batchnorm import BNUpdateCB
+from fastswa.checkpoint.archive import load_weights
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import quiet
 from fastswa.random_state import set_seed
 from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
-from helpers import AtEpoch, Hits, copied, floats, learner, same, state
+from helpers import AtEpoch, Hits, Losses, copied, floats, learner, same, state
 
 
 class Told:
@@ -300,3 +303,65 @@ def test_a_validation_alone_is_not_watched():
         learn.fit(6)
         learn.fit(1, train=False)
     assert (cb.best, cb.best_epoch, cb.stopped_epoch) == (0.9, 2, 4)
+
+
+class Counts(nn.Module):
+    "A classifier with what a forward pass writes: counts, flags, a float; one of them is not in its `state_dict`"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin = nn.Linear(3, 3)
+        for k, dtype in dict(codes=torch.int64, used=torch.bool, peak=torch.float32).items():
+            self.register_buffer(k, torch.zeros(3, dtype=dtype))
+        self.register_buffer('calls', torch.zeros((), dtype=torch.int32), persistent=False)
+
+    def forward(self, x):
+        out = self.lin(x)
+        self.calls += 1
+        if self.training:
+            self.codes += out.argmax(1).bincount(minlength=3)
+            self.used[self.codes % 3 == 1] ^= True
+            self.peak.copy_(out.abs().amax(0))
+        return out
+
+
+def test_the_best_weights_have_all_buffers(tmp_path):
+    "Wrong: whole numbers and flags of the last epoch under the weights of the best one; raw ones that are not its own"
+    cb, seen = EarlyStoppingCB(patience=None, restore_best=True), {}
+    class Rows(Callback):
+        role, order = 'watches', 99
+        def after_epoch(self, learn):
+            if not learn.training: seen[learn.epoch] = copied(dict(learn.model.named_buffers()) | state(learn))
+    learn = learner(Losses([3., 1., 2., 2.]), cb, model=Counts())
+    with quiet(): learn.fit(4, cbs=[Rows(), CheckpointCB(tmp_path)])
+    assert not torch.equal(seen[1]['codes'], seen[3]['codes'])
+    with torch.no_grad(): learn.model.eval()(torch.zeros(2, 3))      # which is no change of weights
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.validate()
+    held = dict(learn.model.named_buffers())
+    assert learn.weights == 'best' and all(torch.equal(held[k], seen[1][k]) for k in ('codes', 'used', 'peak'))
+    assert held['codes'].dtype == torch.int64 and held['used'].dtype == torch.bool
+    learn.restore()
+    assert all(torch.equal(v, seen[3][k]) for k, v in learn.model.named_buffers())
+    saved = load_weights(tmp_path, 'best')
+    assert all(torch.equal(saved[k], seen[1][k]) for k in learn.model.state_dict())
+
+
+@pytest.mark.parametrize('before, after', [(True, False), (True, None), (False, True), (None, True)])
+def test_a_run_is_resumed_with_or_without_early_stopping(before, after, tmp_path):
+    "The raw run is the same; None: no early stopping at all. Wrong: a ValueError about callbacks or averages"
+    def cbs(best): return [] if best is None else [EarlyStoppingCB(patience=9, restore_best=best)]
+    def fit(*cbs, **kw):
+        learn = learner(EMACB(0.8, apply=False), *cbs)
+        set_seed(1)
+        with quiet(): learn.fit(3, **kw)
+        learn.restore()
+        return learn
+    whole = fit()
+    fit(*cbs(before), CheckpointCB(tmp_path), AtEpoch(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        rest = fit(*cbs(after), resume=tmp_path)
+    assert same(state(rest), state(whole)) and ('best' in rest.averages) == bool(after)
+    assert same(rest.averages['ema'].weights, whole.averages['ema'].weights)

@@ -8,12 +8,12 @@ __all__ = ['TrackedAverages', 'Averages']
 # %% ../../nbs/averaging/07_averages.ipynb #00000002
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
 
 from torch import nn
 
 from .average import Average, detached_copy, update_all
 from .batchnorm import bn_layers, bn_state, load_bn_state, update_bn
+from .ensembles import Blend
 from fastswa.averaging.holding import (Held, held_record, held_weights, holding, keep_held, layers_of, raw_values,
     restore_raw)
 from .rules import equal
@@ -21,7 +21,7 @@ from .tensors import Selection, find_tensors
 from ..clock import Clock, Every, Time
 from ..module_state import keep_modes
 from ..random_state import keep_rng, generators_in
-from ..core import unwrap
+from ..core import Context, unwrap
 
 # %% ../../nbs/averaging/07_averages.ipynb #00000005
 class Tracked:
@@ -37,6 +37,7 @@ class Tracked:
         if reset and self.restart: self.average.reset()
         self.clock,self.unit,self.last = clock,getattr(self.rule, 'unit', Time.parse('1ba')),0
         if hasattr(self.rule, 'resolve'): self.average.rule = self.rule.resolve(clock.span)
+        if hasattr(self.rule, 'follow'): self.average.rule = self.rule.follow(clock)
         if self.when is not None: self.when.begin(clock)
 
     def due(self): return self.clock is not None and self.when is not None and self.when.due()
@@ -149,6 +150,22 @@ class TrackedAverages(Mapping):
         tracked = self._known(name)
         tracked.average.update(steps=1 if tracked.clock is None else tracked.steps())
 
+    def blend(self,
+        average:str, # the name of an average
+        lam:float, # how much of it, and 1 - lam of the raw weights; below 0 and above 1 goes beyond them
+        name:str|None=None, # of the blend; None: such as 'ema@0.5'
+    ) -> Average:
+        """(1 - lam)·raw + lam·average, as they are now: a set of weights of its own, one more copy of them in memory
+
+        It stands still, and is made anew when it is asked for again by its name. Raises RuntimeError if the average is
+        empty, ValueError if `lam` is not finite or the name taken."""
+        res = Blend.made_of(self._known(average).average, average, lam)
+        return self._add_blend(f'{average}@{lam:g}' if name is None else name, res)
+
+    def _add_blend(self, name, blend):
+        if isinstance(self.get(name), Blend): self.remove(name)
+        return self.add(name, blend, every=None)
+
     def rows(self,
         empty:bool=False, # also averages that have no snapshot yet?
     ) -> list:
@@ -165,8 +182,8 @@ class TrackedAverages(Mapping):
     ):
         "ValueError if a saved state is of averages of other names"
         theirs = state['averages']
-        wrong = [f'{k} only in the state' for k in theirs if k not in self]
-        wrong += [f'{k} only here' for k in self if k not in theirs]
+        wrong = [f'{k} only in the state' for k in theirs if k not in self and 'blend' not in theirs[k]['average']]
+        wrong += [f'{k} only here' for k in self if k not in theirs and not isinstance(self[k], Blend)]
         if wrong:
             raise ValueError(f'the state is of other averages: {", ".join(wrong)}. '
                              'Add averages of the same names first')
@@ -178,7 +195,10 @@ class TrackedAverages(Mapping):
         "Go on from a saved state; ValueError if it is of averages of other names, or they do not fit the model"
         if strict: self.check_names(state)
         theirs = state['averages']
-        for name in self._tracked.keys() & theirs.keys(): self._tracked[name].load_state_dict(theirs[name])
+        for name in theirs:
+            saved = theirs[name]['average']
+            if 'blend' in saved: self._add_blend(name, Blend.from_state(self.model, saved))
+            elif name in self: self._tracked[name].load_state_dict(theirs[name])
         self.clock.batches,self.clock.steps = state['batches'],state['steps']
 
 # %% ../../nbs/averaging/07_averages.ipynb #00000008
@@ -206,6 +226,9 @@ class FittedStatistics:
     def known(self, name, stamp, n_batches, data) -> dict|None:
         "What is known for this state of the average"
         return self._known[name][1] if self._is_known(name, stamp, n_batches, data) else None
+
+    def forget(self, name):
+        for known in self._known, self._loaded: known.pop(name, None)
 
     def _is_known(self, name, stamp, n_batches, data):
         if name not in self._known: return False
@@ -250,7 +273,6 @@ class Averages(TrackedAverages):
         "What the model holds: `'raw'`, or the name of an average"
         return held_weights(self.model)
 
-    @contextmanager
     def using(self,
         name:str, # `'raw'`, or the name of an average
         bn_data=None, # batches for BatchNorm statistics, or a function that gives some; None: `averages.bn_data`
@@ -259,11 +281,13 @@ class Averages(TrackedAverages):
         quick:bool=False, # will `averages.quick_batches` do? For a look in the midst of a run
     ):
         "Inside the block the model holds these weights; afterwards weights, buffers, modes, random state are as before"
-        self.adopt_changes()
-        places,values = self._contents(name)
-        with keep_rng(), keep_modes(self.model), holding(self.model, name, places, values):
+        def enter(undo):
+            self.adopt_changes()
+            look = holding(self.model, name, *self._contents(name))
+            for context in (keep_rng(), keep_modes(self.model), look): context.enter(undo)
             self._fit_statistics(name, bn_data, forward, n_batches or (self.quick_batches if quick else None))
-            yield self.model
+            return self.model
+        return Context(enter)
 
     def apply(self,
         name:str, # the name of an average; `'raw'` as `restore`
@@ -316,6 +340,12 @@ class Averages(TrackedAverages):
         keep_held(self.model)
         if held.name in self: self[held.name].reset()
         return True
+
+    def _add_blend(self, name, blend):
+        res = super()._add_blend(name, blend)
+        self._statistics.forget(name)
+        if self.held == name: self.apply(name)      # what it held was another one
+        return res
 
     def _contents(self, name):
         "Where the tensors of a set of weights lie, and what they are"

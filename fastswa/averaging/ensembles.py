@@ -9,15 +9,16 @@ __all__ = ['DECAYS', 'decay_weights', 'LatestAverage', 'Snapshot', 'merge', 'uni
 import math
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .average import Average
-from .tensors import check_same, locked
-from ..core import check_choice, check_whole, uninterrupted, unwrap
+from .holding import raw_values
+from .tensors import WHOLE, check_same, locked
+from ..core import check_choice, check_number, check_whole, local, uninterrupted
 
 # %% ../../nbs/averaging/08_ensembles.ipynb #00000006
 def average_of(average, weights):
@@ -136,15 +137,13 @@ class newest:
 
 # %% ../../nbs/averaging/08_ensembles.ipynb #e9d6b4dd
 class Snapshot(Average):
-    "What a module holds when `update` is called, its own weights or others, with the statistics that it has then"
+    "What a module holds when `update` is called, its own weights or others, with all buffers as they are then"
     fitted = True
     def __init__(self,
         module:nn.Module, # the model whose weights are kept
         **kwargs, # for `Average`: `dtype`, `device`
     ):
-        tensors = unwrap(module).named_parameters(remove_duplicate=False),unwrap(module).named_buffers()
-        names = [k for k, t in chain(*tensors) if t.is_floating_point() or t.is_complex()]
-        super().__init__(module, newest(), include=names, **kwargs)
+        super().__init__(module, newest(), include=WHOLE, **kwargs)
 
     def update(self,
         module:nn.Module|None=None, # take what this module of the same names holds; None: its own
@@ -156,6 +155,65 @@ class Snapshot(Average):
             self._avg = self._copies(self._values(module), self._avg)
             self._taken,self._origin = 1,object()
         return self._taken
+
+# %% ../../nbs/averaging/08_ensembles.ipynb #0a3a31ba
+@dataclass(frozen=True)
+class blend:
+    "So much of the average `of`, and the rest of the raw weights"
+    of:str
+    lam:float
+    def __call__(self, n): raise TypeError('a blend stands still')
+
+# %% ../../nbs/averaging/08_ensembles.ipynb #7ff6ead2
+class Blend(Average):
+    "(1 - lam)·raw + lam·average, of the weights as they are when it is made: `averages.blend` makes it"
+    def __init__(self,
+        module:nn.Module, # the model
+        of:str, # what the average is called
+        lam:float, # how much of it, and 1 - lam of the raw weights
+        **kwargs, # for `Average`: `dtype`, `device`, `include`, `exclude`
+    ):
+        super().__init__(module, blend(of, check_number('lam', lam, -math.inf)), **kwargs)
+
+    @classmethod
+    @locked
+    @torch.no_grad()
+    def made_of(cls, average, of, lam):
+        "The blend of an average of this name and the raw weights; RuntimeError if the average is empty"
+        weights,chosen = average.weights,average._selection
+        average.verify()
+        dtype = average.dtype if average.dtype == torch.float64 else None      # no narrower than either
+        res = cls(average.source, of, lam, dtype=dtype, device=average.device, include=chosen.include,
+                  exclude=chosen.exclude)
+        raw = map(local, raw_values(average.source, res._selection.places))
+        res._avg = res._copies(res._selection.in_order(dict(zip(res._selection.tensors, raw))))
+        res._move_to(res._selection.in_order(weights), lam)
+        res._take_fixed()
+        res._taken = average.n
+        return res
+
+    def _move_to(self, average, lam):
+        for mine, a, is_param in zip(self._avg, average, self._selection.params):
+            share = lam if is_param else min(max(lam, 0), 1)
+            if share == 1: mine.copy_(a)      # bit for bit, as with 0
+            elif share: mine.lerp_(a.to(mine), share)
+
+    def update(self, module=None, steps=1):
+        "RuntimeError: it stands still"
+        raise RuntimeError('a blend stands still: averages.blend makes one of the weights as they are now')
+
+    def state_dict(self): return dict(super().state_dict(), blend=dict(
+        vars(self.rule), dtype=self.dtype, include=self._selection.include, exclude=self._selection.exclude))
+
+    @classmethod
+    def from_state(cls,
+        module:nn.Module, # the model
+        state:dict, # from `state_dict`
+    ):
+        "The blend that was saved"
+        res = cls(module, **state['blend'])
+        res.load_state_dict(state)
+        return res
 
 # %% ../../nbs/averaging/08_ensembles.ipynb #00000012
 def _floats(state): return {k: v.detach() for k, v in state.items() if v.is_floating_point() or v.is_complex()}

@@ -13,10 +13,10 @@ from torch import nn
 
 from .average import Average
 from .snapshots import move
-from .ensembles import average_of
+from .ensembles import DECAYS, average_of, latest
 from .rules import power
 from .tensors import locked
-from ..core import check_whole
+from ..core import check_whole, later
 from ..files import as_path, written
 
 # %% ../../nbs/averaging/10_posthoc.ipynb #00000005
@@ -38,15 +38,16 @@ def power_profile(
 def fit(
     steps, # where snapshots are, ascending; the last is that of the average wanted
     gammas, # exponents of the averages stored at each
-    gamma, # exponent of the one that is wanted
+    wanted, # the exponent of another one, or the share of each step, (steps[-1],)
 ) -> tuple: # coefficients (steps, gammas), relative L2 error of the profile that they give
     "The combination of stored profiles, with coefficients that sum to 1, nearest to another profile"
-    n,rows = steps[-1],[]
+    if np.ndim(wanted) == 0: wanted = shares([wanted], 0, steps[-1])[:, 0]
+    rows = []
     for first, last in zip([0, *steps], steps):
-        r = np.linalg.qr(shares([*gammas, gamma], first, last), mode='r')
+        r = np.linalg.qr(np.column_stack([shares(gammas, first, last), wanted[first:last]]), mode='r')
         # a later average holds the same profile, shrunk; an earlier one has nothing here
         shrunk = [np.zeros(len(gammas)) if s < last else (last/s)**(1 + np.asarray(gammas)) for s in steps]
-        rows.append(np.column_stack([*(r[:, :-1]*d for d in shrunk), r[:, -1]*(last/n)**(1 + gamma)]))
+        rows.append(np.column_stack([*(r[:, :-1]*d for d in shrunk), r[:, -1]]))
     *stored,target = np.concatenate(rows).T
     # the last coefficient is what the others leave of 1
     *others,newest = stored
@@ -55,21 +56,50 @@ def fit(
     error = np.linalg.norm(coefs@stored - target)/np.linalg.norm(target)
     return coefs.reshape(len(steps), -1), float(error)
 
+# %% ../../nbs/averaging/10_posthoc.ipynb #10c52fbd
+def wanted_shares(
+    window, # `sigma_rel` of a power average, a rule, or `latest(k, shape)`
+    steps, # where snapshots are, ascending; the last is that of the average wanted
+) -> np.ndarray: # (steps[-1],), float64, with a sum of 1
+    "How much each step counts in an average with this window"
+    n = steps[-1]
+    if isinstance(window, latest): return _merged(window, steps)
+    rule = window if callable(window) else power(sigma_rel=window)
+    if isinstance(rule, power): return shares([rule.exponent], 0, n)[:, 0]
+    if hasattr(rule, 'resolve'):
+        rule = rule.resolve(lambda time: time.value*n if time.unit == 'dur' else time.steps(None, None))
+    constant = getattr(rule, 'constant', False)
+    w = np.full(n, rule(1), dtype=float) if constant else np.array([rule(t) for t in range(n)], dtype=float)
+    w[0] = 1
+    return w*np.append(np.cumprod(1 - w[:0:-1])[::-1], 1)
+
+def _merged(window, steps):
+    n = steps[-1]
+    if window.k > len(steps):
+        raise ValueError(f'a merge of {window.k} snapshots needs as many; there are {len(steps)}, up to step {n}')
+    edges,p = [0, *steps][-window.k - 1:],np.zeros(n)
+    rate = [DECAYS[window.shape]((e - edges[0])/(edges[-1] - edges[0])) for e in edges]
+    for first, last, high, low in zip(edges, edges[1:], rate, rate[1:]): p[first:last] = (high - low)/(last - first)
+    return p
+
 # %% ../../nbs/averaging/10_posthoc.ipynb #0000000d
+def _loaded(path): return torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+
 class StoresSnapshots(Average):
     "Averages by `power`, and snapshots of them in memory or in files"
     def __init__(self,
         module:nn.Module, # the model whose weights are averaged
-        sigma_rels=(0.05, 0.1), # windows of the averages that are stored, as shares of the run
+        sigma_rels=(0.05, 0.28), # windows of the averages that are stored, as shares of the run
         every:int|None=100, # updates between two snapshots; None: only those that `store` takes
         *,
+        keep:int|None=40, # snapshots stored at most; when there are more, some are left out evenly; None: all stay
         folder=None, # write snapshots here, and find those that are here; None: keep them in the host's memory
         **kwargs, # for `Average`: `dtype`, `device`, `include`, `exclude`, `check_finite`
     ):
         rules = [power(sigma_rel=s) for s in sigma_rels]
         if not rules: raise ValueError('sigma_rels must hold at least one')
         self.sigma_rels = tuple(map(float, sigma_rels))
-        self.every = check_whole('every', every, none=True)
+        self.every,self.keep = check_whole('every', every, none=True),check_whole('keep', keep, 2, none=True)
         self.folder = None if folder is None else as_path(folder)
         self._others = [Average(module, rule, **kwargs) for rule in rules[1:]]
         super().__init__(module, rules[0], **kwargs)
@@ -85,14 +115,19 @@ class StoresSnapshots(Average):
     def reset(self):
         super().reset()
         for a in self._others: a.reset()
-        self._stored = {}
+        self._stored,self._numbers = {},{}      # snapshots by step, and how many came before each
 
     def _files(self): return {int(p.stem[4:]): p for p in self.folder.glob('ema-*.pt') if p.stem[4:].isdigit()}
 
     def _checked(self, stored):
         "Stored snapshots in order; ValueError for missing files, and if the newest is of another model or `sigma_rels`"
-        missing = [str(s) for s in stored.values() if isinstance(s, Path) and not s.is_file()]
-        if missing: raise ValueError(f'snapshots are missing: {", ".join(missing[:8])}')
+        missing = {n: s for n, s in stored.items() if isinstance(s, Path) and not s.is_file()}
+        if missing:      # those that the newest file does not know of were left out since
+            files = self._files()
+            known = _loaded(files[max(files)]).get('steps', missing) if files else missing
+            stored = {n: s for n, s in stored.items() if n not in missing or n in known}
+            lost = [str(s) for n, s in missing.items() if n in known]
+            if lost: raise ValueError(f'snapshots are missing: {", ".join(lost[:8])}')
         if stored: self._read(stored[max(stored)])
         return dict(sorted(stored.items()))
 
@@ -103,7 +138,7 @@ class StoresSnapshots(Average):
     def _read(self, stored):
         "The averages in a snapshot, each in the order of the selection"
         what = stored if isinstance(stored, Path) else 'the snapshot'
-        if isinstance(stored, Path): stored = torch.load(stored, map_location='cpu', mmap=True, weights_only=True)
+        if isinstance(stored, Path): stored = _loaded(stored)
         self._check_sigma_rels(stored, what)
         return [self._selection.in_order(w, what) for w in stored['weights']]
 
@@ -119,6 +154,7 @@ class StoresSnapshots(Average):
         for a in self.averages: a._ready()
         move(self.averages, self._values(module), [1]*len(self.sigma_rels))
         # `n` waits for a GPU: it is read only where a snapshot may be due
+        if self._taken == 1 and self.n == 1: self.store()
         if self.every and self._taken % self.every == 0 and self.n and self.n % self.every == 0: self.store()
         return self._taken
 
@@ -133,26 +169,42 @@ class StoresSnapshots(Average):
         "Store a snapshot of the averages as they are now, as `update` does every so many times"
         self._need()
         if self.n in self._stored: return
-        now = self._now()
+        now,left_out = self._now(),self._surplus()
+        self._numbers[self.n] = max(self._numbers.values(), default=-1) + 1
         if self.folder is None:
             weights = [self._copies(self._selection.in_order(w), device='cpu') for w in now['weights']]
             self._stored[self.n] = dict(now, weights=[self._selection.by_name(v) for v in weights])
-            return
+        else: self._write(now, left_out)
+        for step in left_out:
+            stored,_ = self._stored.pop(step),self._numbers.pop(step)
+            if isinstance(stored, Path): stored.unlink()
+
+    def _write(self, now, left_out):
         for step, p in self._files().items():
             if step not in self._stored: p.unlink()      # of a run that went on from an earlier state once more
         path = self.folder/f'ema-{self.n:08}.pt'
-        with written(path) as tmp: torch.save(now, tmp)
+        steps = [s for s in (*self._stored, self.n) if s not in left_out]
+        with written(path) as tmp: torch.save(dict(now, steps=steps), tmp)
         self._stored[self.n] = path
+
+    def _surplus(self):
+        "Which snapshots to leave out when the present one is stored; the first and the newest stay"
+        if self.keep is None: return []
+        # odd numbers go first, then what is odd of their halves; the oldest first
+        numbers = {s: self._numbers[s] for s in self._stored}
+        in_turn = sorted((s for s in numbers if numbers[s]), key=lambda s: (numbers[s] & -numbers[s], s))
+        return in_turn[:max(len(numbers) + 1 - self.keep, 0)]
 
     @property
     def steps(self) -> list:
-        "The steps for which averages can be reconstructed: those of the stored snapshots, and the present one"
-        return sorted({*self._stored, self.n} - {0})
+        "The steps for which averages can be reconstructed: those of snapshots after the first, and the present one"
+        return sorted({*self._stored, self.n} - {0, 1})
 
     def state_dict(self):
         stored = {n: s.name if isinstance(s, Path) else s for n, s in self._stored.items()}
         others = [a.state_dict() for a in self._others]
-        return dict(super().state_dict(), sigma_rels=self.sigma_rels, others=others, stored=stored)
+        return dict(super().state_dict(), sigma_rels=self.sigma_rels, others=others, stored=stored,
+                    numbers=dict(self._numbers))
 
     def load_state_dict(self, state):
         self._check_sigma_rels(state, 'the saved average')
@@ -163,12 +215,12 @@ class StoresSnapshots(Average):
         super().load_state_dict(state)
         for a, s in zip(self._others, state['others'], strict=True): a.load_state_dict(s)
         self._stored = stored
+        self._numbers = dict(state.get('numbers') or zip(stored, range(len(stored))))
 
 # %% ../../nbs/averaging/10_posthoc.ipynb #7d1c0a52
 class PostHocEMA(StoresSnapshots):
-    "Averages by `power` whose snapshots give that of any other `sigma_rel` afterwards; arXiv 2312.02696, sec. 3.2"
-    def _fit(self, sigma_rel, step):
-        gamma = power(sigma_rel=sigma_rel).exponent
+    "Averages by `power` whose snapshots give an average of any other window afterwards; arXiv 2312.02696, sec. 3.2"
+    def _fit(self, window, step):
         steps = self.steps
         if len(steps) < 2:
             raise RuntimeError(f'a reconstruction needs two snapshots or more; there is {len(steps) or "none"} '
@@ -177,26 +229,28 @@ class PostHocEMA(StoresSnapshots):
             raise ValueError(f'no snapshot is of step {step}; {len(steps)} are, '
                              f'from {steps[0]} to {steps[-1]}, see `steps`')
         steps = [s for s in steps if step is None or s <= step]
-        return steps, *fit(steps, [a.rule.exponent for a in self.averages], gamma)
+        wanted = wanted_shares(window, steps)
+        steps = [*({1} & {*self._stored}), *steps]
+        return steps, *fit(steps, [a.rule.exponent for a in self.averages], wanted)
 
     def residual(self,
-        sigma_rel:float, # the window, above 0 and below 0.2887
+        window, # as in `reconstruct`
         step:int|None=None, # one of `steps`; None: the last
     ) -> float:
         "How far the profile of the reconstruction is from the true one: relative L2 error, 0 is exact"
-        return self._fit(sigma_rel, step)[2]
+        return self._fit(window, step)[2]
 
     @torch.no_grad()
     def reconstruct(self,
-        sigma_rel:float, # the window, above 0 and below 0.2887
+        window, # sigma_rel, from 0 to 0.2887; or a rule such as `ema(half_life='0.05dur')`, a share of the updates
         step:int|None=None, # one of `steps`; None: the last
     ) -> dict: # name → tensor, on the CPU
-        """The average by `power(sigma_rel=…)` at a step, from the snapshots up to it; `residual` says how near.
+        """The average with another window at a step, from the snapshots up to it; `residual` says how near.
 
         BatchNorm's statistics are those of the newest average, as coefficients may be negative: recompute them. Raises
-        ValueError for a `sigma_rel` or `step` that there is not, RuntimeError if there are fewer than two snapshots."""
+        ValueError for a window or `step` that there is not, RuntimeError if there are fewer than two snapshots."""
         self.verify()
-        steps,coefs,_ = self._fit(sigma_rel, step)
+        steps,coefs,_ = self._fit(window, step)
         total = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float64), device='cpu')
                  for t in self._selection.live]
         for s, row in zip(steps, coefs):
@@ -206,8 +260,10 @@ class PostHocEMA(StoresSnapshots):
         return self._selection.by_name(self._copies(res, device='cpu'))
 
     def using(self,
-        sigma_rel:float, # the window, above 0 and below 0.2887
+        window, # as in `reconstruct`
         step:int|None=None, # one of `steps`; None: the last
     ):
         "A context: inside it the module holds the reconstruction; after it, whatever happened, its own weights"
-        return average_of(self, self.reconstruct(sigma_rel, step)).applied()
+        return average_of(self, self.reconstruct(window, step)).applied()
+
+    choose = later('averaging.choice', 'choose')

@@ -57,12 +57,15 @@ class CountedSnapshots(ShadowWeights):
     def _need(self):
         if self.n == 0: raise RuntimeError('the average is empty: it has no snapshot yet, call update() first')
 
-    def _ready(self, steps=1):
-        "Raise an error if no update can be made now"
-        if not 0 < steps < math.inf: raise ValueError(f'steps must be a number above 0; got {steps!r}')
+    def _check_raw(self):
         if self._is_held():
             raise RuntimeError('the module holds an average and not its own weights: update outside of applied(), '
                                'after `averages.restore()` or `restore_raw(model)`')
+
+    def _ready(self, steps=1):
+        "Raise an error if no update can be made now"
+        if not 0 < steps < math.inf: raise ValueError(f'steps must be a number above 0; got {steps!r}')
+        self._check_raw()
         if self._steps_on_the_way is not None: self._settle()
         if self.sharded or not self._selection.current(): self.verify()
 

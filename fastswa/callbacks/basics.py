@@ -8,18 +8,18 @@ __all__ = ['DeviceCB', 'BatchTransformCB', 'SingleBatchCB', 'HasLearnCB', 'Recor
 # %% ../../nbs/callbacks/00_basics.ipynb #00000002
 from ..batches import default_device, to_cpu, to_device
 from ..training.events import Callback, CancelFitException, Stage
-from ..training.optim import loss_module
+from ..training.optim import groups_of
+from ..training.parameters import loss_modules
 
 # %% ../../nbs/callbacks/00_basics.ipynb #00000006
 class DeviceCB(Callback):
-    "Move the model, a loss that is a module, and every batch to a device"
+    "Move the model, a loss that has parameters, and every batch to a device"
     order,role = Stage.prepare,'prepares'
     def __init__(self,
         device=None, # a torch device; None: the accelerator, or the CPU where there is none
     ): self.device = default_device() if device is None else device
     def before_fit(self, learn):
-        for module in (learn.model, loss_module(learn)):
-            if module is not None: module.to(self.device)
+        for module in (learn.model, *loss_modules(learn).values()): module.to(self.device)
     def before_batch(self, learn): learn.batch = to_device(learn.batch, self.device)
 
 class BatchTransformCB(Callback):
@@ -55,7 +55,7 @@ class RecorderCB(HasLearnCB):
     def before_fit(self, learn):
         super().before_fit(learn)
         self.recs = {name: [] for name in self.functions}
-        self.pg = next(iter(getattr(learn.opt, 'param_groups', ())), None)
+        self.pg = next(iter(groups_of(learn.opt)), None)
 
     def state_dict(self): return dict(recs={name: list(values) for name, values in self.recs.items()})
     def load_state_dict(self, state): self.recs = {name: list(state['recs'].get(name, [])) for name in self.functions}

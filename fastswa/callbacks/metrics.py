@@ -150,16 +150,24 @@ _LARGE = ('.*(accuracy|scores?|precision|recall|sensitivity|specificity|similari
           'psnr|s[nd]r|(ms)?ssim|(sacre)?bleu|rouge[ln]?|meteor|chrf|mrr|ndcg|mcc|matthews|kappa|pearson|spearman|hits')
 _KNOWN = {mode: re.compile(f'({words})\\d*') for mode, words in dict(min=_SMALL, max=_LARGE).items()}
 _OTHERWISE = set('neg negative minus inverse gap drop diff delta std var'.split())      # turn what they stand beside
+_FURTHER = set('rate mean avg average macro micro weighted top at k index measure corr coef train valid test'.split())
 
 def _mode_of(name):
     "Is small (`'min'`) or large (`'max'`) good? None where a name does not tell"
-    parts = re.split(r'[\W_]+', name)
+    parts = [part for part in re.split(r'[\W_]+', name) if not _is_further(part)]
     words = [w.lower() for part in parts for w in re.findall(r'[A-Z]+\d*(?![a-z])|[A-Z]?[a-z]+\d*', part)]
+    words = [w for w in words if not _is_further(w)]
     if not words or _OTHERWISE.intersection(words): return None
     if re.fullmatch('.*(loss|losses|error|errors)|err', words[-1]): return 'min'      # an iou_loss is a loss
-    words += [part.lower() for part in [*parts, ''.join(parts)]]
+    ends = [words[-1], parts[-1].lower(), re.sub(r'[\W_]', '', name).lower()]
+    if not any(known.fullmatch(end) for known in _KNOWN.values() for end in ends): return None      # a loss_scale
+    words += [part.lower() for part in parts] + ends[-1:]
     found = [mode for mode, known in _KNOWN.items() if any(map(known.fullmatch, words))]
     return found[0] if len(found) == 1 else None
+
+def _is_further(word):
+    "May it follow the name of a score without making it that of something else? `top5` and numbers may"
+    return word.rstrip('0123456789').lower() in _FURTHER | {''}
 
 # %% ../../nbs/callbacks/01_metrics.ipynb #00000013
 class Watched:
@@ -247,6 +255,7 @@ class EarlyStoppingCB(Callback):
     "End the fit when a column has not become better for some epochs; `best` and `best_epoch` say when it was best"
     order,role = Stage.schedule + 5,'watches'
     name = average = None      # of the best weights, if they are kept
+    optional = True      # a run may be resumed without it
     best = best_epoch = reason = stopped_epoch = _epoch = _value = None      # the last two: of the newest row
     def __init__(self,
         metric:str='loss', # a column of the raw row; `'ema/accuracy'` for other weights, `'train/loss'` for training

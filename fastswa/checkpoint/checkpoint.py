@@ -16,7 +16,9 @@ from ..clock import Every
 from ..core import check_whole, unwrap
 from ..files import as_path, check_folder, is_main_process, wait_for_all, written
 from ..training.events import Callback, Stage, by_order
-from ..training.optim import KNOWN_OPTIONS, OptionChanges, load_opt_state, named_parameters
+from ..training.optim import KNOWN_OPTIONS, OptionChanges
+from ..training.opt_state import load_opt_state
+from ..training.parameters import named_parameters
 
 # %% ../../nbs/checkpoint/02_checkpoint.ipynb #00000007
 def save(
@@ -89,6 +91,34 @@ def export(
         meta |= dict(n=str(average.n), rule=repr(average.rule))
     with learn.using(name): write_tensors(unwrap(learn.model).state_dict(), path, meta)
 
+# %% ../../nbs/checkpoint/02_checkpoint.ipynb #8b0462f9
+class StopSignals:
+    "Between `install` and `remove`, Ctrl-C and SIGTERM are only noted as `asked`; a second one takes effect at once"
+    asked,stopped = None,False
+    def __init__(self): self._old = {}
+
+    def install(self):
+        self.asked,self.stopped = None,False
+        if threading.current_thread() is not threading.main_thread(): return      # others cannot
+        handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (signal.SIG_IGN, None)]
+        self._old = {s: signal.signal(s, self._ask) for s in handled}
+
+    def _ask(self, sig, frame):
+        "The handler of a signal"
+        again,self.asked = self.asked,sig
+        if again: self.stop()
+        print('stopping: a checkpoint is written when the batch is over (once more: at once)', file=sys.stderr)
+
+    def stop(self):
+        "Now what was asked for takes effect"
+        sig,self.asked,self.stopped = self.asked,None,True
+        self.remove()
+        raise KeyboardInterrupt if sig == signal.SIGINT else SystemExit(128 + sig)
+
+    def remove(self):
+        for s, old in self._old.items(): signal.signal(s, old)
+        self._old = {}
+
 # %% ../../nbs/checkpoint/02_checkpoint.ipynb #0000000e
 class CheckpointCB(Callback):
     "Write checkpoints of a run into a folder; `best` and `best_epoch` tell about `best.pt`"
@@ -107,7 +137,7 @@ class CheckpointCB(Callback):
         self.watched = Watched(best, mode) if best else None
         self.top = [] # value, epoch and steps of the best ones, the best first
         self.saved = []
-        self._learn = None
+        self._learn,self._signals = None,StopSignals()
 
     @property
     def best(self): return self.top[0][0] if self.top else None
@@ -116,7 +146,6 @@ class CheckpointCB(Callback):
     def best_epoch(self): return self.top[0][1] if self.top else None
 
     def before_fit(self, learn):
-        self._old_handlers,self._asked,self._stopped = {},None,False
         if not learn.will_train: return
         if learn is not self._learn: self.top,self.saved = [],[]
         self._learn,self._improved = learn,False
@@ -125,9 +154,7 @@ class CheckpointCB(Callback):
         learn.opt                 # is made, so that its state counts too
         learner_state(learn)      # says now, rather than in an hour, what cannot be saved
         if _writes(learn): self._prepare(learn)
-        if threading.current_thread() is threading.main_thread():
-            handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (signal.SIG_IGN, None)]
-            self._old_handlers = {s: signal.signal(s, self._ask) for s in handled}
+        self._signals.install()
 
     def _prepare(self, learn):
         "The folder, with nothing of another run in it"
@@ -148,21 +175,6 @@ class CheckpointCB(Callback):
                              f'by fit(…, resume={str(self.path)!r}), or give another folder')
         self.saved = found
 
-    def _ask(self, sig, frame):
-        "The handler of a signal"
-        if self._asked: self._stop(sig)
-        self._asked = sig
-        print('stopping: a checkpoint is written when the batch is over (once more: at once)', file=sys.stderr)
-
-    def _stop(self, sig):
-        self._asked,self._stopped = None,True
-        self._restore_handlers()
-        raise KeyboardInterrupt if sig == signal.SIGINT else SystemExit(128 + sig)
-
-    def _restore_handlers(self):
-        for s, old in self._old_handlers.items(): signal.signal(s, old)
-        self._old_handlers = {}
-
     def before_epoch(self, learn):
         if not learn.training or learn.resuming: return
         if self.watched: self.watched.check(learn, rows=True)
@@ -181,15 +193,15 @@ class CheckpointCB(Callback):
 
     def cleanup_fit(self, learn):
         try:
-            if not learn.will_train or not learn.epochs or self._stopped: return
+            if not learn.will_train or not learn.epochs or self._signals.stopped: return
             if learn.error is None or learn.own_cbs.position.is_whole(learn): self._write_if(learn, True)
             if learn.error is None: wait_for_all()
-        finally: self._restore_handlers()
+        finally: self._signals.remove()
 
     def _write_if(self, learn, due):
-        if not (due or self._asked) or learn.own_cbs.position.place(learn) is None: return
+        if not (due or self._signals.asked) or learn.own_cbs.position.place(learn) is None: return
         if _writes(learn): self._write(learn)
-        if self._asked: self._stop(self._asked)
+        if self._signals.asked: self._signals.stop()
 
     def _write(self, learn):
         path = self.path/f'step-{learn.opt_steps:08}.pt'

@@ -19,7 +19,8 @@ from ..random_state import get_rng_state, set_rng_state
 from ..core import is_quiet, plain, unwrap
 from ..files import as_path
 from ..training.events import Callback, by_order
-from ..training.optim import load_opt_state, loss_tensors, named_parameters, opt_state
+from ..training.opt_state import load_opt_state, opt_state
+from ..training.parameters import loss_tensors, named_parameters
 from ..training.sandbox import generators, takes_part
 
 # %% ../../nbs/checkpoint/01_resume.ipynb #00000005
@@ -45,7 +46,9 @@ def _has_state(cb): return hasattr(cb, 'state_dict')
 
 def _loss_tensors(learn): return {**loss_tensors(learn), **loss_tensors(learn, 'buffers')}
 
-def _optional(cb): return cb.role in ('watches', 'measures')      # a run goes the same way without it
+def _optional(cb):
+    "Does a run go the same way without it, and keeps it no running mean?"
+    return cb.role in ('watches', 'measures') or getattr(cb, 'optional', False)
 
 def _matters(cb): return not _optional(cb) and (cb.role in ('schedules', 'averages') or takes_part(cb))
 
@@ -193,14 +196,20 @@ class ResumeCB(Callback):
 
     def before_fit(self, learn):
         self._check_generators(learn)      # now, since callbacks may make theirs when the fit begins
-        try:
-            load_opt_state(named_parameters(learn), learn.opt, self.state['opt'], load=False)
-            learn.averages.check_names(self.state['averages'])
+        try: load_opt_state(named_parameters(learn), learn.opt, self.state['opt'], load=False)
         except ValueError as e: raise ValueError(f'{self.path} cannot be resumed: {e}') from e
+        self._check_averages(learn)
         self._warn(learn)
         if self.finished:
             self._load(learn)
             _set_rng(self.state['rng'], generators(learn))
+
+    def _check_averages(self, learn):
+        saved,own = self.state['averages']['averages'],[getattr(cb, 'name', None) for cb in learn.cbs if _optional(cb)]
+        new = [k for k in learn.averages if k not in saved and k not in own]
+        refuse(f'{self.path} cannot be resumed', {'averages only here': new})
+        lost = [k for k in saved if k not in learn.averages]
+        if lost: warnings.warn(f'{self.path} holds {some_names(lost)}, which no callback here keeps: left out')
 
     def _warn(self, learn):
         groups = zip(self.state['options'], plain(learn.options))
@@ -225,7 +234,7 @@ class ResumeCB(Callback):
         for cb, state in self.pairs: cb.load_state_dict(state)
         load_opt_state(named_parameters(learn), learn.opt, self.state['opt'])
         put_weights(learn, self.state)
-        learn.averages.load_state_dict(self.state['averages'])
+        learn.averages.load_state_dict(self.state['averages'], strict=False)
         learn.resuming = None
 
     def _find_place(self, learn):

@@ -7,10 +7,11 @@ __all__ = ['compare', 'Comparison']
 
 # %% ../../nbs/compare/01_runs.ipynb #eb70449a
 import inspect, json, os, platform
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from copy import deepcopy
 from functools import partial
 from html import escape
+from itertools import starmap
 from numbers import Integral, Real
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..callbacks.metrics import Watched
 from ..callbacks.swa import AverageCB
 from .statistics import paired_difference, sampling_error
 from ..core import check_choice, check_whole, is_quiet, plain, quiet
-from ..random_state import keep_rng, set_seed
+from ..random_state import keep_rng, seed_generator, set_seed
 from ..files import check_folder, written
 from ..plot import GREY, plot_style, subplots, weight_styles
 from ..training.learner import Learner
@@ -43,7 +44,7 @@ def _watcher(name, cb):
 
 def _fit(learn, watchers, seed, epochs):
     set_seed(seed)
-    for g in generators(learn): g.manual_seed(seed)
+    for g in generators(learn): seed_generator(g, seed)
     learn.fit(epochs, cbs=[_watcher(name, cb) for name, cb in watchers.items()])
 
 def _size(dl): return len(dl.dataset) if hasattr(dl, 'dataset') and hasattr(dl.dataset, '__len__') else None
@@ -119,6 +120,21 @@ class _Folder:
         return name, seed, result
 
 # %% ../../nbs/compare/01_runs.ipynb #58306044
+_ONE_THREAD = dict.fromkeys(['OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'], '1')
+
+def _finished(f, tasks, n_jobs):
+    "What `f` returns for each tuple of arguments, as it comes; the processes are gone when it is closed"
+    if n_jobs == 1:
+        yield from starmap(f, tasks)
+        return
+    # `joblib.Parallel` would register a folder, and some processes end without telling that it is gone
+    from joblib.externals.loky import ProcessPoolExecutor, as_completed
+    pool,finished = ProcessPoolExecutor(n_jobs, env=_ONE_THREAD),False
+    try:
+        for task in as_completed([pool.submit(f, *args) for args in tasks]): yield task.result()
+        finished = True
+    finally: pool.shutdown(kill_workers=not finished)
+
 def compare(
     make_learner, # called with a seed; returns the baseline's learner
     variants:dict, # name → an averaging callback, which watches the baseline's run, or a function like that
@@ -134,8 +150,7 @@ def compare(
     All runs of a seed have the data in the same order. A run that fails is marked, and the others go on. Functions and
     what they refer to travel to other processes, notebook functions too. Raises ValueError for no seeds, for a name
     that cannot be used, and for a folder of another experiment; RuntimeError if the baseline failed in every seed."""
-    from joblib import Parallel, cpu_count, delayed
-    from joblib.externals.loky import get_reusable_executor
+    from joblib import cpu_count
     from tqdm import tqdm
     seeds = _check_seeds(seeds)
     check_whole('epochs', epochs)
@@ -145,18 +160,12 @@ def compare(
     results = {(name, seed): folder.get(name, seed) for seed in seeds for name in makers}
     left = [k for k, v in results.items() if v is None]
     if n_jobs is None: n_jobs = 1 if torch.accelerator.is_available() else cpu_count()
-    tasks = (delayed(folder.run)(name, makers[name], watchers if name == 'raw' else {}, seed, epochs)
-             for name, seed in left)
-    n_jobs = min(n_jobs, len(left) or 1)
+    tasks = [(name, makers[name], watchers if name == 'raw' else {}, seed, epochs) for name, seed in left]
     bar = tqdm(total=len(results), initial=len(results) - len(left), desc='runs', disable=is_quiet())
-    try:
-        for name, seed, result in Parallel(n_jobs, return_as='generator_unordered', max_nbytes=None)(tasks):
+    with bar, closing(_finished(folder.run, tasks, min(n_jobs, len(left) or 1))) as finished:
+        for name, seed, result in finished:
             results[name, seed] = result
             bar.update()
-    finally:
-        bar.close()
-        # the processes would wait for more work, and whoever started them for their end
-        if n_jobs > 1: get_reusable_executor().shutdown(kill_workers=bar.n < bar.total)
     return Comparison(results, ['raw', *variants], dict(epochs=epochs, variants=described), metric, mode)
 
 def _check_seeds(seeds):

@@ -4,7 +4,8 @@ from .events import (
     Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CallbackRunner,
     Stage, run_cbs, with_cbs)
 from .learner import Learner, MomentumLearner, TrainCB, TrainLearner
-from .optim import OptionChanges, group_options, load_opt_state, opt_state, param_groups, set_option
+from .opt_state import load_opt_state, opt_state
+from .optim import OptionChanges, group_options, param_groups, set_option
 from .sandbox import keep_learner, prepared_batches, sandbox
 
 __all__ = [

@@ -6,15 +6,17 @@
 __all__ = ['LossMeter', 'LossCB', 'ModesCB', 'PositionCB']
 
 # %% ../../nbs/training/01_essentials.ipynb #00000002
-import math
+import math, warnings
 
 import torch
 
+from ..averaging.schedule_free import ScheduleFree, is_schedule_free
 from ..batches import batch_size
+from ..core import is_quiet
 from ..random_state import generators_in, get_rng_state
 from ..module_state import set_modes
 from .events import Callback
-from .optim import loss_module
+from .parameters import loss_modules
 
 # %% ../../nbs/training/01_essentials.ipynb #00000005
 class LossMeter:
@@ -90,14 +92,13 @@ class LossCB(Callback):
 
 class ModesCB(Callback):
     """Train mode for training, eval mode for validation, a loss that is a module included; what is frozen, in eval mode
-    already, stays so"""
+    already, stays so. An optimizer that has modes, as Schedule-Free ones have, is in train mode from the first batch on
+    """
     order,role = -math.inf,'steps'
     def __init__(self): self.modes,self.frozen,self.loss = {},[],[]
 
     def before_fit(self, learn):
-        loss = loss_module(learn)
-        apart = loss is not None and loss not in {*learn.model.modules()}
-        self.loss = [loss] if apart and loss.training else []
+        self.loss = [m for m in loss_modules(learn).values() if m.training]
         self.modes = {m: m.training for root in (*self.loss, learn.model) for m in root.modules()}
         self.frozen = None
 
@@ -107,12 +108,24 @@ class ModesCB(Callback):
         for m in self.frozen or (): m.train(False)
 
     def before_epoch(self, learn):
-        if self.frozen is None:      # now, since a callback may freeze layers when the fit begins
+        first = self.frozen is None      # now, since a callback may freeze layers when the fit begins
+        if first:
             self.frozen = [m for root in (*self.loss, learn.model) for m in root.modules()
                            if root.training and not m.training]
         for root in (*self.loss, learn.model): self.set(root, learn.training)
+        if learn.training and callable(getattr(learn.opt, 'train', None)):
+            learn.opt.train()
+            if first: _warn_of_average(learn)
 
-    def cleanup_fit(self, learn): set_modes(self.modes)
+    def cleanup_fit(self, learn):
+        set_modes(self.modes)
+        self.modes = {}
+
+def _warn_of_average(learn):
+    if is_quiet(learn) or not is_schedule_free(learn.opt): return
+    if any(isinstance(a, ScheduleFree) for a in learn.averages.values()): return
+    warnings.warn(f'{type(learn.opt).__name__} averages the weights, and that average is what it is for: '
+                  'ScheduleFreeCB() shows it, and saves and exports it. All other rows are of the weights it trains on')
 
 class PositionCB(Callback):
     "Where a fit stands, so that it can be saved and gone on from"

@@ -38,6 +38,7 @@ class Callback:
     "Base of all callbacks: methods named after events, called with the learner, from low `order` to high"
     order = 0
     role = None # what it is for: 'prepares', 'steps', 'schedules', 'averages', 'measures' or 'watches'
+    stand_in = None # a callback in its place where it does not take part, but others rely on what it gives
 
     def __repr__(self):
         "The class and those of its arguments that are not the defaults, as far as they can be told from attributes"

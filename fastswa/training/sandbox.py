@@ -26,7 +26,7 @@ from ..core import uninterrupted, unwrap
 from .essentials import LossCB, ModesCB, PositionCB
 from .events import CancelBatchException, CancelEpochException, CancelFitException
 from .events import STEPS, Callback, by_order, run_cbs
-from .optim import loss_module, parameters
+from .parameters import loss_modules, parameters
 
 # %% ../../nbs/training/02_sandbox.ipynb #00000005
 _OF_LOOP = {'batch', 'between_batches', 'dl', 'dls', 'epoch', 'epochs', 'history', 'iter', 'loss', 'own_cbs', 'preds',
@@ -47,6 +47,10 @@ def generators(
     own = {k: v for k, v in vars(learn).items() if k not in _OF_LOOP}
     skip = [learn, *_apart(learn)]
     return generators_in(*_loaders(learn), learn.model, *by_order(learn.cbs), own, type(learn), skip=skip)
+
+def _left(learn):
+    "What a look leaves alone, or is seen to elsewhere"
+    return [learn.model, learn.dls, *_apart(learn), *(cb for cb in learn.cbs if not _prepares(cb))]
 
 def _data(learn):
     "What loaders are made of, but for lists of batches"
@@ -100,7 +104,7 @@ class EvaluationCB(Callback):
     def before_epoch(self, learn):
         if learn.training or learn.weights == 'raw': return
         cbs = filter(_prepares, learn.cbs)
-        self._changes = snapshot(learn, *cbs, skip=_OF_LOOP, leave=[learn.model, *_apart(learn)], also=_data(learn))
+        self._changes = snapshot(learn, *cbs, skip=_OF_LOOP, leave=_left(learn), also=_data(learn))
 
     def after_epoch(self, learn):
         "What the batches wrote is undone when all have seen the row; what they write about the row stays"
@@ -118,7 +122,8 @@ def _read(learn, dl, cbs, training):
     parts = [p for p in loader_parts(dl) if not of_a_library(getattr(p, '__module__', None))]
     names = dict.fromkeys(getattr(p, '__name__', type(p).__name__) for p in parts)
     changing = [cb for cb in cbs if _prepares(cb) and hasattr(cb, 'before_batch')]
-    with keep_rng(*generators(learn)), keep_state(*changing, leave=_apart(learn), also=_data(learn)):
+    kept = dict(skip=_OF_LOOP, leave=_left(learn), also=_data(learn))
+    with keep_rng(*generators(learn)), keep_state(learn, *changing, **kept):
         batches,samples = [*islice(dl, 1)],_samples(dl)
         prepared = [*prepared_batches(learn, map_tensors(torch.clone, batches), training, changing)]
     of_data = ' or '.join(names) or type(getattr(dl, 'dataset', dl)).__name__
@@ -186,12 +191,12 @@ def keep_learner(
     if valid is not None: loaders['valid'] = _batches(valid)
     cbs = [*filter(_prepares, learn.cbs if cbs is None else cbs)]
     changing,data = ([], []) if row else ([learn, *cbs], _data(learn))
-    if (loss := loss_module(learn)) is not None: changing += loss.modules()
-    leave = [learn.model, kept, *_apart(learn)]
+    changing += (m for loss in loss_modules(learn).values() for m in loss.modules())
+    left = _left(learn)
     try:
         learn.dls = _Loaders(kept, **loaders)
         if row: evaluation.check(learn, learn.dls.valid, cbs, training=False)
-        with keep_rng(*generators(learn)), keep_state(*changing, leave=leave, also=data): yield
+        with keep_rng(*generators(learn)), keep_state(*changing, leave=left, also=data): yield
     finally:
         learn.dls = kept
         if not in_fit: evaluation.close()
@@ -245,7 +250,8 @@ def sandbox(
         with keep_learner(learn, valid=valid):
             learn.quiet,learn.history,learn.own_cbs = True,[],essentials()
             own = [deepcopy(cb) if cb.role == 'measures' else cb for cb in learn.cbs if takes_part(cb)]
-            learn.cbs = [*own, *cbs]
+            stand_ins = [cb.stand_in for cb in learn.cbs if cb.stand_in is not None]
+            learn.cbs = [*own, *stand_ins, *cbs]
             with _untrained(learn) if train else keep_state(*unwrap(learn.model).modules()): yield learn
     finally:
         for cb, state in states: cb.load_state_dict(state)      # a loss scale, a window of accumulation

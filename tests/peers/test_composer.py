@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 from fastswa.averaging.average import Average
 from fastswa.averaging.averages import Averages
 from fastswa.averaging.rules import ema
-from fastswa.callbacks.swa import BNUpdateCB, EMACB, SWACB
+from fastswa.callbacks.batchnorm import BNUpdateCB
+from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
 from fastswa.callbacks.schedule import EpochSchedCB
 from fastswa.callbacks.speed import MixedPrecisionCB

@@ -9,7 +9,7 @@ from fastswa.averaging.averages import Averages
 from fastswa.averaging.posthoc import PostHocEMA
 from fastswa.averaging.rules import ema, power
 from fastswa.averaging.interchange import load_ema_pytorch
-from fastswa.callbacks.swa import SwitchEMACB
+from fastswa.callbacks.swa_variants import SwitchEMACB
 from helpers import Trail, copied, floats, net, one, quick, reopened, same
 
 

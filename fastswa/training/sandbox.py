@@ -11,16 +11,19 @@ import math, warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
+from itertools import islice
+from operator import length_hint
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..averaging.averages import Averages
-from ..random_state import generators_in, keep_rng
-from ..module_state import keep_state
-from ..batches import tensors_in
-from ..core import unwrap
+from ..random_state import generators_in, keep_rng, loader_parts, of_a_library
+from ..module_state import keep_state, snapshot, undo_all
+from ..batches import map_tensors
+from ..core import uninterrupted, unwrap
 from .essentials import LossCB, ModesCB, PositionCB
 from .events import CancelBatchException, CancelEpochException, CancelFitException
 from .events import STEPS, Callback, by_order, run_cbs
@@ -30,15 +33,29 @@ from .parameters import loss_modules, parameters
 _OF_LOOP = {'batch', 'between_batches', 'dl', 'dls', 'epoch', 'epochs', 'history', 'iter', 'loss', 'own_cbs', 'preds',
             'training', '_averages', '_opt'}
 
+def _loaders(learn): return [getattr(learn.dls, k, None) for k in ('train', 'valid')]
+
+def _apart(learn):
+    "What draws nothing and is put back otherwise, if at all"
+    return [*(vars(learn).get(k) for k in ('history', 'own_cbs', '_averages', '_opt')), *learn.averages.values()]
+
 def generators(
     learn, # a learner
 ) -> list:
-    "Every random generator that loaders, model, callbacks and the learner itself draw from, beside the global ones"
+    """Every random generator that loaders, model, callbacks and the learner itself draw from, beside the global ones.
+
+    After a look each is as if nothing had been looked at, also one that a notebook uses for something else too."""
     own = {k: v for k, v in vars(learn).items() if k not in _OF_LOOP}
-    loaders = [getattr(learn.dls, k, None) for k in ('train', 'valid')]
-    skip = [learn, *(vars(learn).get(k) for k in ('history', 'own_cbs', '_averages', '_opt'))]
-    skip += learn.averages.values()      # which draw nothing, and hold many tensors
-    return generators_in(*loaders, learn.model, *by_order(learn.cbs), own, type(learn), skip=skip)
+    skip = [learn, *_apart(learn)]
+    return generators_in(*_loaders(learn), learn.model, *by_order(learn.cbs), own, type(learn), skip=skip)
+
+def _left(learn):
+    "What a look leaves alone, or is seen to elsewhere"
+    return [learn.model, learn.dls, *_apart(learn), *(cb for cb in learn.cbs if not _prepares(cb))]
+
+def _data(learn):
+    "What loaders are made of, but for lists of batches"
+    return [p for dl in _loaders(learn) for p in loader_parts(dl) if not isinstance(p, (list, tuple, torch.Tensor))]
 
 def _gives_steps(cb): return any(hasattr(cb, e) for e in STEPS)
 
@@ -54,7 +71,7 @@ def _prepares(cb): return takes_part(cb) and cb.role != 'measures'
 class EvaluationCB(Callback):
     "What evaluation within a fit needs: loaders with workers of their own, rows of averages without a trace"
     order,role = -math.inf,'steps'
-    def __init__(self): self._copies,self._checked,self._row = {},[],ExitStack()
+    def __init__(self): self._copies,self._checked,self._changes,self._undo = {},[],list,[]
 
     def loader(self, dl):
         "The loader to evaluate on: a copy if it has persistent workers, with others that live as long as the fit"
@@ -70,35 +87,70 @@ class EvaluationCB(Callback):
         for _, dl in self._copies.values(): dl._iterator = None
         self._copies = {}
 
-    def check(self, learn, dl):
-        "A warning, once in a fit, about a loader that gives other batches when read again in the same random state"
+    def check(self, learn, dl, cbs, training):
+        "A warning, once in a fit, about data that is another when it is read again in the same state"
         if not learn.will_train or not learn.in_fit or any(dl is o for o in self._checked): return
         self._checked.append(dl)
         # in workers it is copies that draw; what is its own iterator can be read once
         if getattr(dl, 'num_workers', 0) or hasattr(dl, '__next__'): return
-        first,again = (_first_batch(learn, dl) for _ in range(2))
-        if all(torch.equal(a, b) or bool((a != a).any()) for a, b in zip(first, again)): return
-        name = type(getattr(dl, 'dataset', dl)).__name__
-        warnings.warn(f'{name} gives other batches when it is read again in the same random state: it draws from a '
-                      'generator that cannot be found, so that evaluating averages changes the run. Keep the generator '
-                      'as an attribute of the data set, transform or sampler, or draw from a global one')
+        first,again = (_read(learn, dl, cbs, training) for _ in range(2))
+        whose = next((k for k in first if not _is_same(first[k], again[k])), None)
+        if whose is None: return
+        warnings.warn(f'{whose} gives other batches when it is read again in the same random state: it draws from a '
+                      'generator, or keeps a state, that cannot be found, so that evaluating averages changes the run. '
+                      'Keep the generator as an attribute, or draw from a global one')
 
     def before_fit(self, learn): self._checked = []
 
     def before_epoch(self, learn):
         if learn.training or learn.weights == 'raw': return
-        cbs = [cb for cb in learn.cbs if cb.role in ('prepares', 'steps') or cb.role is None and _gives_steps(cb)]
-        self._row.enter_context(keep_state(learn, *cbs, skip=_OF_LOOP))
+        cbs = filter(_prepares, learn.cbs)
+        self._changes = snapshot(learn, *cbs, skip=_OF_LOOP, leave=_left(learn), also=_data(learn))
 
-    def after_epoch(self, learn): self._row.close()      # before others see the row: what they write stays
-    def cleanup_epoch(self, learn): self._row.close()
+    def after_epoch(self, learn):
+        "What the batches wrote is undone when all have seen the row; what they write about the row stays"
+        self._undo,self._changes = self._changes(),list
+
+    def cleanup_epoch(self, learn):
+        with uninterrupted(): undo_all([*self._changes(), *self._undo])
+        self._undo,self._changes = [],list
+
     def cleanup_fit(self, learn): self.close()
 
-def _first_batch(learn, dl):
-    "The tensors of the first batch"
-    with keep_rng(*generators(learn)): tensors = [*tensors_in(next(iter(dl), None))]
-    return [t for t in tensors if t.layout is torch.strided and not t.is_nested]
+# %% ../../nbs/training/02_sandbox.ipynb #09e8b109
+def _read(learn, dl, cbs, training):
+    "Some of what a loader and the callbacks give, by the names of those who may have drawn for it"
+    parts = [p for p in loader_parts(dl) if not of_a_library(getattr(p, '__module__', None))]
+    names = dict.fromkeys(getattr(p, '__name__', type(p).__name__) for p in parts)
+    changing = [cb for cb in cbs if _prepares(cb) and hasattr(cb, 'before_batch')]
+    kept = dict(skip=_OF_LOOP, leave=_left(learn), also=_data(learn))
+    with keep_rng(*generators(learn)), keep_state(learn, *changing, **kept):
+        batches,samples = [*islice(dl, 1)],_samples(dl)
+        prepared = [*prepared_batches(learn, map_tensors(torch.clone, batches), training, changing)]
+    of_data = ' or '.join(names) or type(getattr(dl, 'dataset', dl)).__name__
+    return {of_data: (samples, batches), ' or '.join(type(cb).__name__ for cb in changing): prepared}
 
+def _samples(dl, n=8):
+    "About so many samples from all over a data set, as the loader draws them"
+    ds,order = getattr(dl, 'dataset', None),getattr(dl, 'batch_sampler', None)
+    if not isinstance(dl, DataLoader) or order is None or isinstance(ds, IterableDataset): return []
+    total = length_hint(order)
+    return [ds[i] for indices in islice(order, 0, total, max(total//n, 1)) for i in [*indices][-1:]]
+
+def _numbers(x):
+    "The tensors in something, and what can be made into one"
+    found = []
+    map_tensors(found.append, x, lambda o: isinstance(o, (bool, int, float)) or hasattr(o, '__array__'))
+    arrays = [np.asarray(o) for o in found if not isinstance(o, torch.Tensor)]
+    tensors = [o for o in found if isinstance(o, torch.Tensor) and o.layout is torch.strided and not o.is_nested]
+    return tensors + [torch.tensor(a) for a in arrays if a.dtype.kind in 'biuf']
+
+def _is_same(a, b):
+    "Are two batches equal? A missing value, NaN, says nothing"
+    a,b = map(_numbers, (a, b))
+    return len(a) == len(b) and all(torch.equal(x, y) or bool((x != x).any()) for x, y in zip(a, b))
+
+# %% ../../nbs/training/02_sandbox.ipynb #4adfaafb
 class Essentials(NamedTuple):
     "The callbacks that take part in everything a learner runs"
     modes: ModesCB
@@ -152,12 +204,14 @@ def keep_learner(
     kept,evaluation,in_fit = learn.dls,learn.own_cbs.evaluation,learn.in_fit
     loaders = {name: evaluation.loader(getattr(kept, name)) for name in ('train', 'valid') if hasattr(kept, name)}
     if valid is not None: loaders['valid'] = _batches(valid)
-    changing = [] if row else [learn, *filter(_prepares, learn.cbs if cbs is None else cbs)]
+    cbs = [*filter(_prepares, learn.cbs if cbs is None else cbs)]
+    changing,data = ([], []) if row else ([learn, *cbs], _data(learn))
     changing += (m for loss in loss_modules(learn).values() for m in loss.modules())
+    left = _left(learn)
     try:
         learn.dls = _Loaders(kept, **loaders)
-        if row: evaluation.check(learn, learn.dls.valid)
-        with keep_rng(*generators(learn)), keep_state(*changing): yield
+        if row: evaluation.check(learn, learn.dls.valid, cbs, training=False)
+        with keep_rng(*generators(learn)), keep_state(*changing, leave=left, also=data): yield
     finally:
         learn.dls = kept
         if not in_fit: evaluation.close()

@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from .tensors import stat_buffers
+from .tensors import named_places, stat_buffers
 from ..batches import batch_inputs, to_device
 from ..core import check_whole, uninterrupted, unwrap
-from ..module_state import WithoutDropout, keep_state, keep_tensors, set_modes, train_without_dropout
+from ..module_state import WithoutDropout, keep_state, set_modes, train_without_dropout
 
 # %% ../../nbs/averaging/06_batchnorm.ipynb #00000005
 def bn_layers(
@@ -171,7 +171,7 @@ def _pools(model, layers, data, n_batches, forward, undo):
     pools = {name: _InstancePool() if isinstance(m, _InstanceNorm) else _Pool() for name, m in layers.items()}
     batches = iter(data)
     with uninterrupted():
-        for context in (keep_state(*model.modules()), keep_tensors(_parameters(model))): context.enter(undo)
+        keep_state(*model.modules(), places=[(d, k) for *_, d, k in named_places(model)]).enter(undo)
         undo.callback(set_modes, {m: m.training for m in model.modules()})
         if batches is not data: undo.callback(getattr(batches, 'close', int))      # also after the first few of them
         train_without_dropout(model)
@@ -185,9 +185,6 @@ def _pools(model, layers, data, n_batches, forward, undo):
         with WithoutDropout(): forward(model, batch)
     if n == 0: raise ValueError('there is no data: not one batch to take the statistics from')
     return pools
-
-def _parameters(model):
-    return [(m._parameters, k) for m in model.modules() for k, p in m._parameters.items() if p is not None]
 
 def _reset(layers):
     layers = {name: m for name, m in layers.items() if not isinstance(m, _InstanceNorm)}      # for which None means 0

@@ -16,7 +16,7 @@ from torch import nn
 
 from .kernels import KeepVersions
 from .tensors import renormalises, reshard
-from ..module_state import keep_state, keep_tensors, set_modes
+from ..module_state import keep_state, set_modes
 from ..core import Context, local, uninterrupted, unwrap
 
 # %% ../../nbs/averaging/03_holding.ipynb #00000005
@@ -242,11 +242,10 @@ def holding(
         held = Held(name, layers, places, look=True)
         undo.callback(held.release, layers)
         held.take(layers, values, stash)
-        # if it is active no more, others have put everything back
-        keep_state(*layers, leave=held.tensors, when=lambda: held.active).enter(undo)
-        covered = {id(None), *map(id, held.tensors)}
+        covered = {*map(id, held.tensors)}      # as buffers are; a forward pass may write to the others, too
         others = [(m._parameters, k) for m in layers for k, p in m._parameters.items() if id(p) not in covered]
-        keep_tensors(others).enter(undo)
+        # unless others have put everything back
+        keep_state(*layers, places=others, when=lambda: held.active).enter(undo)
         return held
     return Context(enter)
 

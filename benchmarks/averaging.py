@@ -298,7 +298,8 @@ def main():
     aims = list(targets(results, copies, args.device))
     times = target_network(args)
     print('target network: ' + ', '.join(f'{name} {statistics.median(t)*1e6:.1f} µs' for name, t in times.items()))
-    aims += [(f'target network: {name} ÷ by hand', ratio(times, name, BY_HAND), 1.5) for name in times if name != BY_HAND]
+    aims += [(f'target network: {name} ÷ by hand', ratio(times, name, BY_HAND), 1.5)
+             for name in times if name != BY_HAND]
     try: share, snapshots = swa_share(args.device)
     except (ImportError, FileNotFoundError) as e: print(f'\nSWACB: not measured: {e}')
     else:

@@ -57,6 +57,12 @@ def x_of(learn):
     return copied(dict(learn.model.named_parameters()))
 
 
+class Eval(Callback):
+    "What users of these optimizers are told to do, half of it"
+    def before_epoch(self, learn):
+        if not learn.training: learn.opt.eval()
+
+
 def only(names, weights): return {k: weights[k] for k in names}
 
 
@@ -237,9 +243,6 @@ def test_applied_exported_followed(tmp_path):
 @opts('sgd', 'adamw', 'wrapper')
 def test_modes_need_no_thought(opt):
     "Users who call eval() between fits, or in a callback, have the run of those who do not, to rounding"
-    class Eval(Callback):
-        def before_epoch(self, learn):
-            if not learn.training: learn.opt.eval()
     ways = []
     for cbs in ((), (Eval(),)):
         learn = sf_learner(ScheduleFreeCB(apply=False), BNUpdateCB(), *cbs, opt=opt)
@@ -312,6 +315,23 @@ def test_resume(opt, tmp_path):
     for name in ('raw', 'schedule_free'): assert same(again.averages.weights(name), whole.averages.weights(name))
     assert again.history == whole.history
     assert again.averages['schedule_free'].n == 30
+
+
+@opts('sgd', 'wrapper')
+def test_resume_of_a_run_that_was_saved_in_eval_mode(opt, tmp_path):
+    "Wrong: the first step finds the optimizer in eval mode, or a wrapper takes x for y"
+    def make(): return sf_learner(ScheduleFreeCB(), BNUpdateCB(), Eval(), opt=opt)
+    whole, part, again = make(), make(), make()
+    whole.fit(2)
+    part.fit(2, cbs=[CheckpointCB(tmp_path), AtEpoch(1)])
+    again.fit(2, resume=tmp_path)
+    part.fit(1, cbs=[CheckpointCB(tmp_path/'end')])
+    more = make()
+    with pytest.warns(UserWarning, match='of 1 epochs'): more.fit(2, resume=tmp_path/'end')
+    assert same(again.averages.weights('raw'), whole.averages.weights('raw')) and again.history == whole.history
+    assert more.opt_steps == 30
+    x = x_of(more)
+    assert same(only(x, more.averages.weights('schedule_free')), x)
 
 
 def test_resume_of_a_second_fit(tmp_path):

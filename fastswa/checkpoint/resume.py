@@ -18,6 +18,7 @@ from .archive import newest, numbered
 from ..random_state import get_rng_state, set_rng_state
 from ..core import is_quiet, plain, unwrap
 from ..files import as_path
+from ..training.essentials import to_train_mode
 from ..training.events import Callback, by_order
 from ..training.optim import KNOWN_OPTIONS
 from ..training.opt_state import load_opt_state, opt_state
@@ -235,6 +236,7 @@ class ResumeCB(Callback):
         for cb, state in self.pairs: cb.load_state_dict(state)
         load_opt_state(named_parameters(learn), learn.opt, self.state['opt'])
         put_weights(learn, self.state)
+        to_train_mode(learn.opt)      # it may have been saved in eval mode
         learn.averages.load_state_dict(self.state['averages'], strict=False)
         learn.resuming = None
 

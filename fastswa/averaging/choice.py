@@ -22,12 +22,15 @@ from ..tables import Report
 def _row(average, half_life=None, k=None, blend=None, residual=None):
     return dict(average=average, half_life=half_life, k=k, blend=blend, residual=residual)
 
+def _several(values): return [*values] if hasattr(values, '__iter__') and not isinstance(values, str) else [values]
+
 def _windows(average, half_lives, merges, shapes):
     "What its row says, and the window, of each average to try; ValueError for what there is not"
     if merges is None: merges = [k for k in (4, 8, 16) if k <= len(average.steps)]
-    half_lives = [check_number('a half-life, as a share of the updates,', h, high=1) for h in half_lives]
+    half_lives = [check_number('a half-life, as a share of the updates,', h, high=1) for h in _several(half_lives)]
     found = [(_row('ema', h), ema(half_life=f'{h}dur')) for h in half_lives]
-    for shape in shapes:
+    merges = _several(merges)
+    for shape in _several(shapes):
         for k in merges:
             decay_weights(k, shape)      # says what is wrong with them, if anything
             found.append((_row(f'merge {shape}', k=k), latest(k, shape)))
@@ -60,8 +63,10 @@ class Choice:
 
     def __repr__(self): return f'{self.table}\nbest: {self._best()}'
     def _repr_html_(self): return f'{self.table._repr_html_()}<p>best: {self._best()}</p>'
-    def _best(self): return ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
-                                      for k, v in (self.best or {}).items() if v not in (None, ''))
+
+    def _best(self):
+        said = {k: v for k, v in (self.best or {}).items() if v not in (None, '')}
+        return ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in said.items())
 
     def plot(self, axes=None):
         "Plot the scores over half-life and length of the merge, a line for each shape and blend; returns the axes"
@@ -71,8 +76,9 @@ class Choice:
 def _blended(average, weights, raw, blend):
     "An `Average` that is `weights` by `blend`, the rest `raw`; statistics are those of `weights`"
     params = {k for k, _ in average.source.named_parameters(remove_duplicate=False)}
-    def mix(k, v): return torch.lerp(raw[k].detach().to(v), v, blend) if k in params and blend != 1 else v
-    return average_of(average, {k: mix(k, v) for k, v in weights.items()})
+    def mix(old, v): return torch.where(old == v, v, torch.lerp(old, v, blend))      # infinities that never moved stay
+    mixed = {k: mix(raw[k].to(v), v) if k in params else v for k, v in weights.items()}
+    return average_of(average, mixed if blend != 1 else weights)
 
 # %% ../../nbs/averaging/15_choice.ipynb #f77c742f
 @torch.no_grad()
@@ -96,7 +102,7 @@ def choose(
     note in its row, as has one that the snapshots give only roughly (residual above 0.1); RuntimeError if none has a
     score. Ctrl-C ends the search: what was tried until then counts, with a warning."""
     windows,choice = _windows(average, half_lives, merges, shapes),Choice(average, mode)
-    for blend in blends: check_number('a blend', blend)
+    blends = [check_number('a blend', blend) for blend in _several(blends)]
     averages = Averages(average.source)
     averages.bn_data,averages.bn_forward,averages.bn_batches = bn_data,forward,n_batches
     if bn_data is None and bn_layers(average.source):

@@ -104,7 +104,7 @@ def _count(x, lists, columns=False):
     return next((n for n in (_count(o, lists) for o in values) if n is not None), None)
 
 def batch_size(
-    batch, # tensors, nested, with the samples along the first axis; or lists of samples
+    batch, # tensors, nested, with the samples along the first axis; or lists of samples, as in `(images, targets)`
     dl=None, # the loader; what its `n_samples(batch)` says counts, if it has one
 ) -> int: # the number of samples
     "How many samples a batch holds; 1 where nothing tells"
@@ -118,7 +118,7 @@ def batch_size(
 _TARGETS = 'labels', 'label', 'targets', 'target', 'y'
 
 def batch_inputs(
-    batch, # a tuple or list, a mapping; anything else is an input as a whole
+    batch, # a tuple or list of columns (images of many sizes: `(images,)`), a mapping; all else is an input as a whole
     n_inp:int=1, # how many elements are inputs
 ) -> list:
     "What goes to the model: the first elements, of a mapping those that are not targets by their names"

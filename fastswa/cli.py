@@ -66,10 +66,16 @@ def _settings_cb(settings):
     return CommandCB()
 
 def _check_resumed(folder, settings):
-    "ValueError if the run whose checkpoints are in the folder was given other options"
+    "ValueError if the run whose checkpoints are in the folder was given other options, or has done more epochs"
     from fastswa.checkpoint.archive import newest, numbered
     if not numbered(folder): return
-    saved = {cb['name']: cb['state'] for cb in newest(folder)[1]['callbacks']}.get('CommandCB', {})
+    state = newest(folder)[1]
+    saved = {cb['name']: cb['state'] for cb in state['callbacks']}.get('CommandCB', {})
+    place = state['place'] or dict(epoch=0, batch=0)
+    done = place['epoch'] + (place['batch'] > 0)      # begun, at least
+    if settings['epochs'] < done:
+        raise ValueError(f'--epochs counts from the beginning of the run, which has begun {done} epochs: '
+                         f'it must be {done} or more; got {settings["epochs"]}')
     other = [f'--{k} was {saved.get(k)} and is {v}' for k, v in settings.items() if k != 'epochs' and saved.get(k) != v]
     if other: raise ValueError(f'--resume goes on with a run as it was: {"; ".join(other)}')
 

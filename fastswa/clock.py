@@ -139,11 +139,12 @@ class Every:
         "A run begins; ValueError if it has no length and a time needs one"
         self.clock = clock
         self.gap,self.first = clock.span(self.every),clock.span(self.start)
+        self.first_whole = math.ceil(self.first)      # integers are compared in less time than fractions
         self.passed,self.origin = 0,None
 
     def started(self) -> bool:
         "Is `start` reached?"
-        return self.clock.now(self.start) >= self.first
+        return self.clock.now(self.start) >= self.first_whole
 
     def due(self) -> bool:
         "Has a moment passed since the last call? To be called where something can be done about it, as after a step"

@@ -1,8 +1,11 @@
 "Averages in any loop: when snapshots are taken, which weights a model holds and who may change that, states that go on"
+import asyncio
 import copy
 import gc
 import pickle
 import warnings
+import weakref
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -17,10 +20,11 @@ from fastswa.averaging.holding import held_weights, restore_raw
 from fastswa.averaging.rules import ema, equal, power
 from fastswa.callbacks.swa import AverageCB, EMACB, LAWACB, SWACB
 from fastswa.callbacks.batchnorm import BNUpdateCB
-from fastswa.random_state import set_seed
+from fastswa.module_state import keep_modes, keep_state
+from fastswa.random_state import keep_rng, set_seed
 from fastswa.training.events import Callback, CancelFitException, CancelStepException
 from fastswa.training.learner import TrainLearner
-from helpers import TiedNet, copied, data, learner, net, same
+from helpers import TiedNet, copied, data, learner, net, same, state
 
 N = 10      # batches in an epoch of `data`
 
@@ -106,6 +110,116 @@ def test_a_model_holds_what_it_holds_when_its_learner_is_gone(of):
     assert held_weights(model) == 'ema' and same(copied(model.state_dict()), held)
     restore_raw(model)
     assert held_weights(model) == 'raw' and same(copied(model.state_dict()), raw)
+
+
+CONTEXTS = dict(using=lambda learn: learn.averages.using('ema'), of_the_learner=lambda learn: learn.using('ema'),
+                applied=lambda learn: learn.averages['ema'].applied(),
+                stashed=lambda learn: learn.cbs[0].average.applied('cpu'))
+
+
+def dropped(enter): enter()
+
+
+def in_a_generator(enter):
+    "Kept by one that nobody goes on with"
+    def f():
+        kept = enter()
+        yield kept
+    g = f()
+    next(g)
+
+
+def in_a_coroutine(enter):
+    async def f():
+        kept = enter()
+        await asyncio.sleep(0)
+        return kept
+    c = f()
+    c.send(None)
+
+
+def in_a_cycle(enter):
+    context = enter()
+    context.me = context
+
+
+def in_a_traceback(enter):
+    def f():
+        kept = enter()
+        raise ValueError(kept)
+    with pytest.raises(ValueError): f()
+
+
+def entered(make):
+    "A function that enters a new context and returns it"
+    def enter():
+        context = make()
+        context.__enter__()
+        return context
+    return enter
+
+
+@pytest.mark.parametrize('abandon', [dropped, in_a_generator, in_a_coroutine, in_a_cycle, in_a_traceback])
+@pytest.mark.parametrize('make', CONTEXTS.values(), ids=CONTEXTS)
+def test_a_context_that_is_dropped_changes_nothing(make, abandon):
+    "Wrong: weights, modes and random state flip as it is collected, in the midst of what uses them by then"
+    learn = fitted(EMACB(0.8, apply=False), BNUpdateCB())
+    model, averages, raw = learn.model, learn.averages, state(learn)
+    abandon(entered(lambda: make(learn)))
+    model.eval()
+    held, rng = state(learn), torch.get_rng_state()
+    torch.rand(3)
+    moved = torch.get_rng_state()
+    gc.collect()
+    assert held_weights(model) != 'raw' and same(state(learn), held) and not any(m.training for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), moved) and not torch.equal(rng, moved)
+    for name, weights in (('raw', raw), ('ema', averages['ema'].weights)):
+        with averages.using(name): assert all(torch.equal(p, weights[k]) for k, p in model.named_parameters())
+        assert same(state(learn), held)
+    restore_raw(model)
+    assert averages.held == 'raw' and same(state(learn), raw)
+    learn.fit(1)
+    assert averages['ema'].n == 2*N
+
+
+@pytest.mark.parametrize('leave', [lambda g: g.close(), lambda g: g.throw(KeyError), lambda g: next(g, None)])
+def test_a_block_in_a_generator_is_left_with_it(leave):
+    learn = fitted(EMACB(0.8, apply=False))
+    raw = state(learn)
+    def looks():
+        with learn.using('ema') as model: yield copied(model.state_dict())
+    g = looks()
+    assert not same(next(g), raw)
+    with suppress(KeyError): leave(g)
+    assert learn.weights == 'raw' and same(state(learn), raw)
+
+
+@pytest.mark.parametrize('keep', [keep_rng, lambda: keep_modes(LAYER), lambda: keep_state(LAYER)],
+                         ids=['random state', 'modes', 'buffers'])
+def test_what_only_keeps_something_is_dropped_without_a_trace_too(keep):
+    LAYER.train()
+    context = keep()
+    context.__enter__()
+    LAYER(torch.randn(4, 3))
+    LAYER.eval()
+    torch.rand(3)
+    now = torch.get_rng_state(), LAYER.running_mean.clone()
+    del context
+    gc.collect()
+    assert torch.equal(torch.get_rng_state(), now[0]) and torch.equal(LAYER.running_mean, now[1])
+    assert not LAYER.training
+
+
+LAYER = nn.BatchNorm1d(3)
+
+
+def test_a_dropped_context_keeps_no_model_alive():
+    learn = fitted(EMACB(0.8, apply=False))
+    learn.using('ema').__enter__()
+    gone = weakref.ref(learn.model)
+    del learn
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_cell_that_is_run_again_trains_from_the_raw_weights():

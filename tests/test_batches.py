@@ -143,6 +143,55 @@ def test_the_loader_may_say_how_many_samples():
     assert learn.validate()[0]['loss'] == pytest.approx((1*0.5 + 3*4.5)/4)
 
 
+class ImageList(nn.Module):
+    "The mean of each image of a list, normalised over the batch"
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1)
+    def forward(self, images): return self.norm(torch.stack([x.mean()[None] for x in images]))
+
+
+class BareLists(TrainLearner):
+    "For batches that are bare lists of images"
+    def predict(self): self.preds = self.model(self.batch)
+    def get_loss(self): self.loss = self.preds.square().mean()
+
+
+class Counted(list):
+    "Batches of which the loader knows the samples"
+    def n_samples(self, batch): return len(batch)
+
+
+class NoTargets(MetricsCB):
+    def targets(self, learn): return None
+
+
+@pytest.mark.parametrize('bare', [False, True])
+def test_images_of_many_sizes_without_targets(bare):
+    """As `(images,)` nothing more is needed; as a bare list, a `predict` of one's own and `n_samples` of the loader
+
+    Loss, metrics, statistics and predictions count each image once. Wrong: each batch counts the rows of an image."""
+    g = torch.Generator().manual_seed(0)
+    sizes = [(4, 5), (7, 3), (2, 9), (6, 6), (3, 3)]
+    images = [torch.randn(3, h, w, generator=g) + i for i, (h, w) in enumerate(sizes)]
+    lists = [images[:3], images[3:]]
+    batches = Counted(lists) if bare else [(o,) for o in lists]
+    cls = BareLists if bare else type('Own', (TrainLearner,), dict(get_loss=BareLists.get_loss))
+    metric = NoTargets(first=FunctionMetric(lambda preds, y: preds[0, 0]))
+    cbs = [metric, EMACB(apply=False), BNUpdateCB()]
+    learn = cls(ImageList(), SimpleNamespace(train=batches, valid=batches), lr=0.1, cbs=cbs)
+    learn.fit(1, lr=1e-9)
+    means = torch.stack([x.mean() for x in images])
+    ema = learn.module('ema').norm
+    assert torch.allclose(ema.running_mean, means.mean()) and torch.allclose(ema.running_var, means.var())
+    row, = learn.validate('ema')
+    normed = (means - ema.running_mean)/(ema.running_var + ema.eps).sqrt()
+    assert row['loss'] == pytest.approx(normed.square().mean().item(), rel=1e-4)
+    assert row['first'] == pytest.approx((3*normed[0] + 2*normed[3]).item()/5, rel=1e-4)
+    preds, _ = learn.get_preds('ema')
+    assert torch.allclose(preds[:, 0], normed, rtol=1e-4) and 'ImageList' in repr(learn) and learn.summary()
+
+
 def _same(batches, change, cls, **kw):
     torch.manual_seed(0)
     train, valid = ([change(x, y) for x, y in o] for o in (batches.train, batches.valid))

@@ -181,6 +181,15 @@ def test_resume_of_a_finished_run_and_more_epochs(demo, tmp_path, capsys):
     assert [r['epoch'] for r in rows if r['train'] == 'train'] == list('01234')
 
 
+@pytest.mark.parametrize('epochs', [1, 3])
+def test_resume_with_fewer_epochs_than_are_done(demo, tmp_path, capsys, epochs):
+    "Wrong: an argument that the command does not have, `n_epochs`"
+    shutil.copytree(demo, tmp_path/'run')
+    assert main(f'train {SMALL} --epochs {epochs} --resume --out {tmp_path}/run'.split()) == 2
+    err = capsys.readouterr().err
+    assert f'it must be 4 or more; got {epochs}' in err and '--epochs' in err and 'n_epochs' not in err
+
+
 def test_overwrite_begins_a_new_run(interrupted, capsys):
     assert main(f'train {SMALL} --epochs 1 --overwrite --out {interrupted}'.split()) == 0
     assert results(interrupted) == FILES

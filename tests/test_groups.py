@@ -823,3 +823,20 @@ def test_steps_at_a_rate_of_0_count():
     before = learn.model[0].weight.detach().clone()
     learn.fit(1)
     assert learn.opt_steps == 10 and not torch.equal(learn.model[0].weight, before)
+
+
+@pytest.mark.parametrize('opt_func, says', [
+    (lambda ps, lr: None, 'opt_func must return an optimizer, .*step and zero_grad; it returned None$'),
+    (lambda ps, lr: optim.AdamW, 'it returned the class AdamW$'),
+    (lambda ps, lr: 3, 'it returned int, without step and zero_grad'),
+    (lambda ps, lr: SimpleNamespace(step=print), 'it returned SimpleNamespace, without zero_grad'),
+    (lambda ps, lr: [optim.SGD(ps, lr)], 'it returned list, without step and zero_grad'),
+    (None, r'opt_func must make an optimizer .*partial\(optim.AdamW, weight_decay=0.1\) do; got None'),
+    (optim.SGD([torch.zeros(1)], 0.1), 'as optim.SGD or .*; got SGD')])
+def test_what_opt_func_returns_is_no_optimizer(opt_func, says):
+    "Wrong: AttributeError in the first batch, after callbacks have begun"
+    begun = []
+    class Begins(Callback):
+        def before_batch(self, learn): begun.append(learn.iter)
+    with pytest.raises(TypeError, match=says): learner(Begins(), opt_func=opt_func).fit(1)
+    assert not begun

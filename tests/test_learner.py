@@ -16,7 +16,7 @@ from fastswa.callbacks.basics import BatchTransformCB, DeviceCB, RecorderCB, Sin
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.random_state import set_seed
 from fastswa.training.events import Callback, CancelBatchException, CancelEpochException, CancelFitException
-from fastswa.training.learner import MomentumLearner, TrainLearner
+from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
 from fastswa.training.sandbox import sandbox
 from fastswa.callbacks.batchnorm import BNUpdateCB
 import helpers
@@ -170,6 +170,51 @@ def test_validation_only_needs_no_optimizer():
     assert not learn.has_opt and learn.history[0]['train'] == 'eval'
     learn.dls.valid = None
     with pytest.raises(ValueError, match='no validation loader'): learn.validate()
+
+
+@pytest.mark.parametrize('method', ['fit', 'lr_find', 'summary', 'show_image_batch', 'validate', 'get_preds'])
+@pytest.mark.parametrize('dls', [(0,), None, ['batches'], SimpleNamespace(train=None, valid=None)])
+def test_a_learner_without_data(method, dls):
+    "One sentence. Wrong: that a class of the library's own, or None, has no such attribute"
+    learn = TrainLearner(net(), dls) if dls != (0,) else TrainLearner(net())
+    words = r'learner has no data: its dls must have the loaders `train` and `valid`.*; got (tuple|NoneType|list)'
+    if hasattr(dls, 'train'): words = 'there is no (training|validation) loader: dls.(train|valid) is None'
+    with pytest.raises((TypeError, ValueError), match=words): getattr(learn, method)()
+
+
+def test_batches_may_be_given_to_a_learner_without_data():
+    learn, batches = TrainLearner(net(), loss_func=F.cross_entropy), [*data().valid]
+    assert learn.validate(dl=batches) and len(learn.get_preds(dl=batches)[0]) == len(data().valid.dataset)
+
+
+@pytest.mark.parametrize('kind', ['tensors', 'tuples', 'dicts'])
+@pytest.mark.parametrize('cls', [TrainLearner, Learner])
+def test_validation_on_batches_without_targets(cls, kind):
+    "A row for each set of weights with empty loss and metrics, where predictions work too; a fit says what is missing"
+    def only(x): return dict(tensors=x, tuples=(x,), dicts=dict(image=x))[kind]
+    steps = [TrainCB()] if cls is Learner else []
+    learn = cls(net(), data(), F.cross_entropy, 0.1, [MetricsCB(hits=Hits(), mean=lambda p, y: p.mean()),
+                                                      EMACB(apply=False), *steps])
+    learn.fit(1)
+    xs = [only(x) for x, _ in data().valid]
+    rows = learn.validate(dl=xs)
+    assert [r['weights'] for r in rows] == ['raw', 'ema']
+    assert all(r[k] is None for r in rows for k in ('loss', 'hits', 'mean'))
+    assert torch.equal(learn.get_preds(dl=xs)[0], learn.get_preds(dl=[*data().valid])[0])
+    both = learn.validate('raw', dl=[*data().valid, *xs])[0]
+    assert {k: both[k] for k in ('loss', 'hits')} == {k: learn.validate('raw')[0][k] for k in ('loss', 'hits')}
+    if cls is TrainLearner:
+        learn.dls = SimpleNamespace(train=data().train, valid=xs)
+        with pytest.raises(ValueError, match='the batch has no targets for the loss'): learn.fit(1)
+
+
+def test_a_loss_of_predictions_alone():
+    "It has a value where there are no targets, in training and in validation"
+    xs = [x for x, _ in data().valid]
+    learn = Learner(net(), SimpleNamespace(train=xs, valid=xs), lambda preds: preds.square().mean(), 0.1, TrainCB())
+    learn.fit(1)
+    want = torch.cat([learn.model.eval()(x) for x in xs]).square().mean().item()
+    assert learn.validate()[0]['loss'] == pytest.approx(want)
 
 
 def test_a_single_batch_is_seen_by_all():

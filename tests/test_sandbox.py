@@ -294,21 +294,20 @@ def test_states_go_through_a_file(rng):
 def test_generators_of_callbacks(cb): assert same(run(cb())[0], run(*averaging(), cb())[0])
 
 
-class Opaque:
-    "Noise whose generator no attribute leads to: an iterator of C keeps it"
-    def __init__(self):
-        rng = np.random.default_rng(0)
-        self.next = iter(lambda: rng.normal(size=4).tolist(), None).__next__
+def tape():
+    "Noise that cannot be wound back"
+    values = np.random.default_rng(0).normal(size=(9999, 4)).tolist()
+    return iter(values).__next__
 
 
-def test_a_generator_that_cannot_be_found_is_warned_of_once():
+def test_noise_that_cannot_be_put_back_is_warned_of_once():
     "The data is another when it is read again. In a plain run nothing is said, and nothing is read twice"
     reads = []
     class Hidden(Noisy):
         def __getitem__(self, i):
             reads.append(i)
             return super().__getitem__(i)
-    def dls(): return loaders(DataLoader(Hidden(Opaque().next), 8))
+    def dls(): return loaders(DataLoader(Hidden(tape()), 8))
     with pytest.warns(UserWarning, match='Hidden gives other batches when it is read again') as told:
         run(*averaging(), dls=dls, fits=1)
     assert len(told) == 1
@@ -319,12 +318,49 @@ def test_a_generator_that_cannot_be_found_is_warned_of_once():
     assert len(reads) == 64
 
 
-def test_not_found_in_validation_data():
+class Halves(Noisy):
+    "Samples with noise in a part of the data only, as the augmented half of joined data sets"
+    def __getitem__(self, i): return super().__getitem__(i) if i > 20 else (X[i], Y[i])
+
+
+@pytest.mark.parametrize('cls', [Noisy, Halves])
+def test_such_noise_in_validation_data(cls):
+    "Wrong: only the first batch is read again"
     def dls():
         res = loaders()
-        res.valid = over(Opaque().next)
+        res.valid = DataLoader(cls(tape()), 8)
         return res
-    with pytest.warns(UserWarning, match='Noisy gives other batches'): run(EMACB(), dls=dls, fits=1)
+    with pytest.warns(UserWarning, match=f'{cls.__name__} gives other batches'): run(EMACB(), dls=dls, fits=1)
+
+
+class Jitter:
+    def __init__(self): self.noise = tape()
+    def __call__(self, x): return x + torch.tensor(self.noise())
+
+
+class Transformed(Dataset):
+    def __init__(self, transform): self.transform = transform
+    def __len__(self): return 32
+    def __getitem__(self, i): return self.transform(X[i]), Y[i]
+
+
+def images():
+    "Samples that are arrays, and collated with noise"
+    noise = tape()
+    def collate(samples): return tuple(torch.stack([*map(torch.as_tensor, o)]) + noise()[0] for o in zip(*samples))
+    return DataLoader([(x.numpy(), y.numpy()) for x, y in zip(X, Y)], 8, collate_fn=collate)
+
+
+@pytest.mark.parametrize('name, make, cb', [
+    ('Transformed or Jitter', lambda: DataLoader(Transformed(Jitter()), 8), None),
+    ('Transformed or Jitter', lambda: DataLoader(Subset(Transformed(Jitter()), range(16)), 8), None),
+    ('collate', images, None),
+    ('BatchTransformCB', None, lambda noise: BatchTransformCB(lambda b: (b[0] + torch.tensor(noise()), b[1])))])
+def test_the_warning_names_whose_noise_it_is(name, make, cb):
+    cbs = () if cb is None else (cb(tape()),)
+    with pytest.warns(UserWarning, match=f'^{name} gives other batches') as told:
+        run(*averaging(), *cbs, dls=lambda: loaders(make and make()), fits=1)
+    assert len(told) == (2 if cb else 1)      # a callback makes something of validation data, too
 
 
 def test_data_with_missing_values_is_no_random_data():

@@ -15,10 +15,11 @@ from fastswa.averaging.averages import Averages
 from fastswa.averaging.schedule_free import ScheduleFree, is_schedule_free
 from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.callbacks.steps import ClosureCB
+from fastswa.callbacks.swa import EMACB
 from fastswa.callbacks.swa_variants import ScheduleFreeCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.training.events import Callback, CancelFitException
-from helpers import Accumulate, At, NoOptimizer, TiedNet, copied, data, learner, net, quick, same
+from helpers import Accumulate, At, AtEpoch, NoOptimizer, TiedNet, copied, data, learner, net, quick, same
 
 sf = pytest.importorskip('schedulefree')
 
@@ -54,6 +55,12 @@ def x_of(learn):
     learn.restore()
     learn.opt.eval()
     return copied(dict(learn.model.named_parameters()))
+
+
+class Eval(Callback):
+    "What users of these optimizers are told to do, half of it"
+    def before_epoch(self, learn):
+        if not learn.training: learn.opt.eval()
 
 
 def only(names, weights): return {k: weights[k] for k in names}
@@ -236,9 +243,6 @@ def test_applied_exported_followed(tmp_path):
 @opts('sgd', 'adamw', 'wrapper')
 def test_modes_need_no_thought(opt):
     "Users who call eval() between fits, or in a callback, have the run of those who do not, to rounding"
-    class Eval(Callback):
-        def before_epoch(self, learn):
-            if not learn.training: learn.opt.eval()
     ways = []
     for cbs in ((), (Eval(),)):
         learn = sf_learner(ScheduleFreeCB(apply=False), BNUpdateCB(), *cbs, opt=opt)
@@ -314,6 +318,37 @@ def test_resume(opt, tmp_path):
 
 
 @opts('sgd', 'wrapper')
+def test_resume_of_a_run_that_was_saved_in_eval_mode(opt, tmp_path):
+    "Wrong: the first step finds the optimizer in eval mode, or a wrapper takes x for y"
+    def make(): return sf_learner(ScheduleFreeCB(), BNUpdateCB(), Eval(), opt=opt)
+    whole, part, again = make(), make(), make()
+    whole.fit(2)
+    part.fit(2, cbs=[CheckpointCB(tmp_path), AtEpoch(1)])
+    again.fit(2, resume=tmp_path)
+    part.fit(1, cbs=[CheckpointCB(tmp_path/'end')])
+    more = make()
+    with pytest.warns(UserWarning, match='of 1 epochs'): more.fit(2, resume=tmp_path/'end')
+    assert same(again.averages.weights('raw'), whole.averages.weights('raw')) and again.history == whole.history
+    assert more.opt_steps == 30
+    x = x_of(more)
+    assert same(only(x, more.averages.weights('schedule_free')), x)
+
+
+def test_resume_of_a_second_fit(tmp_path):
+    "Without a word about options, as what the optimizer counts in its groups is none; wrong: 'k was 10 and is 0'"
+    def make(): return sf_learner(ScheduleFreeCB(), BNUpdateCB())
+    learn, again = make(), make()
+    learn.fit(1)
+    learn.fit(2, cbs=[CheckpointCB(tmp_path), AtEpoch(1)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        again.fit(2, resume=tmp_path)
+    assert again.averages['schedule_free'].n == again.opt_steps == 30
+    x = x_of(again)
+    assert same(only(x, again.averages['schedule_free'].weights), x)
+
+
+@opts('sgd', 'wrapper')
 @pytest.mark.parametrize('mode', ['train', 'eval'])
 def test_load(opt, mode, tmp_path):
     """After a load there is x at once, and the next fit goes on from y, in whatever mode the optimizer was saved
@@ -363,6 +398,17 @@ def test_copies():
     assert same(only(x, average.weights), x)
 
 
+def test_a_schedule_of_the_rate():
+    "One cycle is of the rate alone; wrong: it moves the beta, and y is no longer where x and z say"
+    cb, betas = ScheduleFreeCB(apply=False), set()
+    class Betas(Callback):
+        def after_step(self, learn): betas.add(learn.opt.param_groups[0]['betas'])
+    learn = sf_learner(cb, BNUpdateCB(), Betas())
+    learn.fit_one_cycle(2, 0.02)
+    x = x_of(learn)
+    assert same(only(x, cb.average.weights), x) and betas == {(0.9, 0.999)}
+
+
 # --- other optimizers
 
 
@@ -405,6 +451,34 @@ def test_an_optimizer_that_averages_nothing(opt):
     with pytest.raises(ValueError, match='is no Schedule-Free optimizer.*take one, such as schedulefree.AdamW'):
         learn.fit(1)
     assert same(learn.model.state_dict(), before) and not is_schedule_free(learn.opt)
+
+
+def test_beside_other_averages():
+    "First asked for while the model holds another average: from the raw weights; wrong: from what it holds"
+    learn = sf_learner(EMACB(), ScheduleFreeCB(valid=False), BNUpdateCB())
+    learn.fit(2)
+    x = x_of(learn)
+    learn.apply('ema')
+    assert same(only(x, learn.averages.weights('schedule_free')), x)
+    with learn.using('schedule_free'): assert same(copied(dict(learn.model.named_parameters())), x)
+    assert [r['weights'] for r in learn.validate()] == ['raw', 'ema']
+
+
+def test_a_module_that_follows():
+    "At each step, whether or not anybody reads the average"
+    model = net(norm=False)
+    opt = sf.SGDScheduleFree(model.parameters(), 0.1)
+    opt.train()
+    averages, seen = Averages(model), None
+    avg = averages.add('x', ScheduleFree(model, opt))
+    for xb, yb in data().train:
+        F.cross_entropy(model(xb), yb).backward()
+        opt.step()
+        averages.step()
+        seen = seen or avg.live()
+    got = copied(dict(seen.named_parameters()))
+    opt.eval()
+    assert same(got, copied(dict(model.named_parameters())))
 
 
 def test_a_step_while_the_model_holds_x():

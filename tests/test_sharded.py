@@ -15,6 +15,7 @@ from torch import nn
 
 from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.rules import ema
+from fastswa.averaging.schedule_free import ScheduleFree
 
 fsdp = pytest.importorskip('torch.distributed.fsdp')
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available() and hasattr(fsdp, 'fully_shard')),
@@ -195,7 +196,27 @@ def in_ddp():
         assert torch.equal(v, first), k
 
 
-CASES = shards, swapped, evaluated_in_between, interrupted, bad_on_one, several, saved, an_empty_shard, in_ddp
+def schedule_free():
+    "The point that the optimizer averages, as its own eval() makes it of the shards"
+    sf = pytest.importorskip('schedulefree')
+    model = sharded()
+    opt = sf.SGDScheduleFree(model.parameters(), 0.1)
+    opt.train()
+    avg = ScheduleFree(model, opt)
+    for i in range(4): step(model, opt, i)
+    outputs(model)                                             # the root stays gathered after it
+    model.train()
+    got = {k: v.clone() for k, v in avg.weights.items()}
+    raw = whole(model)
+    with avg.applied(): inside = outputs(model)
+    assert all(torch.equal(v, raw[k]) for k, v in whole(model).items())
+    opt.eval()
+    for k, p in model.named_parameters(): assert torch.equal(got[k], p.to_local()), k
+    assert torch.equal(outputs(model), inside)
+
+
+CASES = (shards, swapped, evaluated_in_between, interrupted, bad_on_one, several, saved, an_empty_shard, in_ddp,
+         schedule_free)
 
 
 def work(rank, folder, port):

@@ -235,6 +235,34 @@ class DropsFirst(TwoClosures):
         return super().step(closure)
 
 
+class NamedOtherwise(optim.SGD):
+    def step(self, objective): return super().step(objective)
+
+
+@pytest.mark.parametrize('opt', [partial(optim.LBFGS, max_iter=2), SAM, TwoClosures, NamedOtherwise,
+                                 lambda ps, lr: Passes(optim.LBFGS(ps, lr))])
+def test_an_optimizer_that_needs_a_closure_asks_for_it(opt):
+    "Wrong: TypeError about a missing argument of step(), or weights that have moved"
+    learn = image_learner(opt_func=opt)
+    before = [p.clone() for p in learn.model.parameters()]
+    says = 'the step of .* needs its argument (closure|objective): add ClosureCB'
+    with pytest.raises(TypeError, match=says): learn.fit(1)
+    assert all(map(torch.equal, before, learn.model.parameters()))
+
+
+class Passes:
+    "A wrapper that calls the step of what is inside without anything"
+    def __init__(self, opt): self.opt = opt
+    def step(self): self.opt.step()
+    def zero_grad(self): self.opt.zero_grad()
+
+
+def test_other_type_errors_of_a_step_stay():
+    class Broken(optim.SGD):
+        def step(self, closure=None): len()
+    with pytest.raises(TypeError, match=r'len\(\) takes exactly one argument'): image_learner(opt_func=Broken).fit(1)
+
+
 class Inside(optim.Optimizer):
     "As accelerate's wrapper: hooks that never fire, and an optimizer that passes the closure on"
     def __init__(self, params, lr): self.optimizer = TwoClosures(params, lr)

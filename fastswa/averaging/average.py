@@ -7,7 +7,6 @@ __all__ = ['Average', 'detached_copy', 'update_all']
 
 # %% ../../nbs/averaging/05_average.ipynb #00000002
 import warnings
-from contextlib import contextmanager
 from copy import deepcopy
 from types import CellType, FunctionType, MethodType
 from numbers import Integral, Real
@@ -21,7 +20,7 @@ from .kernels import can_mask
 from .rules import equal
 from .snapshots import CountedSnapshots, move, move_all
 from .tensors import like, locked, named_places, put
-from ..core import check_whole, later, unwrap
+from ..core import Context, check_whole, later, unwrap
 from ..batches import tensors_in
 
 # %% ../../nbs/averaging/05_average.ipynb #00000006
@@ -87,7 +86,6 @@ class Average(CountedSnapshots):
         self.verify()
         return self._selection.places, list(self.weights.values())
 
-    @contextmanager
     def applied(self,
         stash=None, # device where the raw weights are kept meanwhile; None: that of each
     ):
@@ -95,8 +93,10 @@ class Average(CountedSnapshots):
 
         A `state_dict()`, or a traced or exported form, taken inside shares the module's tensors, and so has the raw
         weights after the block: `module()` gives what keeps the average."""
-        places,values = self.contents()
-        with holding(self.source, 'average', places, values, stash): yield self.source
+        def enter(undo):
+            holding(self.source, 'average', *self.contents(), stash).enter(undo)
+            return self.source
+        return Context(enter)
 
     @locked
     @torch.no_grad()
@@ -230,6 +230,7 @@ def update_all(
     steps = [steps]*len(averages) if isinstance(steps, Integral) else [*steps]
     if len(steps) != len(averages):
         raise ValueError(f'{len(averages)} averages need as many steps, or one number; got {steps}')
+    if len(averages) == 1: return averages[0].update(steps=steps[0])
     groups,alone = {},[]
     for a, s in zip(averages, steps):
         a._ready(s)

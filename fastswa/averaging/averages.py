@@ -8,7 +8,6 @@ __all__ = ['TrackedAverages', 'Averages']
 # %% ../../nbs/averaging/07_averages.ipynb #00000002
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
 
 from torch import nn
 
@@ -22,7 +21,7 @@ from .tensors import Selection, find_tensors
 from ..clock import Clock, Every, Time
 from ..module_state import keep_modes
 from ..random_state import keep_rng, generators_in
-from ..core import unwrap
+from ..core import Context, unwrap
 
 # %% ../../nbs/averaging/07_averages.ipynb #00000005
 class Tracked:
@@ -274,7 +273,6 @@ class Averages(TrackedAverages):
         "What the model holds: `'raw'`, or the name of an average"
         return held_weights(self.model)
 
-    @contextmanager
     def using(self,
         name:str, # `'raw'`, or the name of an average
         bn_data=None, # batches for BatchNorm statistics, or a function that gives some; None: `averages.bn_data`
@@ -283,11 +281,13 @@ class Averages(TrackedAverages):
         quick:bool=False, # will `averages.quick_batches` do? For a look in the midst of a run
     ):
         "Inside the block the model holds these weights; afterwards weights, buffers, modes, random state are as before"
-        self.adopt_changes()
-        places,values = self._contents(name)
-        with keep_rng(), keep_modes(self.model), holding(self.model, name, places, values):
+        def enter(undo):
+            self.adopt_changes()
+            look = holding(self.model, name, *self._contents(name))
+            for context in (keep_rng(), keep_modes(self.model), look): context.enter(undo)
             self._fit_statistics(name, bn_data, forward, n_batches or (self.quick_batches if quick else None))
-            yield self.model
+            return self.model
+        return Context(enter)
 
     def apply(self,
         name:str, # the name of an average; `'raw'` as `restore`

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from .tensors import stat_buffers
+from .tensors import named_places, stat_buffers
 from ..batches import batch_inputs, to_device
 from ..core import check_whole, uninterrupted, unwrap
 from ..module_state import keep_state, set_modes, train_without_dropout
@@ -170,7 +170,7 @@ def _pools(model, layers, data, n_batches, forward, undo):
     pools = {name: _InstancePool() if isinstance(m, _InstanceNorm) else _Pool() for name, m in layers.items()}
     batches = iter(data)
     with uninterrupted():
-        undo.enter_context(keep_state(*model.modules()))
+        keep_state(*model.modules(), places=[(d, k) for *_, d, k in named_places(model)]).enter(undo)
         undo.callback(set_modes, {m: m.training for m in model.modules()})
         if batches is not data: undo.callback(getattr(batches, 'close', int))      # also after the first few of them
         train_without_dropout(model)

@@ -17,7 +17,7 @@ from torch import nn
 from .kernels import KeepVersions
 from .tensors import reshard
 from ..module_state import keep_state, set_modes
-from ..core import local, uninterrupted, unwrap
+from ..core import Context, local, uninterrupted, unwrap
 
 # %% ../../nbs/averaging/03_holding.ipynb #00000005
 _BY_TENSOR = {} # id of a tensor that is covered → weak reference to the topmost record that covers it
@@ -226,7 +226,6 @@ def raw_values(
             raw |= {(id(d), k): v for (d, k), v in zip((*h.places, *h.buffers), h.kept)}
     return [raw.get((id(d), k), d[k]) for d, k in places]
 
-@contextmanager
 def holding(
     module:nn.Module, # a model, compiled or wrapped ones too
     name:str, # what it is to hold
@@ -235,25 +234,22 @@ def holding(
     stash=None, # device where the covered weights are kept; None: that of each
 ):
     "Inside the block a module holds other weights; after it, whatever happened, those from before"
-    layers = layers_of(module)
-    held = Held(name, layers, places, look=True)
-    # two, since Ctrl-C may cut one of them short; otherwise the second finds nothing to do
-    with _Releasing(held, layers), _Releasing(held, layers):
+    def enter(undo):
+        layers = layers_of(module)
+        held = Held(name, layers, places, look=True)
+        undo.callback(held.release, layers)
         held.take(layers, values, stash)
-        # when the record is gone, others have put everything back: that Ctrl-C cut an exit short shows only later
-        with keep_state(*layers, when=lambda: held.active): yield held
+        covered = {*map(id, held.tensors)}      # as buffers are; a forward pass may write to the others, too
+        others = [(m._parameters, k) for m in layers for k, p in m._parameters.items() if id(p) not in covered]
+        # unless others have put everything back
+        keep_state(*layers, places=others, when=lambda: held.active).enter(undo)
+        return held
+    return Context(enter)
 
-class holding_as_before:
+def holding_as_before(
+    module:nn.Module, # a model, compiled or wrapped ones too
+):
     "Afterwards a module holds what it held before, also where Ctrl-C has cut short what should have seen to that"
-    def __init__(self,
-        module:nn.Module, # a model, compiled or wrapped ones too
-    ): self.module,self.before = unwrap(module),held_record(module)
-    def __enter__(self): return self.module
-    def __exit__(self, *exc):
-        while (held := held_record(self.module)) not in (None, self.before): held.release(layers_of(self.module))
-
-class _Releasing:
-    "Releases what is held when it is left"
-    def __init__(self, held, layers): self.held,self.layers = held,layers
-    def __enter__(self): pass
-    def __exit__(self, *exc): self.held.release(self.layers)
+    def release_others(before):
+        while (held := held_record(module)) not in (None, before): held.release(layers_of(module))
+    return Context(lambda undo: undo.callback(release_others, held_record(module)))

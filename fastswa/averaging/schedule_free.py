@@ -82,6 +82,7 @@ class ScheduleFree(Average):
     ) -> int: # steps of the optimizer
         "The average follows by itself; this moves the modules that `live()` made"
         if module is not None: raise ValueError('the average of a Schedule-Free optimizer follows its own model only')
+        self._ready()
         if self._lives and self.n: self._bring_up_to_date()
         return self.n
 

@@ -116,15 +116,16 @@ class SWAG(KeepsSnapshots):
         from tqdm import tqdm
         sampled = average_of(self, self.weights)
         loaders = [*generators_in(batches), *generators_in(bn_data)]
-        # twice, and around what keeps the same for each sample: one Ctrl-C can cut one of them short
-        with holding_as_before(self.source), keep_rng(*loaders), keep_rng(*loaders), keep_modes(self.source):
-            batches = list(batches)
-            if not batches: raise ValueError('there are no batches to predict')
-            means = None
-            for i in tqdm(range(n), 'samples', leave=False, disable=None):
-                sampled._copies(sampled._selection.in_order(self.sample(scale, generator)), sampled._avg)
-                with sampled.applied() as module:
-                    if bn_data is not None: update_bn(module, bn_data, forward=forward)
-                    new = probabilities(module, batches, forward, activation)
-                means = [m.lerp_(p, 1/(i + 1)) for m, p in zip(means, new)] if means else new
+        # twice, and around what keeps the same for each sample: Ctrl-C may come just before a block is left
+        with keep_rng(*loaders):
+            with keep_rng(*loaders), keep_modes(self.source), holding_as_before(self.source):
+                batches = list(batches)
+                if not batches: raise ValueError('there are no batches to predict')
+                means = None
+                for i in tqdm(range(n), 'samples', leave=False, disable=None):
+                    sampled._copies(sampled._selection.in_order(self.sample(scale, generator)), sampled._avg)
+                    with sampled.applied() as module:
+                        if bn_data is not None: update_bn(module, bn_data, forward=forward)
+                        new = probabilities(module, batches, forward, activation)
+                    means = [m.lerp_(p, 1/(i + 1)) for m, p in zip(means, new)] if means else new
         return torch.cat(means)

@@ -8,6 +8,7 @@ __all__ = ['DeviceCB', 'BatchTransformCB', 'SingleBatchCB', 'HasLearnCB', 'Recor
 # %% ../../nbs/callbacks/00_basics.ipynb #00000002
 from ..batches import default_device, to_cpu, to_device
 from ..training.events import Callback, CancelFitException, Stage
+from ..training.optim import groups_of
 from ..training.parameters import loss_modules
 
 # %% ../../nbs/callbacks/00_basics.ipynb #00000006
@@ -54,7 +55,7 @@ class RecorderCB(HasLearnCB):
     def before_fit(self, learn):
         super().before_fit(learn)
         self.recs = {name: [] for name in self.functions}
-        self.pg = next(iter(getattr(learn.opt, 'param_groups', ())), None)
+        self.pg = next(iter(groups_of(learn.opt)), None)
 
     def state_dict(self): return dict(recs={name: list(values) for name, values in self.recs.items()})
     def load_state_dict(self, state): self.recs = {name: list(state['recs'].get(name, [])) for name in self.functions}

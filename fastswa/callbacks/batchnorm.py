@@ -48,7 +48,7 @@ class TrainingBatches:
         learn = self.learn
         with keep_learner(learn, self.cbs):
             dl = learn.dls.train
-            learn.own_cbs.evaluation.check(learn, dl)
+            learn.own_cbs.evaluation.check(learn, dl, self.cbs, training=True)
             total = min(filter(None, (length_hint(dl), learn.averages.bn_batches)), default=None)
             silent = is_quiet(learn) or type(find_view()) is LogView
             with closing(prepared_batches(learn, dl, cbs=self.cbs)) as batches:

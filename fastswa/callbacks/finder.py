@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core import check_number, check_whole
 from ..training.events import Callback, CancelFitException, Stage
-from ..training.optim import KNOWN_OPTIONS, OptionChanges, set_option
+from ..training.optim import KNOWN_OPTIONS, OptionChanges, groups_of, set_option
 from ..training.sandbox import sandbox
 
 # %% ../../nbs/callbacks/05_finder.ipynb #00000009
@@ -95,7 +95,7 @@ class LRFinderCB(Callback):
         self.lrs,self.losses = [],[]
         self._mean,self._lowest = 0.,math.inf      # of the losses, running; the lowest it was
         self._changes = OptionChanges(learn.opt)
-        groups = getattr(learn.opt, 'param_groups', ())
+        groups = groups_of(learn.opt)
         rates = [float(g['lr'])/g['lr_mult'] for g in groups if g.get('lr_mult') and float(g['lr']) > 0]
         if not rates: raise ValueError('the finder needs an optimizer whose param_groups have a learning rate above 0')
         self.lr = rates[0]
@@ -125,10 +125,10 @@ class LRFinderCB(Callback):
 # %% ../../nbs/callbacks/05_finder.ipynb #0000000f
 class _SameOptionsCB(Callback):
     "Give the optimizer the options of another one over the same parameters, except its rate"
-    def __init__(self, opt, lr): self.groups,self.lr = getattr(opt, 'param_groups', ()),lr
+    def __init__(self, opt, lr): self.groups,self.lr = groups_of(opt),lr
 
     def before_fit(self, learn):
-        new = getattr(learn.opt, 'param_groups', ())
+        new = groups_of(learn.opt)
         members,known = ([[id(p) for p in g['params']] for g in groups] for groups in (new, self.groups))
         for g, old in zip(new, self.groups) if members == known else ():
             if 'lr' in g: set_option(g, 'lr', self.lr*old.get('lr_mult', 1.))

@@ -18,7 +18,7 @@ from ..module_state import keep_modes
 from ..nets.hooks import Hooks
 from ..plot import show_images
 from ..training.events import Callback, CancelBatchException, Stage, as_list
-from ..training.sandbox import prepared_batches, sandbox
+from ..training.sandbox import loader, prepared_batches, sandbox
 
 # %% ../../nbs/callbacks/13_inspection.ipynb #00000006
 def _is_list(o): return isinstance(o, Sequence) and not isinstance(o, str)
@@ -97,7 +97,7 @@ class _Markdown(str):
 def _shape(x): return str(tuple(x.shape)) if torch.is_tensor(x) else type(x).__name__
 
 def _first_batch(learn):
-    batch = next(prepared_batches(learn, learn.dls.train), None)
+    batch = next(prepared_batches(learn, loader(learn, 'train')), None)
     if batch is None: raise ValueError('the training loader gave no batch, or every one was cancelled')
     return batch
 
@@ -121,7 +121,7 @@ def summary(
         before = total
     with sandbox(learn), torch.no_grad():
         batch = _first_batch(learn)
-        device,n = next((t.device for t in learn.model.parameters()), 'cpu'),batch_size(batch)
+        device,n = next((t.device for t in learn.model.parameters()), 'cpu'),batch_size(batch, learn.dls.train)
         learn.batch = to_device(map_tensors(lambda t: t[:1] if t.ndim and t.size(0) == n else t, batch), device)
         with Hooks(names, note), keep_modes(learn.model), counter:
             learn.model.eval()

@@ -17,6 +17,7 @@ from ..batches import batch_size
 from ..files import as_path, check_folder, is_main_process, written
 from ..training.events import Callback, Stage
 from ..training.essentials import LossMeter
+from ..training.optim import groups_of
 
 # %% ../../nbs/callbacks/10_loggers.ipynb #00000006
 class RowsCB(Callback):
@@ -58,7 +59,7 @@ class LogCB(RowsCB):
 
     def after_loss(self, learn): # before the step: afterwards schedules move on
         if not learn.training: return
-        lrs = {g.get('name', i): g['lr'] for i, g in enumerate(getattr(learn.opt, 'param_groups', ())) if 'lr' in g}
+        lrs = {g.get('name', i): g['lr'] for i, g in enumerate(groups_of(learn.opt)) if 'lr' in g}
         self._lrs = {f'lr/{k}' if len(lrs) > 1 else 'lr': v.detach().clone() if torch.is_tensor(v) else v
                      for k, v in lrs.items()}      # a tensor is copied, not read: that would wait for a GPU
 

@@ -48,10 +48,10 @@ class FunctionMetric:
         "An epoch begins"
         self.total,self.n,self.parts = 0.,0,[]
 
-    def update(self, preds, targets):
-        "Count a batch; nothing is read from a GPU"
+    def update(self, preds, targets, n=None):
+        "Count a batch, of `n` samples if that is known; nothing is read from a GPU"
         if self.over == 'epoch': return self.parts.append((preds, targets))
-        n = batch_size((targets, preds))
+        n = batch_size((targets, preds)) if n is None else n
         value = torch.as_tensor(self.f(preds, targets)).detach()
         if value.numel() != 1:
             raise ValueError(f'{self.__name__} must return a number; got a tensor of shape {tuple(value.shape)}')
@@ -99,13 +99,14 @@ class MetricsCB(Callback):
         self._batches,self.all_metrics['loss'] = 0,learn.own_cbs.loss.meter
 
     def after_batch(self, learn):
-        if not self.metrics: return
-        self._batches += 1
         preds,targets = map_tensors(torch.Tensor.detach, learn.preds),self.targets(learn)
+        if not self.metrics or targets is None and learn.loss is None: return      # nothing to compare with
+        self._batches += 1
         first = first_tensor(preds)
+        n = batch_size(learn.batch, learn.dl) if hasattr(learn.dl, 'n_samples') else None      # the loader says
         for m in self.metrics.values():
             if first is not None and getattr(m, 'device', first.device) != first.device: m.to(first.device)
-            m.update(preds, targets)
+            m.update(preds, targets, *((n,) if isinstance(m, FunctionMetric) else ()))
 
     def targets(self,
         learn, # the learner, with a batch

@@ -19,6 +19,7 @@ from torch import optim
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from ..averaging.ensembles import DECAYS
+from ..averaging.schedule_free import is_schedule_free
 from .metrics import Watched
 from ..clock import Clock, Time
 from ..core import check_choice, check_number, check_whole, plain
@@ -240,7 +241,8 @@ class OneCycleCB(BatchSchedCB):
         if pct*total_steps == 1: pct *= 1 - 1e-9      # torch would divide by the length of a rise of no steps
         has = ['betas' in g or bool(g.get('momentum')) for g in opt.param_groups]
         moms = dict(cycle_momentum=False)
-        if self.moms and any(has):
+        # the beta of a Schedule-Free optimizer is no momentum: it says between which points gradients are measured
+        if self.moms and any(has) and not is_schedule_free(opt):
             high,low,_ = self.moms
             moms = dict(max_momentum=[high*o for o in has], base_momentum=[low*o for o in has])
         return OneCycleLR(opt, tops, total_steps, pct_start=pct, div_factor=self.div,

@@ -169,7 +169,9 @@ class BEMACB(AverageCB):
 
 # %% ../../nbs/callbacks/04_swa_variants.ipynb #94a9fb64
 class ScheduleFreeCB(AverageCB):
-    "The average that a Schedule-Free optimizer makes by itself: arXiv 2405.15682; see `ScheduleFree`"
+    """The average that a Schedule-Free optimizer makes by itself: arXiv 2405.15682; see `ScheduleFree`
+
+    ValueError before training if the optimizer is another. Its `train()` and `eval()` need not be called."""
     @with_arguments_of(AverageCB, but=['rule', 'start', 'every', 'restart', 'phase', 'at', 'check_finite'])
     def __init__(self, *, name:str='schedule_free', **kwargs):
         super().__init__(None, name=name, **kwargs)

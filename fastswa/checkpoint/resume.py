@@ -18,7 +18,9 @@ from .archive import newest, numbered
 from ..random_state import get_rng_state, set_rng_state
 from ..core import is_quiet, plain, unwrap
 from ..files import as_path
+from ..training.essentials import to_train_mode
 from ..training.events import Callback, by_order
+from ..training.optim import KNOWN_OPTIONS
 from ..training.opt_state import load_opt_state, opt_state
 from ..training.parameters import loss_tensors, named_parameters
 from ..training.sandbox import generators, takes_part
@@ -213,7 +215,7 @@ class ResumeCB(Callback):
 
     def _warn(self, learn):
         groups = zip(self.state['options'], plain(learn.options))
-        pairs = [(k, repr(a[k]), repr(b.get(k))) for a, b in groups for k in a]
+        pairs = [(k, repr(a[k]), repr(b.get(k))) for a, b in groups for k in a if k in KNOWN_OPTIONS]
         options = sorted({f'{k} was {a} and is {b}' for k, a, b in pairs if a != b})
         but = 'but for what a schedule sets, ' if any(cb.role == 'schedules' for cb in learn.cbs) else ''
         if options: warnings.warn(f'{but}the optimizer goes on with the options that were saved: {", ".join(options)}')
@@ -234,6 +236,7 @@ class ResumeCB(Callback):
         for cb, state in self.pairs: cb.load_state_dict(state)
         load_opt_state(named_parameters(learn), learn.opt, self.state['opt'])
         put_weights(learn, self.state)
+        to_train_mode(learn.opt)      # it may have been saved in eval mode
         learn.averages.load_state_dict(self.state['averages'], strict=False)
         learn.resuming = None
 

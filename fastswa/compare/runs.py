@@ -21,7 +21,7 @@ from ..callbacks.metrics import Watched
 from ..callbacks.swa import AverageCB
 from .statistics import paired_difference, sampling_error
 from ..core import check_choice, check_whole, is_quiet, plain, quiet
-from ..random_state import keep_rng, set_seed
+from ..random_state import keep_rng, seed_generator, set_seed
 from ..files import check_folder, written
 from ..plot import GREY, plot_style, subplots, weight_styles
 from ..training.learner import Learner
@@ -44,7 +44,7 @@ def _watcher(name, cb):
 
 def _fit(learn, watchers, seed, epochs):
     set_seed(seed)
-    for g in generators(learn): g.manual_seed(seed)
+    for g in generators(learn): seed_generator(g, seed)
     learn.fit(epochs, cbs=[_watcher(name, cb) for name, cb in watchers.items()])
 
 def _size(dl): return len(dl.dataset) if hasattr(dl, 'dataset') and hasattr(dl.dataset, '__len__') else None

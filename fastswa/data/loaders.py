@@ -194,7 +194,10 @@ def _batches(dl):
     return ', '.join(filter(None, said)) or type(dl).__name__
 
 class DataLoaders:
-    "A loader to train on and one to validate on, which may be None"
+    """A loader to train on and one to validate on, which may be None: any iterables of batches
+
+    A batch is a tuple of columns or a dict: `(x, y)`; for images of many sizes `(images, targets)` or `(images,)`.
+    Where the number of samples does not show, a method `n_samples(batch)` of the loader tells it."""
     def __init__(self, train, valid=None): self.train, self.valid = train, valid
     def __repr__(self): return f'DataLoaders(train: {_batches(self.train)}; valid: {_batches(self.valid)})'
 

@@ -7,6 +7,7 @@ __all__ = ['HasWeights', 'Learner', 'TrainCB', 'TrainLearner', 'MomentumLearner'
 
 # %% ../../nbs/training/08_learner.ipynb #00000002
 from contextlib import ExitStack, contextmanager, suppress
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,7 @@ from .events import CANCELS, STEPS, Callback, CallbackRunner, CancelStepExceptio
 from .events import as_list, check_cbs, with_cbs
 from .learner_optim import HasOptimizer
 from .parameters import parameters
-from .sandbox import essentials, keep_learner, sandbox
+from .sandbox import essentials, keep_learner, loader, sandbox
 
 # %% ../../nbs/training/08_learner.ipynb #0000000c
 class HasWeights:
@@ -81,7 +82,7 @@ class HasWeights:
 
     def validate(self,
         weights:str|None=None, # `'raw'` or the name of an average; None: a row for each
-        dl=None, # batches to validate on; None: `dls.valid`
+        dl=None, # batches to validate on; None: `dls.valid`. Without targets loss and metrics stay empty
     ) -> Report: # a list of the rows, as dicts, that prints as a table
         "Validate now; history and run stay as they are. Raises RuntimeError for an average without a snapshot"
         with sandbox(self, valid=dl):
@@ -123,11 +124,8 @@ def _check_fit(learn, n_epochs, train, valid, resume, reset_opt, max_steps):
     check_whole('n_epochs', n_epochs, 0, none=True)
     check_whole('max_steps', max_steps, none=True)
     if max_steps is not None and not train: raise ValueError('max_steps counts steps of training: it needs train=True')
-    if train and not hasattr(learn.dls, 'train'):
-        raise TypeError('dls must have the loaders `train` and `valid`, as DataLoaders has; '
-                        f'got {type(learn.dls).__name__}')
-    if valid and not train and _valid_loader(learn) is None:
-        raise ValueError('there is no validation loader: dls.valid is None. Give batches, as in validate(dl=…)')
+    if train: loader(learn, 'train')
+    elif valid: loader(learn, 'valid')
     for name, dl in (('training', train and learn.dls.train), ('validation', valid and _valid_loader(learn))):
         if dl is not None and dl is not False and _length(dl) == 0:
             raise ValueError(f'the {name} loader has length 0: there are fewer samples than a batch holds, '
@@ -288,13 +286,21 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         yield
 
 # %% ../../nbs/training/08_learner.ipynb #00000011
+def _takes(f, args):
+    "Can it be called with so many arguments, as far as its signature tells?"
+    try: signature(getattr(f, 'forward', f)).bind(*args)
+    except (TypeError, ValueError): return False
+    return True
+
 class TrainCB(Callback):
     "The steps of training, for a bare `Learner`"
     def __init__(self,
         n_inp:int=1, # how many elements of a batch go to the model; the others go to the loss
     ): self.n_inp = n_inp
     def predict(self, learn): learn.preds = learn.model(*batch_inputs(learn.batch, self.n_inp))
-    def get_loss(self, learn): learn.loss = learn.loss_func(learn.preds, *batch_targets(learn.batch, self.n_inp))
+    def get_loss(self, learn):
+        args = learn.preds, *batch_targets(learn.batch, self.n_inp)
+        if learn.will_train or len(args) > 1 or _takes(learn.loss_func, args): learn.loss = learn.loss_func(*args)
     def backward(self, learn): learn.loss.backward()
     def step(self, learn): learn.opt.step()
     def zero_grad(self, learn): learn.opt.zero_grad()
@@ -304,8 +310,8 @@ class TrainLearner(Learner):
     def predict(self): self.preds = self.model(*batch_inputs(self.batch))
     def get_loss(self):
         targets = batch_targets(self.batch)
-        if not targets: raise ValueError('the batch has no targets for the loss: it holds inputs only')
-        self.loss = self.loss_func(self.preds, targets[0])
+        if targets: self.loss = self.loss_func(self.preds, targets[0])
+        elif self.will_train: raise ValueError('the batch has no targets for the loss: it holds inputs only')
     def backward(self): self.loss.backward()
     def step(self): self.opt.step()
     def zero_grad(self): self.opt.zero_grad()

@@ -14,7 +14,7 @@ from torch.optim import LBFGS
 from ..averaging.batchnorm import bn_layers
 from ..averaging.schedule_free import is_schedule_free
 from ..averaging.tensors import some_names
-from .opt_steps import StepWatch
+from .opt_steps import StepWatch, check_closure
 from .optim import KNOWN_OPTIONS, group_options, groups_of, set_option
 from .parameters import ids, loss_tensors, named_parameters, parameters
 
@@ -27,10 +27,18 @@ def make_opt(
     lr, # learning rate
     loss_params:dict|None=None, # those of the loss function, by name
 ): # the optimizer
-    "An optimizer of the parameters of model and loss; ValueError if it has others, or leaves out those of the loss"
+    """An optimizer of the parameters of model and loss; TypeError for what is none, ValueError if it has other
+    parameters, or leaves out those of the loss"""
     loss_params = loss_params or {}
     params = [*model.parameters(), *loss_params.values()]
+    if not callable(opt_func):
+        raise TypeError('opt_func must make an optimizer when it is called with parameters and rate, as optim.SGD or '
+                        f'partial(optim.AdamW, weight_decay=0.1) do; got {_said(opt_func)}')
     opt = opt_func(params, lr)
+    lacks = [k for k in ('step', 'zero_grad') if not callable(getattr(opt, k, None))]
+    if lacks or isinstance(opt, type):
+        raise TypeError('opt_func must return an optimizer, or anything with step and zero_grad; it returned '
+                        + _said(opt) + (f', without {" and ".join(lacks)}' if lacks and opt is not None else ''))
     held = _held(opt)
     strange = held - ids(params)
     if strange: raise ValueError(f'the optimizer got {len(strange)} parameters that are not the model\'s: '
@@ -45,6 +53,8 @@ def make_opt(
     _warn_of_options(opt)
     _made_for(opt, params)
     return opt
+
+def _said(o): return 'None' if o is None else f'the class {o.__name__}' if isinstance(o, type) else type(o).__name__
 
 def _made_for(opt, params):
     "An object with `__slots__` takes no note"
@@ -155,7 +165,10 @@ class HasOptimizer:
     def _step_was_made(self):
         "Step; how many steps were really made?"
         if self._step_watch is None: self.opt = self.opt      # outside a fit there may be none yet
-        return self._step_watch.made(self.step, self.model)
+        try: return self._step_watch.made(self.step, self.model)
+        except TypeError as e:
+            if 'missing' in str(e): check_closure(self._opt, e)
+            raise
 
     def _warn_of_new_parameters(self):
         new = ids(new_params(self._opt, parameters(self)))

@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/training/06_opt_steps.ipynb #52236146
+import inspect
+
 import torch
 
 from .optim import groups_of
@@ -29,6 +31,17 @@ def hooked_optimizers(
         for v in () if hooked and outermost else [*inside]: visit(v)
     visit(opt)
     return found
+
+def check_closure(
+    opt, # an optimizer, or a wrapper of some
+    e, # what its step has raised
+):
+    "TypeError that names `ClosureCB` if the step of an optimizer has to be given something"
+    for o in (o for o in (opt, *hooked_optimizers(opt)) if hasattr(o, 'step')):
+        needs = [k for k, p in inspect.signature(o.step).parameters.items() if p.default is p.empty and p.kind < 2]
+        if needs:
+            raise TypeError(f'the step of {type(o).__name__} needs its argument {", ".join(needs)}: add ClosureCB() to '
+                            'the callbacks, which gives a closure that computes the loss anew') from e
 
 class StepWatch:
     "Tells how many steps were made"

@@ -333,8 +333,9 @@ def test_what_is_wrong_is_said_before_anything_is_tried():
             (dict(half_lives=('0.1dur',)), "got '0.1dur'"), (dict(half_lives=(2,)), 'got 2'),
             (dict(merges=(31,)), 'a merge of 31 snapshots needs as many; there are 30'),
             (dict(merges=(0,)), 'got 0'), (dict(shapes=('sqrt',)), "got 'sqrt'"),
+            (dict(bn_data=iter(batches)), 'give a list or loader; got a list_iterator'),
             (dict(blends=(-1,)), 'a blend must be a number above 0; got -1'), (dict(mode='low'), "got 'low'")]:
-        with pytest.raises(ValueError, match=text): average.choose(never, bn_data=batches, **kwargs)
+        with pytest.raises(ValueError, match=text): average.choose(never, **{'bn_data': batches, **kwargs})
     for n in (0, 1):
         young = PostHocEMA(model)
         for _ in range(n): young.update()

@@ -7,15 +7,19 @@ __all__ = ['Choice', 'choose']
 
 # %% ../../nbs/averaging/15_choice.ipynb #d5e993a6
 import math, warnings
+from collections.abc import Iterator
 
 import torch
 
 from .averages import Averages
 from .batchnorm import bn_layers
 from .ensembles import Snapshot, average_of, decay_weights, latest
+from .holding import holding_as_before
 from .rules import ema
 from ..core import check_choice, check_number, is_quiet, uninterrupted
+from ..module_state import keep_modes
 from ..plot import plot_choice
+from ..random_state import keep_rng
 from ..tables import Report
 
 # %% ../../nbs/averaging/15_choice.ipynb #1e20b751
@@ -105,14 +109,19 @@ def choose(
     blends = [check_number('a blend', blend) for blend in _several(blends)]
     averages = Averages(average.source)
     averages.bn_data,averages.bn_forward,averages.bn_batches = bn_data,forward,n_batches
+    if isinstance(bn_data, Iterator):
+        raise ValueError('bn_data is gone through for each candidate: give a list or loader; '
+                         f'got a {type(bn_data).__name__}')
     if bn_data is None and bn_layers(average.source):
         warnings.warn('the model has BatchNorm, whose statistics do not fit averaged weights: give bn_data=, batches '
                       'of training data')
     total,first = 1 + len(windows)*len(blends),None
     try:
-        for row, weights in _progress(_candidates(average, averages, windows, blends), total):
-            e = _try(choice, row, weights, averages, evaluate)
-            first = first or e
+        # around what keeps the same for each candidate: Ctrl-C may come just before a block is left
+        with keep_rng(), keep_modes(average.source), holding_as_before(average.source):
+            for row, weights in _progress(_candidates(average, averages, windows, blends), total):
+                e = _try(choice, row, weights, averages, evaluate)
+                first = first or e
     except KeyboardInterrupt:
         if choice.best is None: raise
         warnings.warn(f'interrupted: the choice is among {len(choice.table)} of {total} candidates')

@@ -15,4 +15,4 @@ from fastswa.random_state import get_rng_state, keep_rng, set_rng_state, set_see
 from fastswa.tables import Report, Table
 from fastswa.training import *
 
-del gain, gradients, sandbox, summary      # names that a notebook is likely to have for something of its own
+del gain, gradients, merge, sandbox, summary      # names that a notebook is likely to have for something of its own

@@ -134,9 +134,9 @@ def test_all_brings_public_names_and_none_that_a_notebook_has_for_its_own():
     for package in ('averaging', 'callbacks', 'checkpoint', 'data', 'nets', 'training'):
         public = importlib.import_module(f'fastswa.{package}').__all__
         left_out = {n for n in public if not hasattr(fastswa.all, n)}
-        assert left_out <= {'gain', 'gradients', 'sandbox', 'summary'}, package
+        assert left_out <= {'gain', 'gradients', 'merge', 'sandbox', 'summary'}, package
     own = ('batch_size save load export plain reading style newest VERSION STEPS FORMAT say written '
-           'opt model data dls learn gain gradients sandbox summary').split()
+           'opt model data dls learn gain gradients merge sandbox summary').split()
     assert [n for n in own if hasattr(fastswa.all, n)] == []
 
 

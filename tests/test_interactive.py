@@ -127,11 +127,11 @@ def test_names_for_notebooks():
     names = {n for n in vars(fastswa.all) if not n.startswith('_')}
     packages = [getattr(fastswa, o) for o in ('averaging', 'callbacks', 'checkpoint', 'data', 'nets', 'training')]
     listed = {n for o in packages for n in o.__all__}
-    assert {n for n in listed - names} == {'gain', 'gradients', 'sandbox', 'summary'}
+    assert {n for n in listed - names} == {'gain', 'gradients', 'merge', 'sandbox', 'summary'}
     own = {*dir(builtins), *vars(math), *vars(torch.nn), *'''
         acc accuracy average args avg batch batch_size best bs cb cbs cfg check config criterion data dataset df
         dl dls ds epoch epochs export fig gain grad gradients history i images init inp inputs k labels learn
-        learner load log loss losses lr mean mean_std metrics model module n names net newest norm opt optimizer
+        learner load log loss losses lr mean mean_std merge metrics model module n names net newest norm opt optimizer
         out outputs path plain plt preds probs read reading result results rows run runs sandbox save scheduler
         score seed state std step steps style summary t table targets test tfm tfms times train trainer
         transform update valid validate version weights x xb xs y yb ys STEPS VERSION'''.split()}

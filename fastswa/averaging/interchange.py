@@ -222,7 +222,10 @@ def write_tensors(
     path, # the file; it is replaced as a whole or not at all
     metadata:dict, # text → text
 ):
-    "Write a safetensors file; what lies on the CPU, contiguous and with memory of its own, is not copied for it"
+    """Write a safetensors file; what lies on the CPU, contiguous and with memory of its own, is not copied for it
+
+    All else is, to the host, and stays there until the file is written, as safetensors takes all tensors at once:
+    a model on a GPU needs as much memory on the host."""
     tensors,seen = {},set()
     for k, v in state.items():
         if not torch.is_tensor(v): continue
@@ -240,7 +243,8 @@ def save_safetensors(
 ):
     """Write the module's `state_dict` with the average in it, in the average's dtype, and its `n` and rule as metadata.
 
-    BatchNorm statistics are the averaged ones; where they were recomputed, the model that holds them is to be saved."""
+    BatchNorm statistics are the averaged ones; where they were recomputed, the model that holds them is to be saved.
+    What is on a GPU, tied or not contiguous is copied to the host first, all of it at once."""
     if average.sharded:
         raise RuntimeError('no process holds the whole of a sharded model: gather the weights, then save them')
     state = {k.replace('_orig_mod.', ''): v for k, v in average.source.state_dict().items()} | average.weights

@@ -82,7 +82,9 @@ def export(
     path, # the file; it is replaced as a whole or not at all
     weights:str|None=None, # `'raw'` or the name of an average; None: those the model holds
 ):
-    "Write one set of weights as a safetensors file: plain names, contiguous, on the CPU"
+    """Write one set of weights as a safetensors file: plain names, contiguous, on the CPU
+
+    What is on a GPU, tied or not contiguous is copied to the host first, all of it at once."""
     if not _writes(learn): return
     name = weights or learn.weights
     meta = dict(weights=name)

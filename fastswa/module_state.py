@@ -161,7 +161,8 @@ def snapshot(
 ): # a function that returns a list of functions: called in this order, they undo what has changed since
     """Remember attributes, which parameters and buffers there are, the values at `places`, and the containers, tensors,
     closures and user's objects that all this leads to"""
-    if places is None: places = [(m._buffers, k) for m in objects if isinstance(m, torch.nn.Module) for k in m._buffers]
+    modules = [o for o in objects if isinstance(o, torch.nn.Module)]
+    if places is None: places = [(m._buffers, k) for m in modules for k in m._buffers.keys()]
     chosen,asked = {id(d[k]): d[k] for d, k in places},{id(o) for o in objects}
     seen,looks = chosen | {id(o): o for o in leave},[]
     for start, room in ((objects, _ROOM), (also, _ROOM_FOR_DATA)):
@@ -185,7 +186,7 @@ def snapshot(
 
 def _has_values(t):
     # quantised ones are of several tensors, which no forward pass writes to
-    return not (t is None or is_lazy(t) or t.is_meta or hasattr(local(t), '__tensor_flatten__'))
+    return not (t is None or is_lazy(t) or t.is_meta or t.is_nested or hasattr(local(t), '__tensor_flatten__'))
 
 def _size(v):
     "The elements that a running value has; infinitely many for what is no such value"
@@ -215,8 +216,8 @@ def _look_at_fields(o, fields): return [_fields(o, fields)] if fields else [], [
 def _look_at_module(m, asked):
     values = [v for k, v in vars(m).items() if k not in _OF_MODULES and _is_value(v)]
     buffers = () if asked else m._buffers.values()
-    looks = [_tensors(m, m._parameters), _tensors(m, m._buffers), _attributes(m, _OF_MODULES)]
-    return looks, [*values, *buffers, *m._modules.values()]
+    dicts = [d for d in (m._parameters, m._buffers) if isinstance(d, dict)]      # those of a scripted module are none
+    return [*(_tensors(m, d) for d in dicts), _attributes(m, _OF_MODULES)], [*values, *buffers, *m._modules.values()]
 
 def keep_state(
     *objects, # modules, callbacks, a learner: whatever has attributes

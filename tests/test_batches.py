@@ -15,7 +15,8 @@ from torch.utils.data import ChainDataset, DataLoader, DistributedSampler, Itera
 import helpers
 from fastswa.averaging.batchnorm import update_bn
 from fastswa.callbacks.basics import DeviceCB
-from fastswa.callbacks.metrics import EarlyStoppingCB, FunctionMetric, MetricsCB
+from fastswa.callbacks.early_stopping import EarlyStoppingCB
+from fastswa.callbacks.metrics import FunctionMetric, MetricsCB
 from fastswa.callbacks.progress import LogView, NotebookView, ProgressCB, TerminalView
 from fastswa.callbacks.schedule import OneCycleCB
 from fastswa.callbacks.batchnorm import BNUpdateCB

@@ -35,14 +35,14 @@ def weights_of(cb): return cb.average.weights['0.weight']
 
 
 def test_defaults_to_the_letter():
-    """Half-life a twentieth of the fit, after a warm-up; snapshots every hundredth from three quarters on
+    """Half-life a twentieth of the steps so far; snapshots every hundredth from three quarters on
 
-    Of 200 steps every second"""
+    Of 200 steps every second. Wrong: a half-life of a twentieth of the whole fit, from the start"""
     trail, e, s = Trail(), EMACB(), SWACB()
     learner(trail, e, s, BNUpdateCB()).fit(20)
     avg = trail.weights[0]
     for n, w in enumerate(trail.weights[1:], 1):
-        d = min(2**(-1/10), (1 + n)/(10 + n))
+        d = (n/(n + 1))**(np.log(2)/0.05)
         avg = d*avg + (1 - d)*w
     np.testing.assert_allclose(weights_of(e), avg, rtol=1e-4, atol=1e-6)
     assert s.average.n == 26
@@ -65,7 +65,7 @@ def test_a_warm_up_is_of_steps():
     """With a snapshot every 5 steps the warm-up is as long as with one at each
 
     Wrong: each snapshot counts as one step, and the memory stays five times too short"""
-    trail, cb = Trail(), EMACB(every='5ba', apply=False)
+    trail, cb = Trail(), EMACB(warmup='ratio', every='5ba', apply=False)
     learner(trail, cb).fit(20)
     seen, avg = trail.weights[4::5], None
     for n, w in enumerate(seen):

@@ -76,14 +76,17 @@ def find_tensors(
         names.append(name)
         wanted = include in (None, WHOLE) or _matches(name, t, include)
         if wanted and not _matches(name, t, exclude): found[name] = holder, k
+    for p in (*_listed(include), *_listed(exclude)):
+        if p in ('trainable', WHOLE) or any(fnmatchcase(name, p) for name in names): continue
+        if any(fnmatchcase(name, p) and not has_mean(d[k]) for name, _, d, k in named_places(module)):
+            raise ValueError(f'{p!r} names integer buffers, which are taken from the model as they are and never '
+                             'averaged: leave it out')
+        raise ValueError(f'the pattern {p!r} matches no weights; there are {some_names(names)}')
     if not found: raise ValueError(f'no weights to average are left by include={include!r}, exclude={exclude!r}')
     quantised = [name for name, (d, k) in found.items() if _is_quantised(d[k])]
     if quantised:
         raise ValueError(f'quantised weights mean nothing without their scales: {some_names(quantised)}. Average the '
                          'model before it is quantised, or leave them out by exclude=')
-    for p in (*_listed(include), *_listed(exclude)):
-        if p not in ('trainable', WHOLE) and not any(fnmatchcase(name, p) for name in names):
-            raise ValueError(f'the pattern {p!r} matches no weights; there are {some_names(names)}')
     return found
 
 # %% ../../nbs/averaging/01_tensors.ipynb #0000000c

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AveragesCallback']
 
-# %% ../../nbs/integrations/01_lightning.ipynb #5428757e
+# %% ../../nbs/integrations/01_lightning.ipynb #3c18b953
 import sys
 from contextlib import contextmanager
 from copy import copy
@@ -13,6 +13,7 @@ from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
+from itertools import islice
 
 import torch
 
@@ -20,15 +21,19 @@ from .common import Adapter, Reread, raised_as
 from ..module_state import snapshot, undo_all
 from ..random_state import generators_in, keep_rng
 
-# %% ../../nbs/integrations/01_lightning.ipynb #f527f478
+# %% ../../nbs/integrations/01_lightning.ipynb #ce5c6e2e
 _PACKAGES = 'lightning.pytorch','pytorch_lightning'
 
-@cache
-def _as_callback(cls):
-    "The class as a callback of the packages that are loaded; where none is, of one that is installed"
+def _loaded():
+    "The packages that are loaded; where none is, one that is installed"
     names = [p for p in _PACKAGES if p in sys.modules] or [p for p in _PACKAGES if find_spec(p.partition('.')[0])][:1]
     if not names: raise ImportError('AveragesCallback needs Lightning: pip install lightning')
-    bases = [import_module(p).Callback for p in names]
+    return names
+
+@cache
+def _as_callback(cls, *packages):
+    "The class as a callback of these packages"
+    bases = (import_module(p).Callback for p in packages)
     return type(cls.__name__, (cls, *bases), dict(__module__=cls.__module__, __qualname__=cls.__qualname__))
 
 def _of(trainer, *modules):
@@ -38,7 +43,7 @@ def _of(trainer, *modules):
 
 def _error(trainer): return _of(trainer, 'utilities', 'exceptions').MisconfigurationException
 
-# %% ../../nbs/integrations/01_lightning.ipynb #22035574
+# %% ../../nbs/integrations/01_lightning.ipynb #e62b18d5
 def _combined(trainer, loaders, mode): return _of(trainer, 'utilities', 'combined_loader').CombinedLoader(loaders, mode)
 
 def _batches(trainer, combined, limits, *loaders):
@@ -69,7 +74,7 @@ def _forward(trainer, module, batch):
     "That of training, for BatchNorm statistics"
     with _log_to(module, lambda *args, **kwargs: None): _step(trainer, 'training_step', batch, 0)
 
-# %% ../../nbs/integrations/01_lightning.ipynb #ee1c0de7
+# %% ../../nbs/integrations/01_lightning.ipynb #4ad10a46
 class _Logged:
     "What a module logs while it holds an average: arguments for `log`, with names that begin with the average's"
     def __init__(self, module, name, batch_size):
@@ -93,7 +98,7 @@ class _Logged:
         "What is to be logged; called before the module's metrics are put back"
         return self.values + [a | dict(value=a['value'].compute()) for a in self.metrics.values()]
 
-# %% ../../nbs/integrations/01_lightning.ipynb #ef73a7c0
+# %% ../../nbs/integrations/01_lightning.ipynb #d7e6a732
 def _validated(trainer, name):
     "One validation epoch of what the module holds: its hooks and steps, no other callback's; returns what it logged"
     module,several = trainer.lightning_module,len(trainer.num_val_batches) > 1
@@ -111,14 +116,15 @@ def _validated(trainer, name):
         module.on_validation_epoch_end()
         return logged.all(),n
 
-# %% ../../nbs/integrations/01_lightning.ipynb #8d261107
+# %% ../../nbs/integrations/01_lightning.ipynb #ded23c35
 class AveragesCallback(Adapter):
     "Averages of a LightningModule's weights: their metrics, BatchNorm statistics and checkpoints, and one at the end"
-    def __new__(cls, *args, **kwargs): return object.__new__(_as_callback(cls) if cls.__mro__[1] is Adapter else cls)
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls if hasattr(cls, 'state_key') else _as_callback(cls, *_loaded()))
 
     def __init__(self, *,
         apply:str|None=None, # which average the model is to hold after training and in a test; None: its raw weights
-        bn_batches:int|None=None, # training batches for BatchNorm statistics; None: all, and 20 in a validation; 0: none
+        bn_batches:int|None=None, # training batches for BatchNorm statistics; None: all, but 20 in a validation; 0: none
         **averages, # name → a rule, or a dict of arguments of `Averages.add`
     ):
         super().__init__(apply, bn_batches, averages)
@@ -133,8 +139,8 @@ class AveragesCallback(Adapter):
         combined = _combined(trainer, trainer.train_dataloader, 'max_size_cycle')
         def read(*loaders):
             # of an endless loader as many as the run has seen
-            limit = _known(trainer.num_training_batches) or self.averages.clock.batches
-            return (batch for batch, *_ in _batches(trainer, combined, limit, *loaders))
+            n = _known(trainer.num_training_batches) or self.averages.clock.batches
+            return (batch for batch, *_ in islice(_batches(trainer, combined, None, *loaders), n))
         with raised_as(_error(trainer)):
             self.attach(pl_module, Reread(read, *combined.flattened))
             if self.bn_forward is None and pl_module.automatic_optimization:
@@ -175,8 +181,8 @@ class AveragesCallback(Adapter):
                 undo_all(self._as_begun())
                 logged,n = _validated(trainer, name)
             if n != self._n_batches:
-                raise _error(trainer)(f'the validation had {self._n_batches} batches, and {n} when its loaders were read '
-                                      f'again for {name!r}: give loaders that can be read twice, one after the other')
+                raise _error(trainer)(f'the validation had {self._n_batches} batches, and {n} when its loaders were '
+                                      f'read again for {name!r}: give loaders that can be read twice, one after another')
             for a in logged: pl_module.log(**a)
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
@@ -201,7 +207,7 @@ class AveragesCallback(Adapter):
     def on_test_start(self, trainer, pl_module): self._hold_saved(trainer, pl_module)
     def on_predict_start(self, trainer, pl_module): self._hold_saved(trainer, pl_module)
 
-# %% ../../nbs/integrations/01_lightning.ipynb #fa979a65
+# %% ../../nbs/integrations/01_lightning.ipynb #d93febef
 def _known(n): return None if n is None or n < 0 or n == float('inf') else n
 
 def _length(trainer, resumed):

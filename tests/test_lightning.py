@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchmetrics import Accuracy
 
-from fastswa.averaging import Average, LatestAverage, ema, equal
+from fastswa.averaging import Average, LatestAverage, ema, equal, load_lightning
 from fastswa.integrations.lightning import AveragesCallback
 
 for name in 'lightning.pytorch', 'lightning.fabric': logging.getLogger(name).setLevel(logging.ERROR)
@@ -451,3 +451,25 @@ def test_the_other_package():
     assert 'ema/val_acc' in t.callback_metrics and cb.averages.held == 'ema'
     with pytest.raises(P.utilities.exceptions.MisconfigurationException):
         fit(AveragesCallback(a=dict(start='0.5dur')), model=Old(), package=P, max_steps=-1, n=-1)
+
+
+# --- Lightning's own averages
+
+
+@pytest.mark.parametrize('theirs', ['WeightAveraging', 'EMAWeightAveraging', 'StochasticWeightAveraging'])
+def test_their_checkpoints_load_into_an_average(tmp_path, theirs):
+    "Wrong: the raw weights, or a count from which the next update weighs too much"
+    cls = getattr(L.callbacks, theirs)
+    cb = cls(0.05, swa_epoch_start=1, annealing_epochs=1) if theirs.startswith('Stoch') else cls()
+    saver = ModelCheckpoint(tmp_path, filename='{epoch}', save_top_k=-1)
+    model,_ = fit(cb, saver, model=partial(Model, norm=False), n=3, enable_checkpointing=True)
+    checkpoint = torch.load(tmp_path/'epoch=2.ckpt')
+    average = Average(model, equal())
+    load_lightning(average, checkpoint)
+    assert average.n == (3 if theirs.startswith('Stoch') else 24)
+    assert same(average.weights, model.state_dict())      # theirs at the end
+    before = {k: v.clone() for k, v in average.weights.items()}
+    with torch.no_grad(): model.net[0].weight.add_(1.)
+    average.update()
+    moved = average.weights['net.0.weight'] - before['net.0.weight']
+    torch.testing.assert_close(moved, torch.full_like(moved, 1/average.n))

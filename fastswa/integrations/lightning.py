@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AveragesCallback']
 
-# %% ../../nbs/integrations/01_lightning.ipynb #3c18b953
+# %% ../../nbs/integrations/01_lightning.ipynb #0b199497
 import sys
 from contextlib import contextmanager
 from copy import copy
@@ -21,7 +21,7 @@ from .common import Adapter, Reread, raised_as
 from ..module_state import snapshot, undo_all
 from ..random_state import generators_in, keep_rng
 
-# %% ../../nbs/integrations/01_lightning.ipynb #ce5c6e2e
+# %% ../../nbs/integrations/01_lightning.ipynb #0403147b
 _PACKAGES = 'lightning.pytorch','pytorch_lightning'
 
 def _loaded():
@@ -43,7 +43,7 @@ def _of(trainer, *modules):
 
 def _error(trainer): return _of(trainer, 'utilities', 'exceptions').MisconfigurationException
 
-# %% ../../nbs/integrations/01_lightning.ipynb #e62b18d5
+# %% ../../nbs/integrations/01_lightning.ipynb #399597d9
 def _combined(trainer, loaders, mode): return _of(trainer, 'utilities', 'combined_loader').CombinedLoader(loaders, mode)
 
 def _batches(trainer, combined, limits, *loaders):
@@ -74,7 +74,7 @@ def _forward(trainer, module, batch):
     "That of training, for BatchNorm statistics"
     with _log_to(module, lambda *args, **kwargs: None): _step(trainer, 'training_step', batch, 0)
 
-# %% ../../nbs/integrations/01_lightning.ipynb #4ad10a46
+# %% ../../nbs/integrations/01_lightning.ipynb #fe21700b
 class _Logged:
     "What a module logs while it holds an average: arguments for `log`, with names that begin with the average's"
     def __init__(self, module, name, batch_size):
@@ -98,7 +98,7 @@ class _Logged:
         "What is to be logged; called before the module's metrics are put back"
         return self.values + [a | dict(value=a['value'].compute()) for a in self.metrics.values()]
 
-# %% ../../nbs/integrations/01_lightning.ipynb #d7e6a732
+# %% ../../nbs/integrations/01_lightning.ipynb #d999b154
 def _validated(trainer, name):
     "One validation epoch of what the module holds: its hooks and steps, no other callback's; returns what it logged"
     module,several = trainer.lightning_module,len(trainer.num_val_batches) > 1
@@ -116,7 +116,7 @@ def _validated(trainer, name):
         module.on_validation_epoch_end()
         return logged.all(),n
 
-# %% ../../nbs/integrations/01_lightning.ipynb #ded23c35
+# %% ../../nbs/integrations/01_lightning.ipynb #d7af3d4a
 class AveragesCallback(Adapter):
     "Averages of a LightningModule's weights: their metrics, BatchNorm statistics and checkpoints, and one at the end"
     def __new__(cls, *args, **kwargs):
@@ -124,7 +124,7 @@ class AveragesCallback(Adapter):
 
     def __init__(self, *,
         apply:str|None=None, # which average the model is to hold after training and in a test; None: its raw weights
-        bn_batches:int|None=None, # training batches for BatchNorm statistics; None: all, but 20 in a validation; 0: none
+        bn_batches:int|None=None, # batches for BatchNorm statistics; None: all, but 20 in a validation; 0: none
         **averages, # name → a rule, or a dict of arguments of `Averages.add`
     ):
         super().__init__(apply, bn_batches, averages)
@@ -182,7 +182,7 @@ class AveragesCallback(Adapter):
                 logged,n = _validated(trainer, name)
             if n != self._n_batches:
                 raise _error(trainer)(f'the validation had {self._n_batches} batches, and {n} when its loaders were '
-                                      f'read again for {name!r}: give loaders that can be read twice, one after another')
+                                      f'read again for {name!r}: give loaders that can be read twice in a row')
             for a in logged: pl_module.log(**a)
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
@@ -207,7 +207,7 @@ class AveragesCallback(Adapter):
     def on_test_start(self, trainer, pl_module): self._hold_saved(trainer, pl_module)
     def on_predict_start(self, trainer, pl_module): self._hold_saved(trainer, pl_module)
 
-# %% ../../nbs/integrations/01_lightning.ipynb #d93febef
+# %% ../../nbs/integrations/01_lightning.ipynb #135e3d28
 def _known(n): return None if n is None or n < 0 or n == float('inf') else n
 
 def _length(trainer, resumed):

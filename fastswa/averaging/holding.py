@@ -246,7 +246,7 @@ def holding(
         others = [(m._parameters, k) for m in layers for k, p in m._parameters.items() if id(p) not in covered]
         # unless others have put everything back
         keep_state(*layers, places=others, when=lambda: held.active).enter(undo)
-        return held
+        return module
     return Context(enter)
 
 def holding_as_before(

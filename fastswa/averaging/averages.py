@@ -354,7 +354,7 @@ class Averages(TrackedAverages):
 
     def _contents(self, name):
         "Where the tensors of a set of weights lie, and what they are"
-        if name == self.held and name not in self: return [], []      # there is nothing to exchange
+        if name not in self and name == self.held: return [], []      # there is nothing to exchange
         if name == 'raw':
             places = [(d, k) for *_, d, k in named_places(self.model)]
             return places, raw_values(self.model, places)

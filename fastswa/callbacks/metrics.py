@@ -97,8 +97,9 @@ class MetricsCB(Callback):
         self._batches,self.all_metrics['loss'] = 0,learn.own_cbs.loss.meter
 
     def after_batch(self, learn):
+        if not self.metrics: return
         preds,targets = map_tensors(torch.Tensor.detach, learn.preds),self.targets(learn)
-        if not self.metrics or targets is None and learn.loss is None: return      # nothing to compare with
+        if targets is None and learn.loss is None: return      # nothing to compare with
         self._batches += 1
         first = first_tensor(preds)
         n = batch_size(learn.batch, learn.dl) if hasattr(learn.dl, 'n_samples') else None      # the loader says

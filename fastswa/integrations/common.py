@@ -64,15 +64,15 @@ class Adapter:
 
     def attach(self,
         model:nn.Module, # with all its layers
-        bn_data=None, # batches for BatchNorm statistics, or a function that gives some
+        bn_data=None, # batches for BatchNorm statistics, or a function that gives some; None: those from before
     ) -> Averages:
         "The averages of this model, new ones if it is another than before"
         if self.averages is None or self.averages.model is not unwrap(model):
             self.averages = Averages(model)
             for add in self.adders.values(): add(self.averages, now=False)
         a,k = self.averages,self.bn_batches
-        if k == 0: bn_data = None
-        a.bn_data,a.bn_forward,a.bn_batches,a.quick_batches = bn_data,self.bn_forward,k or None,min(20, k or 20)
+        if bn_data is not None and k != 0: a.bn_data = bn_data
+        a.bn_forward,a.bn_batches,a.quick_batches = self.bn_forward,k or None,min(20, k or 20)
         return a
 
     def begin(self,
@@ -86,6 +86,12 @@ class Adapter:
         if epoch_batches is not None: clock.epoch_steps = ceil(epoch_batches/accumulate)
         self.averages.begin(clock=clock)
         self.take_up()
+
+    def epoch_over(self):
+        "An epoch is over, for times in `ep` where the loader has no length"
+        if self.averages.clock.epoch_batches is not None: return
+        self.averages.clock.epochs += 1
+        self.averages.update_due()
 
     def take_up(self):
         "The averages are those of a state that was loaded, if there was one; ValueError if they do not fit"

@@ -23,10 +23,12 @@ swap     `with avg.applied(): pass`, in and out, beside three copies of the weig
 SWACB    the seconds within its methods per epoch, with the default arguments in a fit of 20 epochs. Four stand for
          them: three that wait and one that takes a snapshot every 0.2 epochs, with what happens once per fit divided
          by 20. Its row in the table of the fit, a validation of its own, is not counted.
+target   an update of the target network of a small DQN, a perceptron of 17,000 weights, with its forward pass on 64
+         states: the loop over parameters that people write by hand, an `Average` alone, and `Averages.step`.
 
 At the end the targets, each with the figure that was measured. They are meant for two CPU cores and for an H200.
 """
-import gc, importlib.util, os, statistics, time, warnings
+import copy, gc, importlib.util, os, statistics, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +38,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastswa.averaging.average import Average, update_all
+from fastswa.averaging.averages import Averages
 from fastswa.averaging.rules import ema, equal
 from fastswa.averaging.tensors import find_tensors
 from fastswa.nets.layers import get_model
@@ -214,6 +217,35 @@ def swa_share(device):
     return sum(spent)/epoch, swa.average.n/4
 
 
+# --- a target network
+
+BY_HAND = 'mul_ and add_ by hand'
+
+
+def target_network(args):
+    "An update of the target network of a DQN and its forward pass: three ways, which take turns"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2))
+    model, x = model.to(args.device), torch.randn(64, 4, device=args.device)
+    copied, avg, averages = copy.deepcopy(model), Average(model, ema(DECAY)), Averages(model)
+    avg.update()
+    averages.add('target', ema(DECAY))
+    averages.take('target')
+
+    @torch.no_grad()
+    def by_hand():
+        for p, tp in zip(model.parameters(), copied.parameters()): tp.data.mul_(DECAY).add_(p.data, alpha=1 - DECAY)
+        return copied(x)
+
+    @torch.no_grad()
+    def with_forward(update, live):
+        update()
+        return live(x)
+    rows = {BY_HAND: by_hand, 'Average.update': partial(with_forward, avg.update, avg.live()),
+            'Averages.step': partial(with_forward, averages.step, averages['target'].live())}
+    return take_turns(rows, args.rounds, args.device, warmup=3, slot=args.slot)
+
+
 # --- what is printed
 
 def table(results):
@@ -264,6 +296,10 @@ def main():
         print(f'{name}: swap in and out ÷ three copies {swapped:.2f}; memory in copies of the weights in fp32: '
               f'the average {own:.3f}, with what updates leave {with_rest:.3f}')
     aims = list(targets(results, copies, args.device))
+    times = target_network(args)
+    print('target network: ' + ', '.join(f'{name} {statistics.median(t)*1e6:.1f} µs' for name, t in times.items()))
+    aims += [(f'target network: {name} ÷ by hand', ratio(times, name, BY_HAND), 1.5)
+             for name in times if name != BY_HAND]
     try: share, snapshots = swa_share(args.device)
     except (ImportError, FileNotFoundError) as e: print(f'\nSWACB: not measured: {e}')
     else:

@@ -164,20 +164,24 @@ def of_a_library(module):
 
 # %% ../nbs/02_random_state.ipynb #e20aef7f
 def loader_parts(
-    o, # any loader
-    depth:int=6, # so many levels down
-) -> list: # some of them more than once
+    dl, # any loader
+) -> list: # each once, a thousand or so at most
     "What a loader is made of: itself, its samplers, data sets and transforms, and what these are made of"
-    if o is None or not depth: return []
-    inner = [getattr(o, k, None) for k in ('batch_sampler', 'sampler', 'dataset', 'collate_fn', 'transform', 'tfm')]
-    for joined in (getattr(o, k, None) for k in ('datasets', 'transforms')):
-        if isinstance(joined, (list, tuple)): inner += joined
-    return [o, *(p for part in inner for p in loader_parts(part, depth - 1))]
+    parts,queue = {},deque([dl])
+    while queue and len(parts) < 1000:
+        o = queue.popleft()
+        if o is None or id(o) in parts: continue
+        parts[id(o)] = o
+        names = 'batch_sampler', 'sampler', 'dataset', 'collate_fn', 'transform', 'tfm'
+        queue += (getattr(o, k, None) for k in names)
+        for joined in (getattr(o, k, None) for k in ('datasets', 'transforms')):
+            if isinstance(joined, (list, tuple)): queue += joined
+    return [*parts.values()]
 
 def set_epoch(
     dl, # any loader
     epoch:int, # its number, from 0
 ):
     "Tell each part of a loader that has a `set_epoch` which epoch begins"
-    for part in {id(o): o for o in loader_parts(dl)}.values():
+    for part in loader_parts(dl):
         if callable(getattr(part, 'set_epoch', None)): part.set_epoch(epoch)

@@ -975,3 +975,10 @@ def test_averages_print_in_a_line():
     assert repr(PostHocEMA(one())) == 'PostHocEMA of a Linear: power(sigma_rel=0.05), 0 snapshots'
     assert [repr(r) for r in (ema(half_life='0.05dur', warmup='ratio'), power(gamma=2))] == [
         "ema(half_life='0.05dur', warmup='ratio')", 'power(gamma=2)']
+
+
+@pytest.mark.parametrize('kw', [dict(include='1.num_batches_tracked'), dict(include=['0.*', '*tracked']),
+                                dict(exclude='*.num_batches_tracked')], ids=str)
+def test_patterns_that_name_integer_buffers_say_what_becomes_of_them(kw):
+    with pytest.raises(ValueError, match='integer buffers, which are taken from the model as they are and never'):
+        Average(net(), **kw)

@@ -776,3 +776,71 @@ def test_an_epoch_that_a_preparing_callback_ends_ends_there_for_the_statistics()
 def test_training_on_a_single_sample_says_what_to_do():
     with pytest.raises(ValueError, match='more than 1 value per channel') as e: with_single()[0].fit(1)
     assert 'drop_last=True' in e.value.__notes__[-1] and 'CancelBatchException' in e.value.__notes__[-1]
+
+
+# --- dropout that is no dropout layer
+
+
+class Calls(nn.Module):
+    "A function of the inputs and of whether the layer is in train mode"
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+    def forward(self, x): return self.f(x, self.training)
+
+
+class Sequences(nn.Module):
+    "The last outputs of a recurrent net for sequences of three times the input"
+    def __init__(self, kind, packed=False):
+        super().__init__()
+        self.net, self.packed = kind(6, 6, 2, dropout=0.5, batch_first=True), packed
+    def forward(self, x):
+        seq = x[:, None].expand(-1, 3, -1)
+        if not self.packed: return self.net(seq)[0][:, -1]
+        packed = nn.utils.rnn.pack_padded_sequence(seq, [3]*len(x), batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(self.net(packed)[0], batch_first=True)[0][:, -1]
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.MultiheadAttention(6, 2, dropout=0.5, batch_first=True)
+    def forward(self, x): return self.net(x[None], x[None], x[None])[0][0]
+
+
+def attention(x, training):
+    q = x[None, None]
+    return F.scaled_dot_product_attention(q, q, q, None, 0.5 if training else 0.)[0, 0]
+
+
+RANDOM = dict(
+    function=lambda: Calls(lambda x, t: F.dropout(x, 0.4, t)),
+    keywords=lambda: Calls(lambda x, t: F.dropout(input=x, training=t, p=0.4)),
+    builtin=lambda: Calls(lambda x, t: torch.dropout(x, 0.4, t)),
+    alpha=lambda: Calls(lambda x, t: F.alpha_dropout(x, 0.4, t)),
+    channels=lambda: Calls(lambda x, t: F.dropout1d(x[..., None], 0.4, t)[..., 0]),
+    attention=lambda: Calls(attention), multihead=Attends, feature_alpha=nn.FeatureAlphaDropout,
+    rrelu=nn.RReLU, rrelu_in_place=lambda: nn.RReLU(inplace=True), lstm=lambda: Sequences(nn.LSTM),
+    gru=lambda: Sequences(nn.GRU), rnn=lambda: Sequences(nn.RNN), packed=lambda: Sequences(nn.LSTM, packed=True))
+
+
+@pytest.mark.parametrize('make', RANDOM.values(), ids=RANDOM)
+def test_dropout_that_is_no_layer_is_off_and_draws_nothing(make):
+    "Wrong: statistics of noise that the averaged model does not have when it is used"
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make(), nn.BatchNorm1d(6)), torch.randn(40, 6)
+    model[0].eval()
+    with torch.no_grad(): seen = model[0](x.clone()).double()
+    model.train()
+    rng = torch.get_rng_state()
+    update_bn(model, [x.clone()])
+    assert torch.equal(torch.get_rng_state(), rng) and all(m.training for m in model.modules())
+    torch.testing.assert_close(model[1].running_mean.double(), seen.mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model[1].running_var.double(), seen.var(0), atol=1e-5, rtol=1e-4)
+
+
+def test_what_prepares_the_batches_keeps_its_dropout():
+    "Wrong: batches for the statistics are augmented less than those of training"
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    update_bn(model, (F.dropout(torch.ones(100, 3), 0.5) for _ in range(3)))
+    assert (model[0].running_var > 0.5).all()

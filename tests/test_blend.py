@@ -1,6 +1,7 @@
 "Blends of the raw weights and an average: what they are, where they serve, that they stand still, how they are saved"
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -186,7 +187,9 @@ def test_made_in_a_fit_it_survives_a_resumed_run(tmp_path):
         return learn
     whole = run()
     for p in sorted((tmp_path/'run').glob('*.pt'))[-2:]: p.unlink()
-    again = run(resume=tmp_path/'run')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        again = run(resume=tmp_path/'run')
     assert same(copied(again.averages.weights('mix')), copied(whole.averages.weights('mix')))
     assert again.history == whole.history and any(row['weights'] == 'mix' for row in whole.history)
 

@@ -234,6 +234,28 @@ def test_blends_are_with_the_raw_weights_also_where_the_model_holds_an_average()
     assert [r['score'] for r in alone.table] == [r['score'] for r in again.table]
 
 
+def test_one_value_is_as_good_as_a_list_and_a_generator():
+    model, average = followed(path('noise'))
+    one = average.choose(lambda m: 0, half_lives=0.1, merges=4, shapes='linear', blends=0.5)
+    lists = dict(half_lives=iter([0.1]), merges=iter([4]), shapes=['linear'], blends=iter([0.5]))
+    same_one = average.choose(lambda m: 0, **lists)
+    assert one.table == same_one.table and len(one.table) == 3
+
+
+def test_weights_that_never_move_stay_as_they_are():
+    "A frozen mask of infinities, whose blend with itself would be NaN"
+    class Masked(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 1, bias=False, dtype=torch.float64)
+            self.mask = nn.Parameter(torch.tensor([0., -math.inf]), requires_grad=False)
+    model = Masked()
+    average = PostHocEMA(model, every=5)
+    for v in path('noise', 100): put(model, v) or average.update()
+    def mask(m): return float(m.mask.isnan().any()) - m.mask.isinf().sum()
+    result = average.choose(mask, merges=(4,), blends=(0.3, 1., 2.))
+    assert all(r['score'] == -1 for r in result.table)
+
+
 @pytest.mark.parametrize('n', [1, 2, 6])
 def test_ctrl_c_keeps_what_was_evaluated(n):
     model, batches, average = watched_net()
@@ -311,8 +333,9 @@ def test_what_is_wrong_is_said_before_anything_is_tried():
             (dict(half_lives=('0.1dur',)), "got '0.1dur'"), (dict(half_lives=(2,)), 'got 2'),
             (dict(merges=(31,)), 'a merge of 31 snapshots needs as many; there are 30'),
             (dict(merges=(0,)), 'got 0'), (dict(shapes=('sqrt',)), "got 'sqrt'"),
+            (dict(bn_data=iter(batches)), 'give a list or loader; got a list_iterator'),
             (dict(blends=(-1,)), 'a blend must be a number above 0; got -1'), (dict(mode='low'), "got 'low'")]:
-        with pytest.raises(ValueError, match=text): average.choose(never, bn_data=batches, **kwargs)
+        with pytest.raises(ValueError, match=text): average.choose(never, **{'bn_data': batches, **kwargs})
     for n in (0, 1):
         young = PostHocEMA(model)
         for _ in range(n): young.update()

@@ -115,7 +115,27 @@ class Spectral(nn.Module):
     def forward(self, x): return self.layer(x)
 
 
-LAYERS = Peak, Replaced, Hidden, Cooling, Codebook, Spectral
+class Shrinking(nn.Module):
+    "A weight that shrinks with each use, behind autograd's back"
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+    def forward(self, x):
+        self.weight.data *= 0.99
+        return x*self.weight
+
+
+class Nearing(nn.Module):
+    "A codebook of parameters that moves towards its inputs, in train mode too"
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(torch.zeros(8), requires_grad=False)
+    def forward(self, x):
+        with torch.no_grad(): self.codes.lerp_(x.mean(0), 0.1)
+        return x + self.codes
+
+
+LAYERS = Peak, Replaced, Hidden, Cooling, Codebook, Spectral, Shrinking, Nearing
 LOOKS = dict(validate=lambda learn: learn.validate(), get_preds=lambda learn: learn.get_preds(),
              summary=lambda learn: learn.summary(), lr_find=lambda learn: learn.lr_find(show=False, max_steps=9),
              capture_preds=lambda learn: learn.capture_preds())
@@ -146,17 +166,18 @@ def test_rows_of_averages_and_their_statistics_leave_layers_alone(layer):
 
 
 @pytest.mark.parametrize('look', LOOKS.values(), ids=LOOKS)
-@pytest.mark.parametrize('layer', [Peak, Hidden, Cooling])
+@pytest.mark.parametrize('layer', [Peak, Hidden, Cooling, Shrinking, Nearing])
 def test_looks_by_hand_leave_layers_alone(layer, look): assert same(run(look=look, layer=layer)[0], by_hand(layer))
 
 
-def test_a_look_at_an_applied_average_leaves_the_raw_run_alone():
+@pytest.mark.parametrize('layer', [Peak, Shrinking, Nearing])
+def test_a_look_at_an_applied_average_leaves_the_raw_run_alone(layer):
     def look(learn):
         learn.apply('ema')
         learn.validate()
         learn.get_preds('raw')
         learn.lr_find(show=False, max_steps=5)
-    assert same(run(*averaging(), look=look, layer=Peak)[0], by_hand(Peak))
+    assert same(run(*averaging(), look=look, layer=layer)[0], by_hand(layer))
 
 
 @pytest.mark.parametrize('how', ['applied', 'using', 'alone'])
@@ -706,3 +727,84 @@ def test_a_generator_that_a_callback_makes_when_the_fit_begins(tmp_path):
     whole = fit()
     fit(cbs=[Stop(), CheckpointCB(tmp_path)])
     assert same(fit(resume=tmp_path), whole)
+
+
+# --- embeddings that renormalise their rows whenever these are looked up
+
+
+class Looked(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        kind = nn.EmbeddingBag if how == 'bag' else nn.Embedding
+        self.table = kind(5, 4, max_norm=None if how == 'function' else 1.)
+        self.norm, self.out = nn.BatchNorm1d(4), nn.Linear(4, 1)
+    def forward(self, i):
+        if self.how == 'function': x = F.embedding(i, self.table.weight, max_norm=1.)
+        else: x = self.table(i[:, None] if self.how == 'bag' else i)
+        return self.out(self.norm(x))
+
+
+def unnormalised(how):
+    "A learner whose model has rows that are too long, as after a step"
+    torch.manual_seed(0)
+    i = torch.arange(20) % 5
+    model, batch = Looked(how), (i, i[:, None].float())
+    learn = TrainLearner(model, SimpleNamespace(train=[batch], valid=[batch]), F.mse_loss, 0.05)
+    learn.averages.add('other', equal(), exclude='table.*')
+    learn.averages.add('all', equal(), now=True)
+    learn.averages.bn_data = [i]
+    nn.init.constant_(model.table.weight, 3.)
+    learn.averages.step()
+    return learn, i
+
+
+def look_inside(learn, name):
+    with learn.using(name) as model: model.eval()(torch.arange(5))
+
+
+RENORMS = LOOKS | dict(
+    raw=lambda learn: look_inside(learn, 'raw'), average=lambda learn: look_inside(learn, 'all'),
+    left_out=lambda learn: look_inside(learn, 'other'), module=lambda learn: learn.module('all'))
+
+
+@pytest.mark.parametrize('how', ['layer', 'bag', 'function'])
+@pytest.mark.parametrize('look', [v for k, v in RENORMS.items() if k != 'capture_preds'],
+                         ids=[k for k in RENORMS if k != 'capture_preds'])
+def test_a_look_leaves_weights_alone_that_a_forward_pass_renormalises(look, how):
+    learn, _ = unnormalised(how)
+    before = copied(learn.model.state_dict())
+    look(learn)
+    assert same(copied(learn.model.state_dict()), before)
+
+
+@pytest.mark.parametrize('how', ['layer', 'bag'])
+def test_an_applied_average_is_not_taken_for_other_weights_when_it_is_used(how):
+    "Wrong: a forward pass by hand counts as loading weights, so that the raw ones are dropped"
+    learn, i = unnormalised(how)
+    raw = copied(learn.model.state_dict())
+    learn.apply('all')
+    learn.model.eval()(i)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.restore()
+    assert same(copied(learn.model.state_dict()), raw) and learn.averages['all'].n == 1
+
+
+def test_statistics_are_recomputed_without_renormalising_for_good():
+    learn, i = unnormalised('function')
+    weight = learn.model.table.weight.detach().clone()
+    update_bn(learn.model, [i])
+    assert torch.equal(learn.model.table.weight, weight)
+
+
+@pytest.mark.parametrize('how', ['layer', 'bag'])
+def test_a_live_module_does_not_renormalise_its_average(how):
+    learn, i = unnormalised(how)
+    average = learn.averages['all']
+    live, weights = average.live(), copied(average.weights)
+    live(i)
+    assert same(copied(average.weights), weights)
+    nn.init.constant_(learn.model.table.weight, 1.)
+    learn.averages.step()
+    assert torch.equal(live.table.weight, average.weights['table.weight'])

@@ -460,3 +460,11 @@ def test_the_transform_of_a_batch_counts():
     def tfm(b): return b[0]*(1 + helper.tick()/100), b[1]
     plain, _ = run(BatchTransformCB(lambda b, h=Closure(): (b[0]*(1 + h.tick()/100), b[1])))
     assert same(run(BatchTransformCB(tfm), *averaging(), look=looks)[0], plain)
+
+
+def test_odd_values():
+    "Scripted modules, whose buffers are no dict; nested and expanded tensors"
+    scripted = torch.jit.script(nn.BatchNorm1d(2))
+    nested = torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
+    with keep_state(scripted, SimpleNamespace(a=nested, b=torch.ones(1).expand(4))): scripted(torch.randn(4, 2))
+    assert (scripted.running_mean == 0).all()

@@ -349,8 +349,8 @@ class Averages(TrackedAverages):
 
     def _contents(self, name):
         "Where the tensors of a set of weights lie, and what they are"
+        if name == self.held and name not in self: return [], []      # there is nothing to exchange
         if name == 'raw':
-            if self.held == 'raw': return [], []
             places = Selection(self.model).places
             seen = {(id(d), k) for d, k in places}
             buffers = [(m._buffers, k) for m in self.model.modules() for k in m._buffers if m._buffers[k] is not None]
@@ -360,7 +360,7 @@ class Averages(TrackedAverages):
 
     def _fit_statistics(self, name, data, forward, n_batches):
         data,forward = self.bn_data if data is None else data, forward or self.bn_forward
-        if name == 'raw' or self[name].fitted or not bn_layers(self.model): return
+        if name not in self or self[name].fitted or not bn_layers(self.model): return
         self._statistics.put(self.model, name, self[name].stamp, data, forward, n_batches or self.bn_batches)
 
     def weights(self,

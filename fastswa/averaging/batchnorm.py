@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from .tensors import named_places, stat_buffers
 from ..batches import batch_inputs, to_device
 from ..core import check_whole, uninterrupted, unwrap
-from ..module_state import keep_state, set_modes, train_without_dropout
+from ..module_state import WithoutDropout, keep_state, set_modes, train_without_dropout
 
 # %% ../../nbs/averaging/06_batchnorm.ipynb #00000005
 def bn_layers(
@@ -133,7 +133,8 @@ def update_bn(
 ) -> dict|None: # without data: the momenta by name
     """Recompute the running statistics of a model over `data`, each layer's from exactly the inputs it got.
 
-    The forward passes are those of training, without dropout; what else they write on modules is undone. A layer in
+    The forward passes are those of training, without dropout (but for masks that a layer draws by itself, unless its
+    name has `drop` in it); what else they write on modules is undone. A layer in
     eval mode within a module in train mode is frozen and left alone; of a module in eval mode every layer takes part.
     A layer that gets no input keeps what it has; where no layer takes part, the data is not read. Raises ValueError if
     there is no data, or inputs are not finite; whatever goes wrong, statistics and momenta are then as before.
@@ -180,7 +181,8 @@ def _pools(model, layers, data, n_batches, forward, undo):
         # compiled parts of a model run uncompiled: the hooks would have them compiled anew
         if 'torch._dynamo' in sys.modules: undo.enter_context(torch.compiler.set_stance('force_eager'))
     n = 0
-    for n, batch in enumerate(islice(batches, n_batches), 1): forward(model, batch)
+    for n, batch in enumerate(islice(batches, n_batches), 1):
+        with WithoutDropout(): forward(model, batch)
     if n == 0: raise ValueError('there is no data: not one batch to take the statistics from')
     return pools
 

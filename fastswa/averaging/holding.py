@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .kernels import KeepVersions
-from .tensors import reshard
+from .tensors import renormalises, reshard
 from ..module_state import keep_state, set_modes
 from ..core import Context, local, uninterrupted, unwrap
 
@@ -76,6 +76,8 @@ class Held:
         self.name,self.places,self.active,self.look = name,list(places),False,look
         self.kept,self.versions,self.n_taken,self.mark = [],KeepVersions(),0,None
         ours = {(id(d), k) for d, k in self.places}
+        renormed = {id(m._parameters) for m in layers if renormalises(m)}
+        self.own_writes = {i for i, (d, _) in enumerate(self.places) if id(d) in renormed}
         self.buffers = [(m._buffers, k) for m in layers for k, b in m._buffers.items()
                         if b is not None and (id(m._buffers), k) not in ours]      # others, which may change meanwhile
         self.tensors = [d[k] for d, k in (*self.places, *self.buffers)]
@@ -163,9 +165,10 @@ class Held:
     def changed(self) -> bool:
         "Has somebody put other weights in the place of those that were to be held?"
         if self.look: return False
-        pairs = zip(self.tensors, self.mark, self._contents())
-        # parameters only: a forward pass may write to buffers
-        changes = (t for t, then, now in pairs if then != now and isinstance(t, nn.Parameter))
+        pairs = enumerate(zip(self.tensors, self.mark, self._contents()))
+        # a forward pass may write to buffers, and some layers' to their weight
+        changes = (t for i, (t, then, now) in pairs
+                   if then != now and isinstance(t, nn.Parameter) and i not in self.own_writes)
         return any(_top(t) is self for t in changes)      # another record's are of no interest
 
     def __setstate__(self, state):      # of a copy of the module, or one from a file

@@ -242,7 +242,7 @@ class PostHocEMA(StoresSnapshots):
 
     @torch.no_grad()
     def reconstruct(self,
-        window, # sigma_rel, from 0 to 0.2887; or a rule such as `ema(half_life='0.05dur')`, a share of the updates
+        window, # sigma_rel, up to 0.2887; a rule, as `ema(half_life='0.05dur')`; or a merge, as `latest(8, '1-sqrt')`
         step:int|None=None, # one of `steps`; None: the last
     ) -> dict: # name → tensor, on the CPU
         """The average with another window at a step, from the snapshots up to it; `residual` says how near.

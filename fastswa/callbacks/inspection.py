@@ -119,7 +119,7 @@ def summary(
         shapes = f'{_shape(inp[0] if inp else None)}|{_shape(out)}'
         lines.append(f'|{names[module]}|{type(module).__name__}|{shapes}|{_n_params(module):,}|{total - before:.2f}|')
         before = total
-    with sandbox(learn), torch.no_grad():
+    with sandbox(learn), learn.using(learn.weights), torch.no_grad():
         batch = _first_batch(learn)
         device,n = next((t.device for t in learn.model.parameters()), 'cpu'),batch_size(batch, learn.dls.train)
         learn.batch = to_device(map_tensors(lambda t: t[:1] if t.ndim and t.size(0) == n else t, batch), device)

@@ -210,7 +210,7 @@ class ResumeCB(Callback):
         saved,own = self.state['averages']['averages'],[getattr(cb, 'name', None) for cb in learn.cbs if _optional(cb)]
         new = [k for k in learn.averages if k not in saved and k not in own]
         refuse(f'{self.path} cannot be resumed', {'averages only here': new})
-        lost = [k for k in saved if k not in learn.averages]
+        lost = [k for k in saved if k not in learn.averages and 'blend' not in saved[k]['average']]
         if lost: warnings.warn(f'{self.path} holds {some_names(lost)}, which no callback here keeps: left out')
 
     def _warn(self, learn):

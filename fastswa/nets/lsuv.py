@@ -17,7 +17,7 @@ from ..tables import Report
 from ..core import check_number, check_whole, unwrap
 from ..batches import first_tensor, to_device
 from ..random_state import get_rng_state, keep_rng, set_rng_state
-from ..module_state import keep_modes, keep_state, train_without_dropout
+from ..module_state import WithoutDropout, keep_modes, keep_state, train_without_dropout
 from .hooks import Hooks
 from .layers import weight_layers
 from .norms import at_least_float32
@@ -41,7 +41,7 @@ def _forward(model, modules, xb, f):
     def call(hook, m, inp, out):
         t = first_tensor(out)
         if t is not None: f(m, t)
-    with Hooks(modules, call), keep_rng():
+    with Hooks(modules, call), keep_rng(), WithoutDropout():
         if isinstance(xb, dict): model(**xb)
         else: model(xb[0] if isinstance(xb, (list, tuple)) else xb)
 

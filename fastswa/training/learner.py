@@ -213,7 +213,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
     def _validate(self, valid):
         self.averages.adopt_changes()
         for name in [valid] if isinstance(valid, str) else self.averages.rows():
-            if name == self.weights: self.one_epoch(False)
+            if self.will_train and name == self.weights: self.one_epoch(False)      # a part of the run
             else:
                 using = self.averages.using(name, quick=self.will_train)
                 with keep_learner(self, row=True), using: self.one_epoch(False)

@@ -50,8 +50,20 @@ def train_without_dropout(
 # %% ../nbs/04_module_state.ipynb #65044b43
 class WithoutDropout(TorchFunctionMode):
     "Inside it torch's dropout functions, and all of its functions that have a rate of dropout, run as in eval mode"
+    on = False
+    def __enter__(self):
+        self.on = True
+        return super().__enter__()
+
+    def __exit__(self, *exc): self.end()
+
+    def end(self):
+        "It does nothing any more; once more is no harm"
+        self.on = False      # torch takes modes off for a moment, and after a Ctrl-C then puts this one back too late
+        if torch.overrides._get_current_function_mode() is self: super().__exit__(None, None, None)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name,kwargs = getattr(func, '__name__', ''),kwargs or {}
+        name,kwargs = getattr(func, '__name__', '') if self.on else '',kwargs or {}
         if name.rstrip('_') in _DROPOUTS: return _input(*args, **kwargs)
         if name.rstrip('_') == 'rrelu': return _rrelu(*args, **kwargs)
         if name == 'multi_head_attention_forward': kwargs = kwargs | dict(training=False)

@@ -844,3 +844,13 @@ def test_what_prepares_the_batches_keeps_its_dropout():
     model = nn.Sequential(nn.BatchNorm1d(3))
     update_bn(model, (F.dropout(torch.ones(100, 3), 0.5) for _ in range(3)))
     assert (model[0].running_var > 0.5).all()
+
+
+def test_ctrl_c_does_not_leave_dropout_off():
+    "Wrong: the training that follows is without dropout, or an error of torch's takes the place of KeyboardInterrupt"
+    model = nn.Sequential(nn.Linear(3, 3), Calls(lambda x, t: F.dropout(x, 0.5, t)), nn.BatchNorm1d(3))
+    call = partial(update_bn, model, [torch.ones(5, 3)])
+    total, _ = ctrl_c(call, ['/contextlib.py'])
+    for at in range(1, total + 1):
+        assert ctrl_c(call, ['/contextlib.py'], at)[1]
+        assert not F.dropout(torch.ones(100)).all(), f'line {at}'

@@ -169,8 +169,9 @@ def update_bn(
 def _pools(model, layers, data, n_batches, forward, undo):
     "What each layer gets in the forward passes"
     pools = {name: _InstancePool() if isinstance(m, _InstanceNorm) else _Pool() for name, m in layers.items()}
-    batches = iter(data)
+    batches,without_dropout = iter(data),WithoutDropout()
     with uninterrupted():
+        undo.callback(without_dropout.end)
         keep_state(*model.modules(), places=[(d, k) for *_, d, k in named_places(model)]).enter(undo)
         undo.callback(set_modes, {m: m.training for m in model.modules()})
         if batches is not data: undo.callback(getattr(batches, 'close', int))      # also after the first few of them
@@ -182,7 +183,7 @@ def _pools(model, layers, data, n_batches, forward, undo):
         if 'torch._dynamo' in sys.modules: undo.enter_context(torch.compiler.set_stance('force_eager'))
     n = 0
     for n, batch in enumerate(islice(batches, n_batches), 1):
-        with WithoutDropout(): forward(model, batch)
+        with without_dropout: forward(model, batch)
     if n == 0: raise ValueError('there is no data: not one batch to take the statistics from')
     return pools
 

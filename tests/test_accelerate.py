@@ -84,7 +84,8 @@ def test_a_snapshot_for_each_step_not_for_each_batch(accumulate, steps):
     run = Run(gradient_accumulation_steps=accumulate)()
     after = [w for a, w in zip([net()[0].weight, *run.noted], run.noted) if not torch.equal(a, w)]
     assert (run.averages['ema'].n, run.averages.clock.batches, len(after)) == (steps, 20, steps)
-    torch.testing.assert_close(run.averages['all'].weights['0.weight'], sum(w.double() for w in after)/steps, check_dtype=False)
+    mean = sum(w.double() for w in after)/steps
+    torch.testing.assert_close(run.averages['all'].weights['0.weight'], mean, check_dtype=False)
 
 
 @pytest.mark.parametrize('fused', [False, True])

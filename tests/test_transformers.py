@@ -445,7 +445,7 @@ def test_adapters_resumed_and_the_best_held(lora, tmp_path):
 
 
 def test_a_second_adapter(lora, tmp_path):
-    "Frozen, it changes nothing; trained by the next run, it is what is averaged. Wrong: the first one, which stands still"
+    "Frozen, it changes nothing; trained by the next run, it is what is averaged. Wrong: the first one, which stays"
     model, cb = lora.make(), AveragesCallback(ema=ema(half_life=3))
     config = model.peft_config['default']
     add = At('on_step_end', 5, lambda _: model.add_adapter('other', config))

@@ -49,7 +49,7 @@ def average_adders(
     "Raises ValueError or TypeError if the words of an adapter are wrong, before there is a model"
     if not averages: raise ValueError('no average is asked for: name one, as in ema=ema(half_life=\'0.05dur\')')
     adders = {name: _adder(name, words) for name, words in averages.items()}
-    trial = Averages(nn.LayerNorm(1))      # which draws no random numbers; the names of its weights are those of no model
+    trial = Averages(nn.LayerNorm(1))      # draws no random numbers; the names of its weights are those of no model
     for name, add in adders.items(): add(trial, include=None, exclude=None, now=False)
     return adders
 

@@ -128,7 +128,7 @@ class AveragesCallback(Adapter, TrainerCallback):
 FILE = 'averages.pt' # beside the model in each checkpoint
 
 def _with_name(prefix, name):
-    "As `evaluate` names the metrics of a further set of weights: 'eval' and 'eval_news' become 'eval_ema', 'eval_ema_news'"
+    "As `evaluate` names a further set of weights: 'eval' becomes 'eval_ema', and 'eval_news' 'eval_ema_news'"
     head,_,rest = prefix.partition('_')
     return '_'.join(filter(None, (head, name, rest)))
 

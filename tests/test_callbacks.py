@@ -19,7 +19,7 @@ from fastswa.callbacks.loggers import CSVLoggerCB
 from fastswa.callbacks.schedule import OneCycleCB, WarmupStableDecayCB
 from fastswa.training.events import Callback
 from fastswa.callbacks.speed import ChannelsLastCB, CompileCB
-from fastswa.callbacks.metrics import EarlyStoppingCB
+from fastswa.callbacks.early_stopping import EarlyStoppingCB
 from fastswa.callbacks.activations import ActivationStats
 from fastswa.nets.statistics import append_stats
 from fastswa.callbacks.activations import HooksCallback

@@ -20,7 +20,8 @@ from fastswa.data.transforms import RandErase, RandFlip
 from fastswa.callbacks.basics import RecorderCB
 from fastswa.averaging.interchange import save_safetensors
 from fastswa.callbacks.loggers import CSVLoggerCB, TensorBoardCB
-from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.early_stopping import EarlyStoppingCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.checkpoint.archive import load_weights, numbered, read_checkpoint
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.checkpoint.resume import learner_state

@@ -439,7 +439,8 @@ def test_an_optimizer_of_the_model():
         make_opt(lambda params, lr: optim.SGD([*params, *nn.Linear(1, 1).parameters()], lr), model, 0.1)
     part = make_opt(lambda params, lr: optim.SGD(model.head.parameters(), lr), model, 0.1)      # some of them will do
     whole, by_hand = make_opt(optim.SGD, model, 0.1), optim.SGD(ps(model), 0.1)
-    opts = [part, whole, by_hand, make_opt(lambda params, lr: SimpleNamespace(step=None), model, 0.1), object()]
+    other = make_opt(lambda params, lr: SimpleNamespace(step=list, zero_grad=list), model, 0.1)
+    opts = [part, whole, by_hand, other, object()]
     twin_model, twin = copy.deepcopy((model, whole))
     assert all(opt_fits(o, ps(model)) for o in opts)
     assert opt_fits(twin, ps(twin_model)) and not opt_fits(twin, ps(model))
@@ -453,6 +454,7 @@ def test_an_optimizer_of_the_model():
 class Slots:
     __slots__ = ()
     def step(self): pass
+    def zero_grad(self): pass
 
 def test_rates():
     "A group keeps the share of the rate that it has when first seen; what has no rate is left alone"

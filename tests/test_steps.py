@@ -16,7 +16,7 @@ from fastswa.callbacks.basics import RecorderCB
 from fastswa.training.sandbox import prepared_batches
 from fastswa.training.events import Callback
 from fastswa.callbacks.speed import CompileCB, MixedPrecisionCB
-from fastswa.callbacks.metrics import EarlyStoppingCB
+from fastswa.callbacks.early_stopping import EarlyStoppingCB
 from fastswa.training.events import CancelBatchException, CancelEpochException, CancelFitException
 from fastswa.training.learner import Learner, MomentumLearner, TrainCB, TrainLearner
 from fastswa.callbacks.schedule import BatchSchedCB

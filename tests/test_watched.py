@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.early_stopping import EarlyStoppingCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.schedule import EpochSchedCB
 from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.callbacks.batchnorm import BNUpdateCB

@@ -3,10 +3,11 @@ from .activations import ActivationStats, HooksCallback, StatsRow, is_leaf
 from .augment import AugmentCB, CutMixCB, MixUpCB, TTA, log_mean_probs, tta, tta_views
 from .basics import BatchTransformCB, DeviceCB, HasLearnCB, RecorderCB, SingleBatchCB
 from .batchnorm import BNUpdateCB
+from .early_stopping import EarlyStoppingCB
 from .finder import LRFinderCB, LRFound, lr_find, suggest_lr
 from .inspection import CapturePreds, capture_preds, show_image_batch, summary
 from .loggers import CSVLoggerCB, LogCB, TensorBoardCB
-from .metrics import EarlyStoppingCB, FunctionMetric, MetricsCB, Watched
+from .metrics import FunctionMetric, MetricsCB
 from .progress import LogView, NotebookView, ProgressCB, TerminalView, View
 from .schedule import BaseSchedCB, BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB, plot_sched, sched_rates
 from .speed import ChannelsLastCB, CompileCB, MixedPrecision, MixedPrecisionCB
@@ -14,6 +15,7 @@ from .steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB, gradients
 from .swa import AverageCB, EMACB, LAWACB, SWACB
 from .swa_variants import BEMACB, PostHocEMACB, SWADCB, SWAGCB, ScheduleFreeCB, SwitchEMACB
 from .teacher import TeacherCB
+from .watched import Watched
 
 __all__ = [
     'ActivationStats', 'AugmentCB', 'AverageCB', 'BEMACB', 'BNUpdateCB', 'BaseSchedCB', 'BatchSchedCB',

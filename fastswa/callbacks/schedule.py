@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from ..averaging.ensembles import DECAYS
 from ..averaging.schedule_free import is_schedule_free
-from .metrics import Watched
+from .watched import Watched
 from ..clock import Clock, Time
 from ..core import check_choice, check_number, check_whole, plain
 from ..training.events import Callback, Stage, as_list

@@ -15,7 +15,7 @@ from ..averaging.schedule_free import ScheduleFree
 from ..averaging.swad import SWAD
 from ..averaging.swag import SWAG
 from .batchnorm import TrainingBatches
-from .metrics import Watched
+from .watched import Watched
 from .swa import AverageCB, EMACB, SWACB, with_arguments_of
 from ..clock import Every, Time
 from ..core import unwrap

@@ -9,7 +9,7 @@ __all__ = ['CheckpointCB']
 import os, shutil, signal, sys, threading, warnings
 
 from ..averaging.interchange import write_tensors
-from ..callbacks.metrics import Watched
+from ..callbacks.watched import Watched
 from .archive import newest, numbered, step_of, write_checkpoint
 from .resume import check_loss, check_model, learner_state, match_callbacks, put_weights
 from ..clock import Every

@@ -17,7 +17,7 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 
-from ..callbacks.metrics import Watched
+from ..callbacks.watched import Watched
 from ..callbacks.swa import AverageCB
 from .statistics import paired_difference, sampling_error
 from ..core import check_choice, check_whole, is_quiet, plain, quiet

@@ -14,7 +14,8 @@ from fastswa.averaging.averages import Averages
 from fastswa.averaging.rules import ema
 from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
-from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.early_stopping import EarlyStoppingCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.schedule import EpochSchedCB
 from fastswa.callbacks.speed import MixedPrecisionCB
 from fastswa.checkpoint.checkpoint import CheckpointCB

@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torcheval.metrics import MeanSquaredError
 
 from fastswa.callbacks.activations import ActivationStats, HooksCallback
-from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.early_stopping import EarlyStoppingCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.schedule import EpochSchedCB
 from fastswa.callbacks.steps import GradClipCB, gradients
 from fastswa.callbacks.speed import MixedPrecisionCB

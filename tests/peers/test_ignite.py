@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 from fastswa.averaging.average import Average
 from fastswa.averaging.averages import Averages
 from fastswa.averaging.rules import ema
-from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.early_stopping import EarlyStoppingCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.schedule import EpochSchedCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.checkpoint.archive import read_checkpoint

@@ -11,7 +11,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
-from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.early_stopping import EarlyStoppingCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.steps import GradAccumCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.checkpoint.archive import read_checkpoint

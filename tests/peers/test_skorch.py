@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim import SGD
 
-from fastswa.callbacks.metrics import EarlyStoppingCB, MetricsCB
+from fastswa.callbacks.early_stopping import EarlyStoppingCB
+from fastswa.callbacks.metrics import MetricsCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.checkpoint.archive import read_checkpoint
 from fastswa.nets.init import init_weights

@@ -368,7 +368,7 @@ def test_errors(tmp_path, monkeypatch):
     cb.trainer = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
     with pytest.raises(ValueError, match='spread over processes'): cb.on_train_begin(None, None, None)
     monkeypatch.setattr(importlib.metadata, 'version', lambda name: '4.30.0')
-    with pytest.raises(ImportError, match='transformers>=4.46'): importlib.reload(ours)
+    with pytest.raises(ImportError, match='transformers>=5.0'): importlib.reload(ours)
 
 
 # PEFT

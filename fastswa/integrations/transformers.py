@@ -20,7 +20,7 @@ from .accelerate import StepsTaken
 from .common import Adapter
 from ..random_state import generators_in, keep_rng
 
-require_version('transformers>=4.46', 'AveragesCallback of fastswa needs it: pip install -U transformers')
+require_version('transformers>=5.0', 'AveragesCallback of fastswa needs it: pip install -U transformers')
 
 # %% ../../nbs/integrations/04_transformers.ipynb #86242c62
 class AveragesCallback(Adapter, TrainerCallback):

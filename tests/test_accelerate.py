@@ -1,6 +1,8 @@
 "Averages in a loop of accelerate: steps that were taken, several optimizers, what save_state and load_state do"
 import importlib
+import runpy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,3 +156,11 @@ def test_errors(tmp_path, monkeypatch):
         other.accelerator.load_state(str(tmp_path))
     monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0.30.0')
     with pytest.raises(ImportError, match='accelerate 1.0 or newer'): importlib.reload(ours)
+
+
+def test_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['', str(tmp_path)])
+    example = Path(__file__).resolve().parents[1]/'examples'/'accelerate_averages.py'
+    run = runpy.run_path(str(example))
+    assert run['averages']['ema'].n == 40 and (tmp_path/'custom_checkpoint_0.pkl').exists()
+    assert len(capsys.readouterr().out.splitlines()) == 13      # swa begins in the third of five epochs

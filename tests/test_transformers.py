@@ -1,7 +1,9 @@
 "Averages in a Hugging Face Trainer: the run beside them, metrics, checkpoints, the best model; adapters of PEFT"
 import gc
 import importlib
+import runpy
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -458,6 +460,16 @@ def test_a_second_adapter(lora, tmp_path):
     t.optimizer = None
     t.train()
     assert all('other' in k for k in cb.averages['ema'].weights) and cb.averages['ema'].n == 10
+
+
+# examples
+
+@pytest.mark.parametrize('name', ['transformers', 'peft'])
+def test_examples_run(name, tmp_path, monkeypatch, capsys):
+    pytest.importorskip(name)
+    monkeypatch.setattr('sys.argv', ['', str(tmp_path)])
+    runpy.run_path(str(Path(__file__).resolve().parents[1]/'examples'/f'{name}_averages.py'))
+    assert {'transformers': "holds its 'ema' weights", 'peft': '4 tensors are averaged'}[name] in capsys.readouterr().out
 
 
 def live_bytes():

@@ -8,8 +8,8 @@ from .ensembles import (
     LatestAverage, Snapshot, Soup, decay_weights, greedy_soup, merge, model_stock, uniform_soup)
 from .holding import held_weights, keep_held, restore_raw
 from .interchange import (
-    avg_params, copy_params, from_averaged_model, load_composer_ema, load_diffusers_ema, load_ema_pytorch, load_timm_ema,
-    load_torch_ema, load_torchtitan_ema, save_safetensors, to_averaged_model)
+    avg_params, copy_params, from_averaged_model, load_composer_ema, load_diffusers_ema, load_ema_pytorch,
+    load_timm_ema, load_torch_ema, load_torchtitan_ema, save_safetensors, to_averaged_model)
 from .posthoc import PostHocEMA, power_profile
 from .rules import ema, equal, power, scale_decay, scheduled_ema
 from .schedule_free import ScheduleFree

@@ -469,7 +469,8 @@ def test_examples_run(name, tmp_path, monkeypatch, capsys):
     pytest.importorskip(name)
     monkeypatch.setattr('sys.argv', ['', str(tmp_path)])
     runpy.run_path(str(Path(__file__).resolve().parents[1]/'examples'/f'{name}_averages.py'))
-    assert {'transformers': "holds its 'ema' weights", 'peft': '4 tensors are averaged'}[name] in capsys.readouterr().out
+    said = {'transformers': "holds its 'ema' weights", 'peft': '4 tensors are averaged'}[name]
+    assert said in capsys.readouterr().out
 
 
 def live_bytes():

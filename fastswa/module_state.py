@@ -9,7 +9,7 @@ __all__ = ['set_modes', 'keep_modes', 'train_without_dropout', 'WithoutDropout',
 import math
 from collections import OrderedDict, deque
 from functools import cache, partial
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from operator import is_
 from types import BuiltinFunctionType, CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from weakref import ProxyTypes
@@ -150,14 +150,19 @@ def _fields(o, fields):
     def put(f, v): f.__delete__(o) if v is _NOTHING else f.__set__(o, v)
     return lambda: [partial(put, f, v) for f, v in zip(fields, was) if _get(f, o) is not v]
 
-def _attributes(o, skip):
-    cls,module,was = type(o),isinstance(o, torch.nn.Module),vars(o).copy()
+def _has_still(d, was, n):
+    "Has a dict these entries, and still `n` in all? Without a loop in Python, since hardly anything ever changes"
+    return len(d) == n and all(map(is_, map(d.get, was, repeat(_NOTHING)), was.values()))
+
+def _attributes(o, was, skip):
+    cls,module,n = type(o),isinstance(o, torch.nn.Module),len(vars(o))
     def put(k):
         if k not in was: del vars(o)[k]
         elif not module or not any(k in d for d in (o._modules, o._parameters, o._buffers)): vars(o)[k] = was[k]
     def changes():
-        if type(o) is not cls: return []      # a lazy layer that has become another one
         now = vars(o)
+        # a lazy layer may have become another one
+        if _has_still(now, was, n) or type(o) is not cls: return []
         keys = [k for k in was | now if k not in skip and was.get(k, _NOTHING) is not now.get(k, _NOTHING)]
         return [partial(put, k) for k in keys if not module or _is_value(was[k] if k in was else now[k])]
     return changes
@@ -177,10 +182,7 @@ def _tensors(m, d):
             moved = t is not None and now is not None and (now.device, now.dtype) != (t.device, t.dtype)
             if moved: now.copy_(t)
             else: d[k] = t
-    def changes():
-        same = type(m) is not cls or _are_same([*d.keys(), *d.values()], [*was.keys(), *was.values()])
-        return [] if same else [put]
-    return changes
+    return lambda: [] if _has_still(d, was, len(was)) or type(m) is not cls else [put]
 
 # %% ../nbs/04_module_state.ipynb #bab95ffd
 _LEAVES = {bool, int, float, complex, str, bytes, type(None)}
@@ -204,7 +206,7 @@ def snapshot(
         queue = deque(start)
         while queue and len(seen) < _MOST:
             o = queue.popleft()
-            if type(o) in _LEAVES or id(o) in seen: continue
+            if id(o) in seen or _is_constant(o): continue
             seen[id(o)] = o      # which keeps it alive: nothing else gets its id
             if issubclass(type(o), (torch.Tensor, np.ndarray)):
                 n = _size(o)
@@ -218,6 +220,8 @@ def snapshot(
                 queue.extend(islice(inside, _INSIDE))
     looks += [_tensor(t) for t in chosen.values() if _has_values(t)]
     return lambda: [undo for changes in reversed(looks) for undo in changes()]
+
+def _is_constant(v): return type(v) in _LEAVES or type(v) is tuple and _LEAVES.issuperset(map(type, v))
 
 def _has_values(t):
     # quantised ones are of several tensors, which no forward pass writes to
@@ -242,17 +246,18 @@ def _look_at(o, asked, skip):
     attributes = {k: v for k, v in vars(o).items() if k not in skip} if has_dict else {}
     if not asked and any(_is_at_work(type(v)) for v in attributes.values()): return [], ()
     looks,inside = _look_at_fields(o, _slots(cls))
-    if has_dict: looks.append(_attributes(o, skip))
+    if has_dict: looks.append(_attributes(o, attributes, skip))
     if base: looks.append(_members(o, base))
     return looks, [*inside, *attributes.values(), *(_items(o, base) if base else ())]
 
 def _look_at_fields(o, fields): return [_fields(o, fields)] if fields else [], [_get(f, o) for f in fields]
 
 def _look_at_module(m, asked):
-    values = [v for k, v in vars(m).items() if k not in _OF_MODULES and _is_value(v)]
+    attributes = {k: v for k, v in vars(m).items() if k not in _OF_MODULES}
     buffers = () if asked else m._buffers.values()
     dicts = [d for d in (m._parameters, m._buffers) if isinstance(d, dict)]      # those of a scripted module are none
-    return [*(_tensors(m, d) for d in dicts), _attributes(m, _OF_MODULES)], [*values, *buffers, *m._modules.values()]
+    looks = [*(_tensors(m, d) for d in dicts), _attributes(m, attributes, _OF_MODULES)]
+    return looks, [*attributes.values(), *buffers, *m._modules.values()]
 
 def keep_state(
     *objects, # modules, callbacks, a learner: whatever has attributes

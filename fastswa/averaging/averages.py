@@ -349,7 +349,7 @@ class Averages(TrackedAverages):
 
     def _contents(self, name):
         "Where the tensors of a set of weights lie, and what they are"
-        if name == self.held and name not in self: return [], []      # there is nothing to exchange
+        if name not in self and name == self.held: return [], []      # there is nothing to exchange
         if name == 'raw':
             places = Selection(self.model).places
             seen = {(id(d), k) for d, k in places}

@@ -186,12 +186,12 @@ def _records(layers):
     "The topmost records that concern a module"
     found = [m.__dict__['_held_weights'] for m in layers if '_held_weights' in m.__dict__]
     # a module of another kind may share the tensors
-    found += _covering([t for m in layers for t in (*m._parameters.values(), *m._buffers.values())])
+    found += _covering(t for m in layers for t in (*m._parameters.values(), *m._buffers.values()))
     return list({id(o): o for h in found for o in _resolved(h)}.values())
 
 def is_held(tensors) -> bool:
-    "Is one of these parameters or buffers covered at this moment?"
-    return bool(_BY_TENSOR) and bool(_covering(tensors))
+    "Does one of these parameters or buffers hold something else than its raw values at this moment?"
+    return bool(_BY_TENSOR) and any(h.name != 'raw' for h in _covering(tensors))
 
 def held_record(module) -> Held|None:
     "The topmost record of what a module holds; None if it holds its raw weights"
@@ -209,7 +209,7 @@ def restore_raw(
 ):
     "The module holds its raw weights again, whoever put others in their place; nothing happens if it does already"
     layers = layers_of(module)
-    while records := _records(layers): records[0].release(layers)
+    while others := [h for h in _records(layers) if h.name != 'raw']: others[0].release(layers)
 
 def keep_held(
     module:nn.Module, # a model, or a part, a wrapper or a compiled form of it

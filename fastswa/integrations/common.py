@@ -70,7 +70,7 @@ class Adapter:
 
     def attach(self,
         model:nn.Module, # with all its layers
-        bn_data=None, # batches for BatchNorm statistics, or a function that gives some
+        bn_data=None, # batches for BatchNorm statistics, or a function that gives some; None: those from before
     ) -> Averages:
         "The averages of this model, new ones if it, or which of its adapters is trained, is another than before"
         trained = adapters_of(model)      # of these weights only there is an average, unless the user says otherwise
@@ -78,8 +78,8 @@ class Adapter:
             self.averages,self._trained = Averages(model),trained
             for add in self.adders.values(): add(self.averages, dict(include='trainable') if trained else {}, now=False)
         a,k = self.averages,self.bn_batches
-        if k == 0: bn_data = None
-        a.bn_data,a.bn_forward,a.bn_batches,a.quick_batches = bn_data,self.bn_forward,k or None,min(20, k or 20)
+        if bn_data is not None and k != 0: a.bn_data = bn_data
+        a.bn_forward,a.bn_batches,a.quick_batches = self.bn_forward,k or None,min(20, k or 20)
         return a
 
     def begin(self,
@@ -93,6 +93,12 @@ class Adapter:
         if epoch_batches is not None: clock.epoch_steps = ceil(epoch_batches/accumulate)
         self.averages.begin(clock=clock)
         self.take_up()
+
+    def epoch_over(self):
+        "An epoch is over, for times in `ep` where the loader has no length"
+        if self.averages.clock.epoch_batches is not None: return
+        self.averages.clock.epochs += 1
+        self.averages.update_due()
 
     def take_up(self):
         "The averages are those of a state that was loaded, if there was one; ValueError if they do not fit"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['copy_params', 'avg_params', 'to_averaged_model', 'from_averaged_model', 'load_timm_ema', 'load_torch_ema',
-           'load_ema_pytorch', 'load_diffusers_ema', 'load_composer_ema', 'load_torchtitan_ema', 'write_tensors',
-           'save_safetensors']
+           'load_ema_pytorch', 'load_lightning', 'load_diffusers_ema', 'load_composer_ema', 'load_torchtitan_ema',
+           'write_tensors', 'save_safetensors']
 
 # %% ../../nbs/averaging/11_interchange.ipynb #00000002
 import warnings
@@ -220,6 +220,20 @@ def load_ema_pytorch(
     last = int(state['step']) - 1
     n = 1 + max(0, last//update_every - max(0, update_after_step)//update_every) if state['initted'] else 0
     _load(average, n, _plain_names(theirs, average), 'the average of ema-pytorch')
+
+# %% ../../nbs/averaging/11_interchange.ipynb #b87e81eb
+def load_lightning(
+    average, # an `Average` of a LightningModule, to be filled
+    checkpoint:dict, # of a `Trainer`, as `torch.load` gives it
+):
+    """Go on from Lightning's `WeightAveraging`, `EMAWeightAveraging` or `StochasticWeightAveraging`, empty if that is
+
+    ValueError if the checkpoint has none of them, or lists the names and shapes that differ."""
+    swa = next((v for k, v in checkpoint.get('callbacks', {}).items() if k.startswith('StochasticWeight')), None)
+    if 'averaging_state' in checkpoint: n,state = checkpoint['averaging_state']['n_averaged'],checkpoint['state_dict']
+    elif swa is not None: n,state = swa['n_averaged'],swa['average_model_state']
+    else: raise ValueError(f"the checkpoint has no average of Lightning's: it has {', '.join(checkpoint)}")
+    _load(average, int(n), _plain_names(state or {}, average), 'the average of Lightning')
 
 # %% ../../nbs/averaging/11_interchange.ipynb #ebb6d9e0
 def load_diffusers_ema(

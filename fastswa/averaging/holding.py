@@ -249,7 +249,7 @@ def holding(
                   if p is not None and id(p) not in covered and (p.requires_grad or p.numel() < _LARGE)]
         # unless others have put everything back
         keep_state(*layers, places=others, when=lambda: held.active).enter(undo)
-        return held
+        return module
     return Context(enter)
 
 def holding_as_before(

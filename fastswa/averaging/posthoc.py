@@ -13,7 +13,8 @@ from torch import nn
 
 from .average import Average
 from .snapshots import move
-from .ensembles import DECAYS, average_of, latest
+from .ensembles import DECAYS, latest
+from .holding import holding
 from .rules import power
 from .tensors import locked
 from ..core import check_whole, later
@@ -264,6 +265,7 @@ class PostHocEMA(StoresSnapshots):
         step:int|None=None, # one of `steps`; None: the last
     ):
         "A context: inside it the module holds the reconstruction; after it, whatever happened, its own weights"
-        return average_of(self, self.reconstruct(window, step)).applied()
+        weights = self.reconstruct(window, step)
+        return holding(self.source, 'average', self._selection.places, list(weights.values()))
 
     choose = later('averaging.choice', 'choose')

@@ -1,4 +1,5 @@
 "Evaluation leaves no trace: buffers and attributes of layers, learner and callbacks, generators, batches, workers"
+import gc
 import itertools
 import random
 import warnings
@@ -26,6 +27,7 @@ from fastswa.random_state import generators_in, get_rng_state, set_rng_state
 from fastswa.core import plain
 from fastswa.training.events import Callback, CancelFitException
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
+from fastswa.training.sandbox import keep_learner, sandbox
 from helpers import copied, end_workers, reopened, same
 
 X = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
@@ -808,3 +810,103 @@ def test_a_live_module_does_not_renormalise_its_average(how):
     nn.init.constant_(learn.model.table.weight, 1.)
     learn.averages.step()
     assert torch.equal(live.table.weight, average.weights['table.weight'])
+
+
+# --- a context ends where its block is left
+
+
+CONTEXTS = dict(keep=keep_learner, row=partial(keep_learner, row=True), sandbox=sandbox,
+                training=partial(sandbox, train=True))
+
+
+@pytest.mark.parametrize('make', CONTEXTS.values(), ids=CONTEXTS)
+def test_a_sandbox_that_is_dropped_changes_nothing(make):
+    "Wrong: loaders, weights and random state flip as it is collected, in the midst of what uses them by then"
+    learn = TrainLearner(nn.Linear(4, 1), loaders(), nn.MSELoss(), 0.05)
+    learn.fit(1)
+    context = make(learn)
+    context.__enter__()
+    dls, cbs = learn.dls, learn.cbs
+    with torch.no_grad(): learn.model.weight.fill_(7.)
+    torch.rand(3)
+    now = torch.get_rng_state()
+    del context
+    gc.collect()
+    assert learn.dls is dls and learn.cbs is cbs and learn.model.weight.eq(7).all()
+    assert torch.equal(torch.get_rng_state(), now)
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm1d(8), nn.LayerNorm(8)], ids=['buffers', 'none'])
+@pytest.mark.parametrize('inside', ['error', 'restore', 'apply', 'both'])
+@pytest.mark.parametrize('held', ['raw', 'ema'])
+def test_a_sandbox_that_trains_puts_weights_back_whatever_was_called_inside(held, inside, norm):
+    "Wrong: the raw weights that it keeps are let go of by what restores raw weights, so that the next fit trains them"
+    torch.manual_seed(0)
+    learn = TrainLearner(nn.Sequential(nn.Linear(4, 8), norm, nn.Linear(8, 1)), loaders(), nn.MSELoss(), 0.05,
+                         EMACB(half_life='3ba', apply=False))
+    learn.fit(1)
+    raw = copied(learn.model.state_dict())
+    if held == 'ema': learn.apply('ema')
+    was = copied(learn.model.state_dict())
+    with sandbox(learn, train=True):
+        assert learn.weights == 'raw' and same(learn.model.state_dict(), raw)
+        if inside in ('error', 'both'):
+            with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Stops())
+        if inside in ('apply', 'both'):
+            learn.averages.add('swa', equal()).update()
+            learn.apply('swa')
+        if inside != 'error': learn.restore()
+        learn.fit(1)
+        assert not same(learn.model.state_dict(), raw)
+    assert learn.weights == held and same(learn.model.state_dict(), was)
+    learn.restore()
+    assert same(learn.model.state_dict(), raw)
+
+
+class Stops(Callback):
+    def after_step(self, learn): raise KeyboardInterrupt
+
+
+class Prototypes(nn.Module):
+    "A loss with parameters that it trains, and writes to in its forward pass, in eval mode too"
+    def __init__(self, how):
+        super().__init__()
+        self.scale, self.how = nn.Parameter(torch.ones(1)), how
+
+    def forward(self, preds, y):
+        with torch.no_grad():
+            if self.how == 'in place': self.scale.mul_(0.9)
+            elif self.how == 'data': self.scale.data = self.scale*0.9 + 0.01*preds.mean()
+            else: self.scale = nn.Parameter(self.scale*0.9, requires_grad=self.training)
+        return F.mse_loss(preds*self.scale, y)
+
+
+@pytest.mark.parametrize('look', [look for name, look in LOOKS.items() if name != 'summary'],
+                         ids=[name for name in LOOKS if name != 'summary'])
+@pytest.mark.parametrize('how', ['in place', 'data', 'replaced'])
+@pytest.mark.parametrize('behind', [False, True])
+@pytest.mark.filterwarnings('ignore:the model got parameters')
+def test_parameters_of_a_loss_that_writes_to_them(look, how, behind):
+    "Wrong: a prototype that has seen the batches of a look, whose loss is the next training's"
+    crit = Prototypes(how)
+    learn = TrainLearner(nn.Linear(4, 1), loaders(), (lambda p, y: crit(p, y)) if behind else crit, 0.05)
+    scale, was = crit.scale, crit.scale.detach().clone()
+    look(learn)
+    assert crit.scale is scale and torch.equal(scale, was)
+    learn.get_preds()
+    learn.fit(1, valid=False)
+    assert crit.scale < was
+
+
+@pytest.mark.parametrize('how', ['in place', 'data'])
+def test_rows_of_averages_leave_the_parameters_of_a_loss_alone(how):
+    "Wrong: averages and their rows change the raw run by what the loss remembers"
+    def fit(*cbs):
+        torch.manual_seed(0)
+        crit = Prototypes(how)
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        learn = TrainLearner(model, loaders(), crit, 0.05, cbs)
+        learn.fit(2)
+        learn.restore()
+        return copied(learn.model.state_dict()) | dict(scale=crit.scale.detach().clone())
+    assert same(fit(), fit(*averaging()))

@@ -186,12 +186,12 @@ def _records(layers):
     "The topmost records that concern a module"
     found = [m.__dict__['_held_weights'] for m in layers if '_held_weights' in m.__dict__]
     # a module of another kind may share the tensors
-    found += _covering([t for m in layers for t in (*m._parameters.values(), *m._buffers.values())])
+    found += _covering(t for m in layers for t in (*m._parameters.values(), *m._buffers.values()))
     return list({id(o): o for h in found for o in _resolved(h)}.values())
 
 def is_held(tensors) -> bool:
-    "Is one of these parameters or buffers covered at this moment?"
-    return bool(_BY_TENSOR) and bool(_covering(tensors))
+    "Does one of these parameters or buffers hold something else than its raw values at this moment?"
+    return bool(_BY_TENSOR) and any(h.name != 'raw' for h in _covering(tensors))
 
 def held_record(module) -> Held|None:
     "The topmost record of what a module holds; None if it holds its raw weights"
@@ -209,7 +209,7 @@ def restore_raw(
 ):
     "The module holds its raw weights again, whoever put others in their place; nothing happens if it does already"
     layers = layers_of(module)
-    while records := _records(layers): records[0].release(layers)
+    while others := [h for h in _records(layers) if h.name != 'raw']: others[0].release(layers)
 
 def keep_held(
     module:nn.Module, # a model, or a part, a wrapper or a compiled form of it
@@ -229,6 +229,8 @@ def raw_values(
             raw |= {(id(d), k): v for (d, k), v in zip((*h.places, *h.buffers), h.kept)}
     return [raw.get((id(d), k), d[k]) for d, k in places]
 
+_LARGE = 2**20 # elements: frozen weights of this size, as adapters are trained beside, no forward pass writes to
+
 def holding(
     module:nn.Module, # a model, compiled or wrapped ones too
     name:str, # what it is to hold
@@ -243,10 +245,11 @@ def holding(
         undo.callback(held.release, layers)
         held.take(layers, values, stash)
         covered = {*map(id, held.tensors)}      # as buffers are; a forward pass may write to the others, too
-        others = [(m._parameters, k) for m in layers for k, p in m._parameters.items() if id(p) not in covered]
+        others = [(m._parameters, k) for m in layers for k, p in m._parameters.items()
+                  if p is not None and id(p) not in covered and (p.requires_grad or p.numel() < _LARGE)]
         # unless others have put everything back
         keep_state(*layers, places=others, when=lambda: held.active).enter(undo)
-        return held
+        return module
     return Context(enter)
 
 def holding_as_before(

@@ -7,6 +7,7 @@ __all__ = ['CheckpointCB']
 
 # %% ../../nbs/checkpoint/02_checkpoint.ipynb #00000002
 import os, shutil, signal, sys, threading, warnings
+from contextlib import nullcontext
 
 from ..averaging.interchange import write_tensors
 from ..callbacks.watched import Watched
@@ -34,7 +35,7 @@ def save(
         raise RuntimeError('a batch is half done: save in after_batch or before_epoch, '
                            'by a callback whose order is 90 or more, or use CheckpointCB')
     if not _writes(learn): return
-    with learn.using('raw'): write_checkpoint(learner_state(learn), path)
+    with nullcontext() if learn.weights == 'raw' else learn.using('raw'): write_checkpoint(learner_state(learn), path)
 
 def _writes(learn):
     "Does this process write? The first one does, and each that holds a part of the model only"

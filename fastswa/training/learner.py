@@ -6,7 +6,7 @@
 __all__ = ['HasWeights', 'Learner', 'TrainCB', 'TrainLearner', 'MomentumLearner']
 
 # %% ../../nbs/training/08_learner.ipynb #00000002
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from inspect import signature
 from typing import TYPE_CHECKING
 
@@ -195,7 +195,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
                 self.averages.begin(clock=self.clock)
                 self.averages.clear()      # the callbacks of this fit add theirs
                 self._start_opt(lr, reset_opt)
-                stack.enter_context(self._gradients())
+                self._start_gradients(stack)
             if resume is not None: self._go_on_from(resume, extra, stack)
             self._fit(train, valid)
 
@@ -280,10 +280,8 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
 
     def _remove_cbs(self, extra): self.cbs[:] = [cb for cb in self.cbs if not any(cb is o for o in extra)]
 
-    @contextmanager
-    def _gradients(self):
+    def _start_gradients(self, stack):
         for p in parameters(self): p.grad = None      # what others left there is not part of this fit
-        yield
 
 # %% ../../nbs/training/08_learner.ipynb #00000011
 def _takes(f, args):
@@ -335,10 +333,10 @@ class MomentumLearner(TrainLearner):
             for p in parameters(self):
                 if p.grad is not None: p.grad *= self.mom
 
-    @contextmanager
-    def _gradients(self):
+    def _start_gradients(self, stack):
+        stack.callback(self._put_gradients_away)
         for p in parameters(self): p.grad = self._grads.get(p) if p.requires_grad else None
-        try: yield
-        finally:
-            self._grads = {p: p.grad for p in parameters(self) if p.grad is not None}
-            for p in self._grads: p.grad = None
+
+    def _put_gradients_away(self):
+        self._grads = {p: p.grad for p in parameters(self) if p.grad is not None}
+        for p in self._grads: p.grad = None

@@ -9,7 +9,6 @@ __all__ = ['generators', 'takes_part', 'EvaluationCB', 'Essentials', 'essentials
 # %% ../../nbs/training/02_sandbox.ipynb #00000002
 import math, warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from itertools import islice
 from operator import length_hint
@@ -23,7 +22,7 @@ from ..averaging.averages import Averages
 from ..random_state import generators_in, keep_rng, loader_parts, of_a_library
 from ..module_state import keep_state, snapshot, undo_all
 from ..batches import map_tensors
-from ..core import uninterrupted, unwrap
+from ..core import Context, uninterrupted, unwrap
 from .essentials import LossCB, ModesCB, PositionCB
 from .events import CancelBatchException, CancelEpochException, CancelFitException
 from .events import STEPS, Callback, by_order, run_cbs
@@ -49,13 +48,15 @@ def generators(
     skip = [learn, *_apart(learn)]
     return generators_in(*_loaders(learn), learn.model, *by_order(learn.cbs), own, type(learn), skip=skip)
 
-def _left(learn):
+def _left_alone(learn):
     "What a look leaves alone, or is seen to elsewhere"
     return [learn.model, learn.dls, *_apart(learn), *(cb for cb in learn.cbs if not _prepares(cb))]
 
 def _data(learn):
     "What loaders are made of, but for lists of batches"
     return [p for dl in _loaders(learn) for p in loader_parts(dl) if not isinstance(p, (list, tuple, torch.Tensor))]
+
+def _apart_from_loop(learn): return dict(skip=_OF_LOOP, leave=_left_alone(learn), also=_data(learn))
 
 def _gives_steps(cb): return any(hasattr(cb, e) for e in STEPS)
 
@@ -104,8 +105,7 @@ class EvaluationCB(Callback):
 
     def before_epoch(self, learn):
         if learn.training or learn.weights == 'raw': return
-        cbs = filter(_prepares, learn.cbs)
-        self._changes = snapshot(learn, *cbs, skip=_OF_LOOP, leave=_left(learn), also=_data(learn))
+        self._changes = snapshot(learn, *filter(_prepares, learn.cbs), **_apart_from_loop(learn))
 
     def after_epoch(self, learn):
         "What the batches wrote is undone when all have seen the row; what they write about the row stays"
@@ -123,8 +123,7 @@ def _read(learn, dl, cbs, training):
     parts = [p for p in loader_parts(dl) if not of_a_library(getattr(p, '__module__', None))]
     names = dict.fromkeys(getattr(p, '__name__', type(p).__name__) for p in parts)
     changing = [cb for cb in cbs if _prepares(cb) and hasattr(cb, 'before_batch')]
-    kept = dict(skip=_OF_LOOP, leave=_left(learn), also=_data(learn))
-    with keep_rng(*generators(learn)), keep_state(learn, *changing, **kept):
+    with keep_rng(*generators(learn)), keep_state(learn, *changing, **_apart_from_loop(learn)):
         batches,samples = [*islice(dl, 1)],_samples(dl)
         prepared = [*prepared_batches(learn, map_tensors(torch.clone, batches), training, changing)]
     of_data = ' or '.join(names) or type(getattr(dl, 'dataset', dl)).__name__
@@ -192,7 +191,6 @@ def _batches(dl):
                         f'got a {type(dl).__name__}, which gives samples')
     return [*dl] if isinstance(dl, Iterator) else dl
 
-@contextmanager
 def keep_learner(
     learn, # a learner
     cbs=None, # the callbacks that take part are among these; None: the learner's
@@ -200,21 +198,23 @@ def keep_learner(
     row:bool=False, # for a row of the table? Then callbacks see it, and what they remember of it stays
     valid=None, # another loader to validate on; None: that of the learner
 ):
-    "Afterwards learner, callbacks, loaders and random state are as before"
-    kept,evaluation,in_fit = learn.dls,learn.own_cbs.evaluation,learn.in_fit
-    loaders = {name: evaluation.loader(getattr(kept, name)) for name in ('train', 'valid') if hasattr(kept, name)}
-    if valid is not None: loaders['valid'] = _batches(valid)
-    cbs = [*filter(_prepares, learn.cbs if cbs is None else cbs)]
-    changing,data = ([], []) if row else ([learn, *cbs], _data(learn))
-    changing += (m for loss in loss_modules(learn).values() for m in loss.modules())
-    left = _left(learn)
-    try:
+    "Afterwards learner, callbacks, loss, loaders and random state are as before"
+    def enter(undo):
+        kept,evaluation = learn.dls,learn.own_cbs.evaluation
+        preparing = [*filter(_prepares, learn.cbs if cbs is None else cbs)]
+        data,left = _data(learn),_left_alone(learn)      # of the loaders as they are
+        if not learn.in_fit: undo.callback(evaluation.close)
+        loaders = {name: evaluation.loader(getattr(kept, name)) for name in ('train', 'valid') if hasattr(kept, name)}
+        if valid is not None: loaders['valid'] = _batches(valid)
+        undo.callback(setattr, learn, 'dls', kept)
         learn.dls = _Loaders(kept, **loaders)
-        if row: evaluation.check(learn, learn.dls.valid, cbs, training=False)
-        with keep_rng(*generators(learn)), keep_state(*changing, leave=left, also=data): yield
-    finally:
-        learn.dls = kept
-        if not in_fit: evaluation.close()
+        if row: evaluation.check(learn, learn.dls.valid, preparing, training=False)
+        keep_rng(*generators(learn)).enter(undo)
+        losses = [m for loss in loss_modules(learn).values() for m in loss.modules()]
+        places = [(d, k) for m in losses for d in (m._parameters, m._buffers) for k in d.keys()]
+        others = () if row else (learn, *preparing)
+        keep_state(*others, *losses, places=places, leave=left, also=() if row else data).enter(undo)
+    return Context(enter)
 
 def prepared_batches(
     learn, # a learner
@@ -237,22 +237,18 @@ def prepared_batches(
     finally: learn.batch,learn.training,learn.dl,learn.iter = kept
 
 # %% ../../nbs/training/02_sandbox.ipynb #00000007
-@contextmanager
-def _untrained(learn):
-    "Raw weights, buffers and gradients return, and the optimizer is another one inside"
-    with learn.averages.using('raw'):
-        params = parameters(learn)
-        kept,grads = [p.detach().clone() for p in params],[p.grad for p in params]
-        for p in params: p.grad = None
-        learn.averages = Averages(learn.model)
-        learn.forget_opt()
-        try: yield
-        finally:
-            with torch.no_grad():
-                for p, v in zip(params, kept): p.copy_(v)
-            for p, g in zip(params, grads): p.grad = None if g is None else g.to(p)
+def _train_apart(learn, undo):
+    "What is trained are the raw weights, from no gradients on and by a new optimizer; all of it is undone"
+    grads = [(p, p.grad) for p in parameters(learn)]
+    undo.callback(_put_gradients, grads)
+    learn.averages.using('raw').enter(undo)
+    for p, _ in grads: p.grad = None
+    learn.averages = Averages(learn.model)
+    learn.forget_opt()
 
-@contextmanager
+def _put_gradients(grads):
+    for p, g in grads: p.grad = None if g is None else g.to(p)
+
 def sandbox(
     learn, # a learner
     cbs=(), # callbacks to add
@@ -260,13 +256,15 @@ def sandbox(
     valid=None, # another loader to validate on; None: that of the learner
 ):
     "What runs inside leaves no trace on learner, model, callbacks, loaders and random state"
-    states = [(cb, cb.state_dict()) for cb in learn.cbs if cb.role == 'steps' and hasattr(cb, 'state_dict')]
-    try:
-        with keep_learner(learn, valid=valid):
-            learn.quiet,learn.history,learn.own_cbs = True,[],essentials()
-            own = [deepcopy(cb) if cb.role == 'measures' else cb for cb in learn.cbs if takes_part(cb)]
-            stand_ins = [cb.stand_in for cb in learn.cbs if cb.stand_in is not None]
-            learn.cbs = [*own, *stand_ins, *cbs]
-            with _untrained(learn) if train else keep_state(*unwrap(learn.model).modules()): yield learn
-    finally:
-        for cb, state in states: cb.load_state_dict(state)      # a loss scale, a window of accumulation
+    def enter(undo):
+        for cb in learn.cbs:      # a loss scale, a window of accumulation
+            if cb.role == 'steps' and hasattr(cb, 'state_dict'): undo.callback(cb.load_state_dict, cb.state_dict())
+        keep_learner(learn, valid=valid).enter(undo)
+        learn.quiet,learn.history,learn.own_cbs = True,[],essentials()
+        own = [deepcopy(cb) if cb.role == 'measures' else cb for cb in learn.cbs if takes_part(cb)]
+        stand_ins = [cb.stand_in for cb in learn.cbs if cb.stand_in is not None]
+        learn.cbs = [*own, *stand_ins, *cbs]
+        if train: _train_apart(learn, undo)
+        else: keep_state(*unwrap(learn.model).modules()).enter(undo)
+        return learn
+    return Context(enter)

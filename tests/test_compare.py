@@ -197,3 +197,9 @@ def test_scores_by_hand(found):
     scores = found.scores('loss')
     row = found.table.query('variant == "ema" and seed == 1 and epoch == 0')
     assert scores.loc[(1, 0), 'ema'] == row.loss.item()
+
+
+def test_values_may_be_series_of_any_index():
+    "Wrong: the first value is looked up by its label"
+    a, b = pd.Series([1., 2., 4.], index=[7, 8, 9]), pd.Series([0., 2., 3.], index=[7, 8, 9])
+    assert paired_difference(a, b) == paired_difference(a.to_list(), b.to_list())

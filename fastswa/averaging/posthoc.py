@@ -94,7 +94,7 @@ class StoresSnapshots(Average):
         every:int|None=100, # updates between two snapshots; None: only those that `store` takes
         *,
         keep:int|None=40, # snapshots stored at most; when there are more, some are left out evenly; None: all stay
-        folder=None, # write snapshots here, and find those that are here; None: keep them in the host's memory
+        folder=None, # write snapshots here, and find those that are here; None: in memory and in each checkpoint
         **kwargs, # for `Average`: `dtype`, `device`, `include`, `exclude`, `check_finite`
     ):
         rules = [power(sigma_rel=s) for s in sigma_rels]
@@ -220,7 +220,10 @@ class StoresSnapshots(Average):
 
 # %% ../../nbs/averaging/10_posthoc.ipynb #7d1c0a52
 class PostHocEMA(StoresSnapshots):
-    "Averages by `power` whose snapshots give an average of any other window afterwards; arXiv 2312.02696, sec. 3.2"
+    """Averages by `power` whose snapshots give an average of any other window afterwards; arXiv 2312.02696, sec. 3.2
+
+    Without `folder`, the host's memory and each checkpoint hold up to `keep` snapshots: 80 copies of the weights by
+    default, a copy for each of `sigma_rels` in each of 40. With `folder` they are files, and in no checkpoint."""
     def _fit(self, window, step):
         steps = self.steps
         if len(steps) < 2:

@@ -48,6 +48,33 @@ def accelerate(steps=30):
     return make(True), make(False)
 
 
+def lightning(steps=30):
+    "The same by Lightning's Trainer, for a small convolutional net; validation is left out"
+    import logging
+    import lightning.pytorch as L
+    from torch import nn
+    from fastswa.integrations.lightning import AveragesCallback
+    logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
+    class Net(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
+                                     nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(),
+                                     nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10))
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 0.01, 0.9)
+    data = torch.utils.data.TensorDataset(torch.randn(128*steps, 1, 28, 28), torch.randint(10, (128*steps,)))
+    def make(averaged):
+        def train():
+            cbs = [AveragesCallback(ema=ema(half_life='0.05dur'))] if averaged else []
+            trainer = L.Trainer(max_epochs=1, accelerator='cpu', callbacks=cbs, logger=False, enable_progress_bar=False,
+                                enable_checkpointing=False, enable_model_summary=False)
+            trainer.fit(Net(), torch.utils.data.DataLoader(data, 128))
+        return train
+    return make(True), make(False)
+
+
 def measure(name, make, steps=30, rounds=15):
     "Milliseconds of CPU time a step without, and how many times as much with: medians over rounds"
     runs, found = make(steps), ([], [])
@@ -64,4 +91,4 @@ def measure(name, make, steps=30, rounds=15):
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    for make in transformers, accelerate: measure(make.__name__, make)
+    for make in transformers, accelerate, lightning: measure(make.__name__, make)

@@ -10,6 +10,7 @@ from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.compare.runs import Comparison, compare
+from fastswa.compare.statistics import paired_difference
 from fastswa.core import quiet
 from fastswa.random_state import set_seed
 from fastswa.training.events import Callback
@@ -201,5 +202,6 @@ def test_scores_by_hand(found):
 
 def test_values_may_be_series_of_any_index():
     "Wrong: the first value is looked up by its label"
+    import pandas as pd
     a, b = pd.Series([1., 2., 4.], index=[7, 8, 9]), pd.Series([0., 2., 3.], index=[7, 8, 9])
     assert paired_difference(a, b) == paired_difference(a.to_list(), b.to_list())

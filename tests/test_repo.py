@@ -38,7 +38,7 @@ def test_readme_is_the_index_notebook():
 
 def test_lines_are_short():
     "At most 120 columns, in all code: of the library, the notebooks, the tests and the benchmarks"
-    texts = {o: o.read_text(encoding='utf-8') for d in ('fastswa', 'tests', 'tools', 'benchmarks')
+    texts = {o: o.read_text(encoding='utf-8') for d in ('fastswa', 'tests', 'tools', 'benchmarks', 'examples')
              for o in (root/d).rglob('*.py') if o.name != '_modidx.py'}
     for o in (root/'nbs').rglob('[!.]*.ipynb'):
         cells = json.loads(o.read_text(encoding='utf-8'))['cells']

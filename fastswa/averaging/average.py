@@ -94,8 +94,7 @@ class Average(CountedSnapshots):
         A `state_dict()`, or a traced or exported form, taken inside shares the module's tensors, and so has the raw
         weights after the block: `module()` gives what keeps the average."""
         def enter(undo):
-            holding(self.source, 'average', *self.contents(), stash).enter(undo)
-            return self.source
+            return holding(self.source, 'average', *self.contents(), stash).enter(undo)
         return Context(enter)
 
     @locked

@@ -62,7 +62,7 @@ class PostHocEMACB(_NowAndThen, AverageCB):
         sigma_rels=(0.05, 0.28), # widths of the averages that are followed; the row shows the first
         every:str='0.025dur', # how often they are stored
         start:str='0ba', # from when on
-        folder=None, # where to store them; None: in memory
+        folder=None, # where to store them; None: in memory, and up to 80 copies of the weights in each checkpoint
         keep:int|None=40, # snapshots stored at most; when there are more, some are left out evenly; None: all stay
         *, name:str='posthoc', **kwargs
     ):

@@ -87,7 +87,7 @@ def opt_fits(
     "Are all its parameters among these, and does it hold those that are new since it was made?"
     return _held(opt) <= ids(params) and not new_params(opt, params)
 
-def keep_state(
+def carry_state_over(
     old, # an optimizer
     new, # the one that takes its place
 ):
@@ -143,7 +143,7 @@ class HasOptimizer:
         if self._is_ready and _held(self._opt) <= ids(params): return self._opt      # new ones may be added by hand
         if self._opt is None or not opt_fits(self._opt, params):
             old,self.opt = self._opt,make_opt(self.opt_func, self.model, self._rate(), loss_tensors(self))
-            if old is not None: keep_state(old, self._opt)
+            if old is not None: carry_state_over(old, self._opt)
         set_rates(self._opt, self._rate())
         self.options,self._is_ready = group_options(self._opt),True
         return self._opt

@@ -460,7 +460,7 @@ class GroupsOnly:
 
 
 @pytest.mark.parametrize('cb', [
-    OneCycleCB, lambda: BatchSchedCB(partial(S.StepLR, step_size=2)), lambda: EpochSchedCB(partial(S.ReduceLROnPlateau))])
+    OneCycleCB, lambda: BatchSchedCB(partial(S.StepLR, step_size=2)), lambda: EpochSchedCB(S.ReduceLROnPlateau)])
 def test_a_schedule_of_torch_needs_an_optimizer_of_torch(cb):
     "Wrong: 'GroupsOnly is not an Optimizer', and nobody knows who wants one"
     learn, cb = TrainLearner(linear(), regression(), F.mse_loss, 0.1, opt_func=GroupsOnly), cb()

@@ -484,7 +484,8 @@ def test_a_function_goes_on_within_an_epoch(over):
 
 
 @pytest.mark.parametrize('result, said', [
-    ({'a': 1.}, "{'a': 1.0}, a dict"), (None, 'None, a NoneType'), ('good', "'good', a str"), (object, 'object, a type'),
+    ({'a': 1.}, "{'a': 1.0}, a dict"), (None, 'None, a NoneType'), ('good', "'good', a str"),
+    (object, 'object, a type'),
     (1j, 'a complex tensor'), (torch.ones(1, dtype=torch.complex64), 'a complex tensor')])
 def test_a_metric_that_gives_no_number(result, said):
     "Wrong: torch's error about a dtype, which names no metric, or the real part of a complex number"

@@ -390,3 +390,21 @@ def test_forty_are_stored_of_every_fit_and_of_several():
     for _ in range(2):
         learn.fit(8)
         assert len(cb.average._stored) == 40 and cb.average.steps[-1] == cb.average.n
+
+
+@pytest.mark.parametrize('args, says', [
+    ((0,), 'k must be a whole number, 1 or more; got 0'), ((-2, '1-sqrt'), 'got -2'), ((2.5,), 'got 2.5'),
+    ((3, 'exp'), "shape must be 'linear', '1-sqrt' or 'cosine'; got 'exp'"), ((3, None), 'got None')])
+def test_a_merge_that_cannot_be(args, says):
+    "Wrong: ZeroDivisionError or KeyError, in the reconstruction"
+    with pytest.raises(ValueError, match=says): latest(*args)
+
+
+@pytest.mark.parametrize('write', [
+    lambda p: p.write_bytes(b'garbage'), lambda p: p.write_bytes(b''), lambda p: torch.save([1, 2], p),
+    lambda p: torch.save(nn.Linear(1, 1), p), lambda p: p.write_bytes(b'PK' + bytes(100))])
+def test_a_file_among_the_snapshots_that_is_none(write, tmp_path):
+    "Wrong: an error that does not say which file it is"
+    write(tmp_path/'ema-00000007.pt')
+    with pytest.raises(ValueError, match='ema-00000007.pt is damaged, or no snapshot of PostHocEMA: .'):
+        PostHocEMA(nn.Linear(1, 1), folder=tmp_path)

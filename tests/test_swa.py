@@ -14,6 +14,7 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from fastswa.averaging.average import Average
+from fastswa.averaging.swad import SWAD
 from fastswa.averaging.rules import ema
 from fastswa.averaging.batchnorm import update_bn
 from fastswa.callbacks.basics import BatchTransformCB
@@ -604,3 +605,36 @@ def test_a_live_module_of_a_callback_follows_the_fit():
     before = live(x)
     learn.fit(1)
     assert torch.equal(live(x), cb.average.module()(x)) and not torch.equal(live(x), before)
+
+
+def test_swad_without_validation_losses():
+    "Wrong: an average of nothing in silence, or a failing conversion of None to a number"
+    with pytest.raises(ValueError, match="this fit does not validate the weights 'raw'"):
+        learner(SWADCB(1, 2)).fit(2, valid=False)
+    with pytest.raises(ValueError, match="this fit does not validate the weights 'raw'"):
+        learner(SWADCB(1, 2), EMACB(0.8)).fit(2, valid='ema')
+    learn = learner(SWADCB(1, 2))
+    learn.dls.valid = None
+    with pytest.raises(ValueError, match='there is no validation loader'): learn.fit(2)
+
+
+def test_swad_counts_what_it_skipped():
+    "In all segments, also loaded. Wrong: 0, or those of the present segment"
+    model = nn.Linear(2, 1)
+    avg = SWAD(model, 1, 2)
+    def update(value):
+        with torch.no_grad(): model.weight.fill_(value)
+        avg.update()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        for values, skipped in [((1., math.nan), 1), ((2., math.inf, math.nan), 3), ((3.,), 3)]:
+            for v in values: update(v)
+            assert avg.skipped == skipped and f'{skipped} skipped' in repr(avg)
+            avg.step(1.)
+            assert avg.skipped == skipped
+    assert len(seen) == 1
+    other = SWAD(nn.Linear(2, 1), 1, 2)
+    other.load_state_dict(avg.state_dict())
+    assert other.skipped == 3
+    other.reset()
+    assert other.skipped == 0

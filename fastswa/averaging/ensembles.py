@@ -80,6 +80,7 @@ class latest:
     "The `k` newest snapshots, weighed as `decay_weights` says"
     k:int
     shape:str='linear'
+    def __post_init__(self): decay_weights(self.k, self.shape)      # says what is wrong with them, if anything
     def __call__(self, n): raise TypeError('a running average cannot forget a snapshot whole: use a LatestAverage')
 
 # %% ../../nbs/averaging/08_ensembles.ipynb #00000009
@@ -94,7 +95,6 @@ class LatestAverage(KeepsSnapshots):
         shape:str='linear', # of the decay that it stands for, see `decay_weights`; `'linear'`: all count the same
         **kwargs, # for `Average`: `dtype`, `device`, `include`, `exclude`, `check_finite`
     ):
-        decay_weights(k, shape)      # says what is wrong with them, if anything
         self.k,self.shape = k,shape
         super().__init__(module, latest(k, shape), **kwargs)
 

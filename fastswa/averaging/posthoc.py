@@ -6,6 +6,7 @@
 __all__ = ['power_profile', 'PostHocEMA']
 
 # %% ../../nbs/averaging/10_posthoc.ipynb #00000002
+import pickle
 from pathlib import Path
 
 import numpy as np, torch
@@ -84,7 +85,14 @@ def _merged(window, steps):
     return p
 
 # %% ../../nbs/averaging/10_posthoc.ipynb #0000000d
-def _loaded(path): return torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+def _loaded(path):
+    "What is in a file; ValueError that names it if that is no snapshot"
+    try:
+        state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+        if isinstance(state, dict): return state
+        why = f'it holds a {type(state).__name__}'
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e: why = str(e).split('\n')[0]
+    raise ValueError(f'{path} is damaged, or no snapshot of PostHocEMA: {why}')
 
 class StoresSnapshots(Average):
     "Averages by `power`, and snapshots of them in memory or in files"

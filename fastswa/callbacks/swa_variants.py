@@ -141,10 +141,13 @@ class SWADCB(AverageCB):
             raise ValueError('SWADCB goes by the validation loss, but there is no validation loader: dls.valid is None')
         super().before_fit(learn)
 
+    def before_epoch(self, learn):
+        if learn.training: Watched('loss').check(learn, rows=True)
+
     def after_epoch(self, learn):
         super().after_epoch(learn)
-        if learn.will_train and not learn.training and learn.weights == 'raw':
-            self.average.step(learn.history[-1]['loss'])
+        loss = Watched('loss').value(learn) if learn.will_train and not learn.training else None
+        if loss is not None: self.average.step(loss)
 
 # %% ../../nbs/callbacks/04_swa_variants.ipynb #4405c61d
 class BEMACB(AverageCB):

@@ -34,7 +34,10 @@ def make_opt(
     if not callable(opt_func):
         raise TypeError('opt_func must make an optimizer when it is called with parameters and rate, as optim.SGD or '
                         f'partial(optim.AdamW, weight_decay=0.1) do; got {_said(opt_func)}')
-    opt = opt_func(params, lr)
+    try: opt = opt_func(params, lr)
+    except TypeError as e:
+        if lr is not None: raise
+        raise TypeError('opt_func cannot be called with lr=None: give the learner or the fit a learning rate') from e
     lacks = [k for k in ('step', 'zero_grad') if not callable(getattr(opt, k, None))]
     if lacks or isinstance(opt, type):
         raise TypeError('opt_func must return an optimizer, or anything with step and zero_grad; it returned '

@@ -202,6 +202,7 @@ class ResumeCB(Callback):
         except ValueError as e: raise ValueError(f'{self.path} cannot be resumed: {e}') from e
         self._check_averages(learn)
         self._warn(learn)
+        if not self.place.get('begun', True): self.order = -math.inf      # before others begin the epoch
         if self.finished:
             self._load(learn)
             _set_rng(self.state['rng'], generators(learn))

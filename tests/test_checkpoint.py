@@ -611,7 +611,8 @@ class BreaksOnce(Callback):
     ('before_epoch', 1, True, 'raw', 8), ('after_epoch', 1, True, 'raw', 16), ('before_epoch', 1, False, 'raw', 16),
     ('after_predict', 1, False, 'raw', 16), ('after_epoch', 1, False, 'raw', 16), ('after_epoch', 1, False, 'ema', 16),
     ('before_batch', 1, True, 'raw', 8), ('cleanup_epoch', 1, True, 'raw', 16), ('after_epoch', 2, False, 'raw', 24)])
-def test_an_error_between_epochs_leaves_the_last_whole_position(event, epoch, training, weights, steps, order, tmp_path):
+def test_an_error_between_epochs_leaves_the_last_whole_position(
+        event, epoch, training, weights, steps, order, tmp_path):
     "From which the run goes on exactly. Wrong: an epoch is lost, or others' events are called twice, or not at all"
     def make():
         return learner(Draws(), EMACB(0.8), EpochSchedCB(partial(lr_scheduler.StepLR, step_size=1)),

@@ -20,7 +20,8 @@ setup(
     packages=find_packages(include=[cfg['lib_name'], cfg['lib_name'] + '.*']),
     install_requires=cfg['requirements'].split(),
     extras_require={k: cfg[f'{k}_requirements'].split()
-                    for k in ('dev', 'bench', 'compare', 'tensorboard', 'schedulefree', 'lightning')},
+                    for k in ('dev', 'bench', 'compare', 'tensorboard', 'schedulefree', 'lightning', 'transformers',
+                              'accelerate', 'peft')},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 )

@@ -211,3 +211,14 @@ def quiet():
 def is_quiet(learn=None) -> bool:
     "Should what runs on this learner, or anywhere if there is none, print nothing?"
     return _all_quiet or learn is not None and learn.quiet
+
+def progress_bar(
+    items, # what is gone through
+    text:str, # what it is called
+    total:int|None=None, # how many there are; None: as `len` says
+    hidden:bool=False, # show none?
+    **options, # for `tqdm`
+):
+    "`items` with a bar of tqdm's, which comes after two seconds and goes away at the end; none where all is quiet"
+    from tqdm import tqdm
+    return tqdm(items, text, total, leave=False, delay=2, disable=hidden or is_quiet(), **options)

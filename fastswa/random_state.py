@@ -172,7 +172,7 @@ def loader_parts(
         o = queue.popleft()
         if o is None or id(o) in parts: continue
         parts[id(o)] = o
-        names = 'batch_sampler', 'sampler', 'dataset', 'collate_fn', 'transform', 'tfm'
+        names = 'loader', 'dl', 'batch_sampler', 'sampler', 'dataset', 'collate_fn', 'transform', 'tfm'
         queue += (getattr(o, k, None) for k in names)
         for joined in (getattr(o, k, None) for k in ('datasets', 'transforms')):
             if isinstance(joined, (list, tuple)): queue += joined

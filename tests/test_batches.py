@@ -24,6 +24,7 @@ from fastswa.callbacks.swa import EMACB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.batches import batch_size, batch_targets, first_tensor, map_tensors, tensors_in, to_cpu, to_device
 from fastswa.data.loaders import DataLoaders
+from fastswa.random_state import set_epoch
 from fastswa.training.events import Callback
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
 from helpers import Hits, learner, linear, regression, reopened
@@ -480,3 +481,34 @@ def test_a_function_goes_on_within_an_epoch(over):
     for b in batches[1:]: rest.update(*b)
     want = F.cross_entropy(*(torch.cat(o) for o in zip(*batches))).item()
     assert rest.compute().item() == whole.compute().item() == pytest.approx(want)
+
+
+@pytest.mark.parametrize('result, said', [
+    ({'a': 1.}, "{'a': 1.0}, a dict"), (None, 'None, a NoneType'), ('good', "'good', a str"),
+    (object, 'object, a type'),
+    (1j, 'a complex tensor'), (torch.ones(1, dtype=torch.complex64), 'a complex tensor')])
+def test_a_metric_that_gives_no_number(result, said):
+    "Wrong: torch's error about a dtype, which names no metric, or the real part of a complex number"
+    def score(preds, targets): return result
+    with pytest.raises(TypeError, match='score must return a number, or a tensor with one element; got ') as e:
+        FunctionMetric(score).update(torch.ones(2), torch.ones(2))
+    assert said in str(e.value)
+
+
+def test_what_a_metric_may_give():
+    for one in 2, 2., np.float32(2), np.array([2]), [2.], torch.tensor(2), torch.full((1, 1), 2.):
+        metric = FunctionMetric(lambda preds, targets: one)
+        metric.update(torch.ones(2), torch.ones(2))
+        assert float(metric.compute()) == 2
+
+
+@pytest.mark.parametrize('name', ['loader', 'dl'])
+def test_the_epoch_passes_through_a_wrapper_of_a_loader(name):
+    "Wrong: the sampler inside is never told, so that each epoch has the same order"
+    class Wrapped:
+        def __init__(self, dl): setattr(self, name, dl)
+        def __iter__(self): return iter(getattr(self, name))
+    sampler = SimpleNamespace(epoch=None)
+    sampler.set_epoch = partial(setattr, sampler, 'epoch')
+    set_epoch(Wrapped(Wrapped(SimpleNamespace(sampler=sampler))), 3)
+    assert sampler.epoch == 3

@@ -70,6 +70,8 @@ def test_what_cannot_move_is_taken_as_it_is():
     model.mask = nn.Parameter(torch.tensor([0., -math.inf]), requires_grad=False)
     model,averages = walked(model)
     for lam in 0.5, 1.5: assert averages.blend('ema', lam).weights['mask'].tolist() == model.mask.tolist()
+    model.requires_grad_(False)            # as for serving, when nothing tells a mask from the weights
+    for lam in 0.5, 1.5: assert averages.blend('ema', lam).weights['mask'].tolist() == model.mask.tolist()
 
 
 def test_it_stands_still_and_is_made_anew():
@@ -155,6 +157,17 @@ def test_saved_and_loaded():
     assert same(copied(copies.weights('mix')), copied(averages.weights('mix')))
 
 
+def test_a_loaded_one_lies_where_its_average_is_kept():
+    "Wrong: on the model's device, though the average is kept elsewhere, as where a GPU is full"
+    model,averages = walked(nn.Linear(2, 1))
+    averages.blend('ema', 0.5)
+    averages.blend('ema@0.5', 0.5, name='mix')
+    other = Averages(nn.Linear(2, 1))
+    other.add('ema', ema(0.8), device='meta')
+    other.load_state_dict(averages.state_dict())
+    assert {t.device.type for name in other for t in other.weights(name).values()} == {'meta'}
+
+
 def test_in_a_learner(tmp_path):
     "Rows, predictions, a module, a file, a checkpoint; the next fit begins from the raw weights and without it"
     learn = learner(EMACB(0.9, valid=False, apply=False))
@@ -204,6 +217,9 @@ def test_bad_names_and_empty_averages():
     averages.add('swa', equal())
     with pytest.raises(RuntimeError, match='empty'): averages.blend('swa', 0.5)
     with pytest.raises(ValueError, match="no weights called 'emma'; there are raw, ema"): averages.blend('emma', 0.5)
+    for f in averages.take, averages.remove, lambda name: averages.blend(name, 0.5):
+        with pytest.raises(ValueError, match="'raw' are the model's own weights and no average; there are ema, swa"):
+            f('raw')
     for name in 'ema', 'swa':
         with pytest.raises(ValueError, match='two averages are called'): averages.blend('ema', 0.5, name=name)
     with pytest.raises(ValueError, match="an average needs a name without '/'"): averages.blend('ema', 0.5, name='a/b')

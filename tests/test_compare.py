@@ -25,6 +25,7 @@ from fastswa.callbacks.teacher import TeacherCB
 from fastswa.compare import runs
 from fastswa.compare.descriptions import describe
 from fastswa.compare.runs import compare
+from fastswa.compare.statistics import paired_difference
 from fastswa.core import quiet
 from fastswa.random_state import set_seed
 from fastswa.training.events import Callback
@@ -518,3 +519,10 @@ def test_about_names_data_and_counts():
 
 def test_all_cores():
     assert rows(compare(make, {}, 1, 1, n_jobs=-1)) == rows(compare(make, {}, 1, 1, n_jobs=1))
+
+
+def test_values_may_be_series_of_any_index():
+    "Wrong: the first value is looked up by its label"
+    import pandas as pd
+    a, b = pd.Series([1., 2., 4.], index=[7, 8, 9]), pd.Series([0., 2., 3.], index=[7, 8, 9])
+    assert paired_difference(a, b) == paired_difference(a.to_list(), b.to_list())

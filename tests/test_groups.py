@@ -492,6 +492,17 @@ class Wrapper:
         self.calls += 1
         if self.calls % 2 == 0: self.optimizer.step()
 
+class Delegates:
+    "Has nothing of its own: `step`, hooks and groups are those of the optimizer inside"
+    def __init__(self, opt): self.inner = opt
+    def __getattr__(self, name): return getattr(self.__dict__['inner'], name)
+
+class DelegatesFromSlot:
+    "The same, and even its `__dict__` is that of the optimizer inside"
+    __slots__ = 'inner',
+    def __init__(self, opt): self.inner = opt
+    def __getattr__(self, name): return getattr(object.__getattribute__(self, 'inner'), name)
+
 class Accelerated(Wrapper):
     def zero_grad(self): self.optimizer.base.zero_grad()
 
@@ -554,7 +565,10 @@ STEPS = dict(
     no_hooks=(OwnStep, 'step', [0, 1, 2, 3]), other_hooks=(GroupsOnly, 'step', [0, 1, 2, 3]),
     replaced=(replaced_step, 'step', [0, 1, 2, 3]), in_backward=(InBackward, 'step', [0, 1, 2, 3]),
     not_torchs=(lambda o: SimpleNamespace(step=int), 'step', [0, 1, 2, 3]),
-    slots=(lambda o: Slots(), 'step', [0, 1, 2, 3]))
+    slots=(lambda o: Slots(), 'step', [0, 1, 2, 3]), delegates=(Delegates, 'step', [0, 1, 2, 3]),
+    delegates_some=(lambda o: Delegates(Wrapper(o)), 'step', [1, 3]),
+    delegates_twice=(lambda o: Delegates(Delegates(Lookahead(o))), 'step', [0, 1, 2, 3]),
+    delegates_from_slot=(DelegatesFromSlot, 'step', [0, 1, 2, 3]))
 
 
 @pytest.mark.parametrize('name', STEPS)
@@ -842,3 +856,22 @@ def test_what_opt_func_returns_is_no_optimizer(opt_func, says):
         def before_batch(self, learn): begun.append(learn.iter)
     with pytest.raises(TypeError, match=says): learner(Begins(), opt_func=opt_func).fit(1)
     assert not begun
+
+
+@pytest.mark.parametrize('wrap', [Delegates, DelegatesFromSlot])
+def test_a_learner_with_a_wrapper_that_has_no_step_of_its_own(wrap):
+    "Wrong: AttributeError, since its class has no `step`"
+    learn, plain = learner(opt_func=lambda params, lr: wrap(momentum(params, lr))), learner(opt_func=momentum)
+    for each in learn, plain: each.fit(1)
+    assert learn.opt_steps == plain.opt_steps == 10
+    for a, b in zip(learn.model.parameters(), plain.model.parameters()): assert torch.equal(a, b)
+
+
+def test_no_learning_rate():
+    "Wrong: what fails in the optimizer, a comparison with None"
+    for opt_func in optim.SGD, optim.AdamW:
+        with pytest.raises(TypeError, match='lr=None: give the learner or the fit a learning rate'):
+            make_opt(opt_func, net(), None)
+    with pytest.raises(TypeError, match='lr=None'): learner(lr=None).fit(1)
+    def broken(params, lr): return len(lr)
+    with pytest.raises(TypeError, match='has no len'): make_opt(broken, net(), 0.1)

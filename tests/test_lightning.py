@@ -1,7 +1,9 @@
 "Averages in Lightning's Trainer: the run as it would be without, figures of each average, checkpoints, resume, steps"
 import copy
 import logging
+import runpy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -473,3 +475,13 @@ def test_their_checkpoints_load_into_an_average(tmp_path, theirs):
     average.update()
     moved = average.weights['net.0.weight'] - before['net.0.weight']
     torch.testing.assert_close(moved, torch.full_like(moved, 1/average.n))
+
+
+def test_the_example_runs(capsys, monkeypatch):
+    monkeypatch.setenv('PL_GLOBAL_SEED', '0')      # it sets this itself
+    path = Path(__file__).parents[1]/'examples'/'lightning_averages.py'
+    assert len(path.read_text(encoding='utf-8').splitlines()) <= 40
+    ran = runpy.run_path(str(path))
+    figures = dict(l.split() for l in capsys.readouterr().out.splitlines() if l.startswith(('accuracy', 'ema', 'swa')))
+    assert float(figures['ema/accuracy']) > float(figures['accuracy'])
+    assert ran['cb'].averages.held == 'ema' and not ran['exported'].training

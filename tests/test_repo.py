@@ -38,7 +38,7 @@ def test_readme_is_the_index_notebook():
 
 def test_lines_are_short():
     "At most 120 columns, in all code: of the library, the notebooks, the tests and the benchmarks"
-    texts = {o: o.read_text(encoding='utf-8') for d in ('fastswa', 'tests', 'tools', 'benchmarks')
+    texts = {o: o.read_text(encoding='utf-8') for d in ('fastswa', 'tests', 'tools', 'benchmarks', 'examples')
              for o in (root/d).rglob('*.py') if o.name != '_modidx.py'}
     for o in (root/'nbs').rglob('[!.]*.ipynb'):
         cells = json.loads(o.read_text(encoding='utf-8'))['cells']
@@ -46,7 +46,8 @@ def test_lines_are_short():
     long = [(o.relative_to(root), l) for o, text in texts.items() for l in text.splitlines() if len(l) > 120]
     assert [(o, l) for o, l in long if not re.match(r"(__all__ = \[| +)'\w+', ", l)] == []      # nbdev writes those
 
-@pytest.mark.parametrize('name', ['initializing', 'ktorch_mnist', 'weight_averaging'])
+@pytest.mark.parametrize('name', ['initializing', 'ktorch_mnist', 'weight_averaging', 'posthoc',
+                                  'anytime'])
 def test_studies_use_names_that_exist(name):
     "They run for minutes, so seldom. Wrong: a NameError after a name has moved"
     cells = json.loads((root/'nbs'/'experiments'/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']

@@ -16,7 +16,7 @@ from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.core import quiet
 from fastswa.callbacks.basics import RecorderCB
 from fastswa.callbacks.swa import EMACB
-from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB
+from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB, OneCycleCB
 from helpers import Accumulate, AtEpoch, NoOptimizer, image_learner, linear, regression, reopened
 
 N, EPOCHS = 7, 4     # steps in an epoch, epochs in a fit
@@ -450,3 +450,25 @@ def test_the_recorded_rate_is_the_one_that_the_step_used(order):
         image_learner(*cbs, cls=Steps).fit(2)
         assert list(zip(rec.recs['lr'], rec.recs['mom'])) == [tuple(o) for o in used]
         assert len({lr for lr, _ in used}) == 14
+
+
+class GroupsOnly:
+    "An optimizer with groups that is none of torch's"
+    def __init__(self, params, lr): self.param_groups = [dict(params=list(params), lr=lr)]
+    def step(self): pass
+    def zero_grad(self): pass
+
+
+@pytest.mark.parametrize('cb', [
+    OneCycleCB, lambda: BatchSchedCB(partial(S.StepLR, step_size=2)), lambda: EpochSchedCB(S.ReduceLROnPlateau)])
+def test_a_schedule_of_torch_needs_an_optimizer_of_torch(cb):
+    "Wrong: 'GroupsOnly is not an Optimizer', and nobody knows who wants one"
+    learn, cb = TrainLearner(linear(), regression(), F.mse_loss, 0.1, opt_func=GroupsOnly), cb()
+    with pytest.raises(TypeError, match=f'{type(cb).__name__} needs an optimizer derived from torch.optim.Optimizer; '
+                       'GroupsOnly is none'): learn.fit(1, cbs=cb)
+
+
+def test_an_error_of_the_factory_is_its_own():
+    def broken(opt): raise TypeError('mine')
+    with pytest.raises(TypeError, match='^mine'):
+        TrainLearner(linear(), regression(), F.mse_loss, 0.1).fit(1, cbs=BatchSchedCB(broken))

@@ -452,6 +452,9 @@ def test_accumulation_weighed_by_tokens_is_one_large_batch(lengths, k):
 def test_a_batch_must_count_for_something():
     with pytest.raises(ValueError, match='weight must be a number above 0; got 0.0'):
         trained(data([4]), GradAccumCB(2, weight=lambda batch: 0))
+    for wrong in None, 'many', torch.ones(2), {}:
+        with pytest.raises(ValueError, match='weight must be a number above 0; got '):
+            trained(data([4]), GradAccumCB(2, weight=lambda batch: wrong))
 
 
 def everything():

@@ -14,6 +14,7 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from fastswa.averaging.average import Average
+from fastswa.averaging.swad import SWAD
 from fastswa.averaging.rules import ema
 from fastswa.averaging.batchnorm import update_bn
 from fastswa.callbacks.basics import BatchTransformCB
@@ -35,14 +36,14 @@ def weights_of(cb): return cb.average.weights['0.weight']
 
 
 def test_defaults_to_the_letter():
-    """Half-life a twentieth of the fit, after a warm-up; snapshots every hundredth from three quarters on
+    """Half-life a twentieth of the steps so far; snapshots every hundredth from three quarters on
 
-    Of 200 steps every second"""
+    Of 200 steps every second. Wrong: a half-life of a twentieth of the whole fit, from the start"""
     trail, e, s = Trail(), EMACB(), SWACB()
     learner(trail, e, s, BNUpdateCB()).fit(20)
     avg = trail.weights[0]
     for n, w in enumerate(trail.weights[1:], 1):
-        d = min(2**(-1/10), (1 + n)/(10 + n))
+        d = (n/(n + 1))**(np.log(2)/0.05)
         avg = d*avg + (1 - d)*w
     np.testing.assert_allclose(weights_of(e), avg, rtol=1e-4, atol=1e-6)
     assert s.average.n == 26
@@ -65,7 +66,7 @@ def test_a_warm_up_is_of_steps():
     """With a snapshot every 5 steps the warm-up is as long as with one at each
 
     Wrong: each snapshot counts as one step, and the memory stays five times too short"""
-    trail, cb = Trail(), EMACB(every='5ba', apply=False)
+    trail, cb = Trail(), EMACB(warmup='ratio', every='5ba', apply=False)
     learner(trail, cb).fit(20)
     seen, avg = trail.weights[4::5], None
     for n, w in enumerate(seen):
@@ -604,3 +605,36 @@ def test_a_live_module_of_a_callback_follows_the_fit():
     before = live(x)
     learn.fit(1)
     assert torch.equal(live(x), cb.average.module()(x)) and not torch.equal(live(x), before)
+
+
+def test_swad_without_validation_losses():
+    "Wrong: an average of nothing in silence, or a failing conversion of None to a number"
+    with pytest.raises(ValueError, match="this fit does not validate the weights 'raw'"):
+        learner(SWADCB(1, 2)).fit(2, valid=False)
+    with pytest.raises(ValueError, match="this fit does not validate the weights 'raw'"):
+        learner(SWADCB(1, 2), EMACB(0.8)).fit(2, valid='ema')
+    learn = learner(SWADCB(1, 2))
+    learn.dls.valid = None
+    with pytest.raises(ValueError, match='there is no validation loader'): learn.fit(2)
+
+
+def test_swad_counts_what_it_skipped():
+    "In all segments, also loaded. Wrong: 0, or those of the present segment"
+    model = nn.Linear(2, 1)
+    avg = SWAD(model, 1, 2)
+    def update(value):
+        with torch.no_grad(): model.weight.fill_(value)
+        avg.update()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        for values, skipped in [((1., math.nan), 1), ((2., math.inf, math.nan), 3), ((3.,), 3)]:
+            for v in values: update(v)
+            assert avg.skipped == skipped and f'{skipped} skipped' in repr(avg)
+            avg.step(1.)
+            assert avg.skipped == skipped
+    assert len(seen) == 1
+    other = SWAD(nn.Linear(2, 1), 1, 2)
+    other.load_state_dict(avg.state_dict())
+    assert other.skipped == 3
+    other.reset()
+    assert other.skipped == 0

@@ -369,3 +369,20 @@ def test_what_cannot_be():
     with pytest.raises(RuntimeError, match='`Averages` says so'):
         average = Average(linear(), scheduled_ema())
         for _ in range(2): average.update()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_the_teacher_of_a_model_in_half_precision(dtype):
+    "The ways that the docs of `live` name. Wrong: a dtype error that nothing explains"
+    assert 'x.float()' in Average.live.__doc__ and 'dtype=torch.bfloat16' in Average.live.__doc__
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).to(dtype), torch.randn(5, 3).to(dtype)
+    average = Average(model)
+    average.update()
+    teacher = average.live()
+    want = copy.deepcopy(model).float()(x.float())
+    torch.testing.assert_close(teacher(x.float()), want)
+    with torch.autocast('cpu', dtype): got = teacher(x)
+    torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
+    average = Average(model, dtype=dtype)
+    average.update()
+    torch.testing.assert_close(average.live()(x), model(x))

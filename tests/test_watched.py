@@ -366,3 +366,16 @@ def test_a_run_is_resumed_with_or_without_early_stopping(before, after, tmp_path
         rest = fit(*cbs(after), resume=tmp_path)
     assert same(state(rest), state(whole)) and ('best' in rest.averages) == bool(after)
     assert same(rest.averages['ema'].weights, whole.averages['ema'].weights)
+
+
+@pytest.mark.parametrize('make', [
+    lambda name, path: CheckpointCB(path, best=name), lambda name, path: EarlyStoppingCB(name)])
+def test_a_misspelled_column_is_not_asked_for_its_mode(make, tmp_path):
+    "Where the columns are known. Wrong: one gives a mode, and only then hears that there is no such column"
+    for name in 'acuracy', 'train/acuracy':
+        with pytest.raises(ValueError, match=f"'{name}': no such column; there are accuracy, loss"):
+            run(make(name, tmp_path), n=1, accuracy=Told(0.5))
+    with pytest.raises(ValueError, match="good\\? Its name does not tell: give mode='min'"):
+        run(make('odd', tmp_path), n=1, odd=Told(0.5))
+    with pytest.raises(ValueError, match='Its name does not tell'):
+        run(make('other', tmp_path), Scores(0.5), n=1, odd=Told(0.5))      # which may add it

@@ -94,8 +94,7 @@ class Average(CountedSnapshots):
         A `state_dict()`, or a traced or exported form, taken inside shares the module's tensors, and so has the raw
         weights after the block: `module()` gives what keeps the average."""
         def enter(undo):
-            holding(self.source, 'average', *self.contents(), stash).enter(undo)
-            return self.source
+            return holding(self.source, 'average', *self.contents(), stash).enter(undo)
         return Context(enter)
 
     @locked
@@ -138,7 +137,10 @@ class Average(CountedSnapshots):
 
         Its parameters are the average's own, in the average's dtype and on its device; statistics, and what is not
         averaged, are copied at each update. A deep copy of it stands still. RuntimeError before the first update, and
-        where a layer changes its weights in `eval()`."""
+        where a layer changes its weights in `eval()`.
+
+        Of a bf16 or fp16 model it is fp32: call it with `x.float()`, or under autocast. `Average(dtype=torch.bfloat16)`
+        makes it bf16, but an average in bf16 hardly moves where the decay is near 1."""
         res = self.module()
         averaged = self.weights
         for name, layer, d, k in named_places(res):

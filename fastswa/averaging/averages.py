@@ -17,7 +17,7 @@ from .ensembles import Blend
 from fastswa.averaging.holding import (Held, held_record, held_weights, holding, keep_held, layers_of, raw_values,
     restore_raw)
 from .rules import equal
-from .tensors import Selection, find_tensors
+from .tensors import find_tensors, named_places
 from ..clock import Clock, Every, Time
 from ..module_state import keep_modes
 from ..random_state import keep_rng, generators_in
@@ -75,6 +75,9 @@ class TrackedAverages(Mapping):
 
     def _known(self, name):
         if name in self._tracked: return self._tracked[name]
+        if name == 'raw':
+            raise ValueError("'raw' are the model's own weights and no average; "
+                             f'there are {", ".join(self._tracked) or "no averages yet"}')
         raise ValueError(f'there are no weights called {name!r}; there are {", ".join(["raw", *self._tracked])}')
 
     def begin(self,
@@ -197,7 +200,9 @@ class TrackedAverages(Mapping):
         theirs = state['averages']
         for name in theirs:
             saved = theirs[name]['average']
-            if 'blend' in saved: self._add_blend(name, Blend.from_state(self.model, saved))
+            if 'blend' in saved:
+                beside = self.get(saved['blend']['of'])      # the average that it was made of
+                self._add_blend(name, Blend.from_state(self.model, saved, beside and beside.device))
             elif name in self: self._tracked[name].load_state_dict(theirs[name])
         self.clock.batches,self.clock.steps = state['batches'],state['steps']
 
@@ -351,10 +356,7 @@ class Averages(TrackedAverages):
         "Where the tensors of a set of weights lie, and what they are"
         if name not in self and name == self.held: return [], []      # there is nothing to exchange
         if name == 'raw':
-            places = Selection(self.model).places
-            seen = {(id(d), k) for d, k in places}
-            buffers = [(m._buffers, k) for m in self.model.modules() for k in m._buffers if m._buffers[k] is not None]
-            places += [(d, k) for d, k in buffers if (id(d), k) not in seen]
+            places = [(d, k) for *_, d, k in named_places(self.model)]
             return places, raw_values(self.model, places)
         return self._known(name).average.contents()
 

@@ -6,8 +6,8 @@
 __all__ = ['bn_layers', 'bn_state', 'load_bn_state', 'update_bn']
 
 # %% ../../nbs/averaging/06_batchnorm.ipynb #00000002
-import sys
-from collections.abc import Mapping
+import sys, warnings
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from itertools import chain, islice
 
@@ -120,6 +120,15 @@ def outputs(module, batch):
             e.add_note(f'(the model got the first of {len(batch)} elements of a batch: '
                        'forward=lambda m, b: m(*b) gives it all of them)')
         raise
+
+def check_bn_data(module, data, each):
+    "ValueError if `data` can be gone through only once, though `each` needs it; a warning where it is lacking"
+    if isinstance(data, Iterator):
+        raise ValueError(f'bn_data is gone through for each {each}: give a list or loader; '
+                         f'got a {type(data).__name__}')
+    if data is None and bn_layers(module):
+        warnings.warn('the model has BatchNorm, whose statistics do not fit other weights: give training batches as '
+                      'bn_data')
 
 # %% ../../nbs/averaging/06_batchnorm.ipynb #0000000a
 @torch.no_grad()

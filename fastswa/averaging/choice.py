@@ -7,16 +7,15 @@ __all__ = ['Choice', 'choose']
 
 # %% ../../nbs/averaging/15_choice.ipynb #d5e993a6
 import math, warnings
-from collections.abc import Iterator
 
 import torch
 
 from .averages import Averages
-from .batchnorm import bn_layers
-from .ensembles import Snapshot, average_of, decay_weights, latest
+from .batchnorm import check_bn_data
+from .ensembles import Blend, Snapshot, decay_weights, latest
 from .holding import holding_as_before
 from .rules import ema
-from ..core import check_choice, check_number, is_quiet, uninterrupted
+from ..core import check_choice, check_number, progress_bar, uninterrupted
 from ..module_state import keep_modes
 from ..plot import plot_choice
 from ..random_state import keep_rng
@@ -76,14 +75,6 @@ class Choice:
         "Plot the scores over half-life and length of the merge, a line for each shape and blend; returns the axes"
         return plot_choice(self.table, self.best, axes)
 
-# %% ../../nbs/averaging/15_choice.ipynb #1aa50a5e
-def _blended(average, weights, raw, blend):
-    "An `Average` that is `weights` by `blend`, the rest `raw`; statistics are those of `weights`"
-    params = {k for k, _ in average.source.named_parameters(remove_duplicate=False)}
-    def mix(old, v): return torch.where(old == v, v, torch.lerp(old, v, blend))      # infinities that never moved stay
-    mixed = {k: mix(raw[k].to(v), v) if k in params else v for k, v in weights.items()}
-    return average_of(average, mixed if blend != 1 else weights)
-
 # %% ../../nbs/averaging/15_choice.ipynb #f77c742f
 @torch.no_grad()
 def choose(
@@ -109,17 +100,12 @@ def choose(
     blends = [check_number('a blend', blend) for blend in _several(blends)]
     averages = Averages(average.source)
     averages.bn_data,averages.bn_forward,averages.bn_batches = bn_data,forward,n_batches
-    if isinstance(bn_data, Iterator):
-        raise ValueError('bn_data is gone through for each candidate: give a list or loader; '
-                         f'got a {type(bn_data).__name__}')
-    if bn_data is None and bn_layers(average.source):
-        warnings.warn('the model has BatchNorm, whose statistics do not fit averaged weights: give bn_data=, batches '
-                      'of training data')
+    check_bn_data(average.source, bn_data, 'candidate')
     total,first = 1 + len(windows)*len(blends),None
     try:
         # around what keeps the same for each candidate: Ctrl-C may come just before a block is left
         with keep_rng(), keep_modes(average.source), holding_as_before(average.source):
-            for row, weights in _progress(_candidates(average, averages, windows, blends), total):
+            for row, weights in progress_bar(_candidates(average, averages, windows, blends), 'candidates', total):
                 e = _try(choice, row, weights, averages, evaluate)
                 first = first or e
     except KeyboardInterrupt:
@@ -129,10 +115,6 @@ def choose(
         raise RuntimeError(f'no candidate has a score: {choice.table[0]["note"]}') from first
     return choice
 
-def _progress(candidates, total):
-    from tqdm import tqdm
-    return tqdm(candidates, 'candidates', total, leave=False, delay=2, disable=is_quiet())
-
 def _candidates(average, averages, windows, blends):
     "The row of each, and an `Average` of these weights"
     raw = Snapshot(average.source)      # what `evaluate` writes does not get into the raw weights themselves
@@ -140,7 +122,8 @@ def _candidates(average, averages, windows, blends):
     yield _row('raw'), raw
     for row, window in windows:
         weights = average.reconstruct(window)
-        for blend in blends: yield dict(row, blend=blend), _blended(average, weights, raw.weights, blend)
+        for blend in blends:
+            yield dict(row, blend=blend), Blend.made_of(average, row['average'], blend, weights)
 
 def _try(choice, row, average, averages, evaluate):
     "Note the score of a candidate; returns the exception where there was one"

@@ -21,13 +21,6 @@ from .tensors import WHOLE, check_same, locked
 from ..core import check_choice, check_number, check_whole, local, uninterrupted
 
 # %% ../../nbs/averaging/08_ensembles.ipynb #00000006
-def average_of(average, weights):
-    "An `Average` for the same module that has these weights: for its `applied`"
-    chosen = average._selection
-    res = Average(average.source, dtype=average.dtype, include=chosen.include, exclude=chosen.exclude)
-    res.load_state_dict(dict(n=1, skipped=0, rule=repr(res.rule), weights=weights))
-    return res
-
 class KeepsSnapshots(Average):
     "An average that keeps more lists of tensors like its own; `_take(values)` makes both of a snapshot"
     def reset(self):
@@ -87,6 +80,7 @@ class latest:
     "The `k` newest snapshots, weighed as `decay_weights` says"
     k:int
     shape:str='linear'
+    def __post_init__(self): decay_weights(self.k, self.shape)      # says what is wrong with them, if anything
     def __call__(self, n): raise TypeError('a running average cannot forget a snapshot whole: use a LatestAverage')
 
 # %% ../../nbs/averaging/08_ensembles.ipynb #00000009
@@ -101,7 +95,6 @@ class LatestAverage(KeepsSnapshots):
         shape:str='linear', # of the decay that it stands for, see `decay_weights`; `'linear'`: all count the same
         **kwargs, # for `Average`: `dtype`, `device`, `include`, `exclude`, `check_finite`
     ):
-        decay_weights(k, shape)      # says what is wrong with them, if anything
         self.k,self.shape = k,shape
         super().__init__(module, latest(k, shape), **kwargs)
 
@@ -178,25 +171,29 @@ class Blend(Average):
     @classmethod
     @locked
     @torch.no_grad()
-    def made_of(cls, average, of, lam):
-        "The blend of an average of this name and the raw weights; RuntimeError if the average is empty"
-        weights,chosen = average.weights,average._selection
+    def made_of(cls,
+        average:Average, # of the model
+        of:str, # what it is called
+        lam:float, # how much of it, and 1 - lam of the raw weights
+        weights=None, # name → tensor, in place of the average's own
+    ):
+        "The blend of an average and the raw weights, whatever the model holds; RuntimeError if the average is empty"
+        weights = average.weights if weights is None else weights
         average.verify()
+        ours = average._selection
         dtype = average.dtype if average.dtype == torch.float64 else None      # no narrower than either
-        res = cls(average.source, of, lam, dtype=dtype, device=average.device, include=chosen.include,
-                  exclude=chosen.exclude)
-        raw = map(local, raw_values(average.source, res._selection.places))
-        res._avg = res._copies(res._selection.in_order(dict(zip(res._selection.tensors, raw))))
-        res._move_to(res._selection.in_order(weights), lam)
-        res._take_fixed()
+        res = cls(average.source, of, lam, dtype=dtype, device=average.device, include=ours.include,
+                  exclude=ours.exclude)
+        ours = res._selection
+        raw = dict(zip(ours.tensors, map(local, raw_values(average.source, ours.places))))
+        res._avg = res._copies(ours.in_order(weights))
+        for mine, old, is_param in zip(res._avg, ours.in_order(raw), ours.params):
+            share = lam if is_param else min(max(lam, 0), 1)
+            if share == 1: continue      # bit for bit, as with 0
+            mixed = torch.lerp(old.to(mine), mine, share) if share else old
+            mine.copy_(mixed.where(mixed.isfinite(), old.to(mixed)))      # infinities of a mask have no blend
         res._taken = average.n
         return res
-
-    def _move_to(self, average, lam):
-        for mine, a, is_param in zip(self._avg, average, self._selection.params):
-            share = lam if is_param else min(max(lam, 0), 1)
-            if share == 1: mine.copy_(a)      # bit for bit, as with 0
-            elif share: mine.lerp_(a.to(mine), share)
 
     def update(self, module=None, steps=1):
         "RuntimeError: it stands still"
@@ -209,9 +206,10 @@ class Blend(Average):
     def from_state(cls,
         module:nn.Module, # the model
         state:dict, # from `state_dict`
+        device=None, # where it lies; None: where each weight does
     ):
         "The blend that was saved"
-        res = cls(module, **state['blend'])
+        res = cls(module, **state['blend'], device=device)
         res.load_state_dict(state)
         return res
 

@@ -229,6 +229,8 @@ def raw_values(
             raw |= {(id(d), k): v for (d, k), v in zip((*h.places, *h.buffers), h.kept)}
     return [raw.get((id(d), k), d[k]) for d, k in places]
 
+_LARGE = 2**20 # elements: frozen weights of this size, as adapters are trained beside, no forward pass writes to
+
 def holding(
     module:nn.Module, # a model, compiled or wrapped ones too
     name:str, # what it is to hold
@@ -243,10 +245,11 @@ def holding(
         undo.callback(held.release, layers)
         held.take(layers, values, stash)
         covered = {*map(id, held.tensors)}      # as buffers are; a forward pass may write to the others, too
-        others = [(m._parameters, k) for m in layers for k, p in m._parameters.items() if id(p) not in covered]
+        others = [(m._parameters, k) for m in layers for k, p in m._parameters.items()
+                  if p is not None and id(p) not in covered and (p.requires_grad or p.numel() < _LARGE)]
         # unless others have put everything back
         keep_state(*layers, places=others, when=lambda: held.active).enter(undo)
-        return held
+        return module
     return Context(enter)
 
 def holding_as_before(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['copy_params', 'avg_params', 'to_averaged_model', 'from_averaged_model', 'load_timm_ema', 'load_torch_ema',
-           'load_ema_pytorch', 'load_lightning', 'write_tensors', 'save_safetensors']
+           'load_ema_pytorch', 'load_lightning', 'load_diffusers_ema', 'load_composer_ema', 'load_torchtitan_ema',
+           'write_tensors', 'save_safetensors']
 
 # %% ../../nbs/averaging/11_interchange.ipynb #00000002
 import warnings
@@ -162,8 +163,9 @@ def _plain_names(state, average):
     "`state` by the names of the plain model: without prefixes that all its names have and the model's have not"
     names = set(find_tensors(average.source))
     state = {k.replace('_orig_mod.', ''): v for k, v in state.items()}
-    while state and not names <= set(state) and all(k.startswith('module.') for k in state):
-        state = {k.removeprefix('module.'): v for k, v in state.items()}
+    for prefix in 'module.', 'model.':
+        while state and names.isdisjoint(state) and all(k.startswith(prefix) for k in state):
+            state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
 
 def load_timm_ema(
@@ -187,17 +189,20 @@ def load_torch_ema(
     "Go on from an average by torch-ema; ValueError if the number of its tensors, or a shape, is not the model's"
     missing = [k for k in ('shadow_params', 'num_updates') if k not in state]
     _refuse('this is no state of torch-ema, without', missing)
-    shadow = state['shadow_params']
+    tensors = _by_order(average, state['shadow_params'], 'torch-ema')
+    if n is None and state['num_updates'] is not None: n = state['num_updates'] + 1
+    _load(average, _count(average, n, 'torch-ema'), tensors, 'the average of torch-ema')
+
+def _by_order(average, shadow, where):
+    "By name what a library keeps in the order of `parameters()`, of all or of those that are trained"
     params = list(average.source.parameters())
     trained = [p for p in params if p.requires_grad]
     chosen = params if len(shadow) == len(params) else trained
     if len(shadow) != len(chosen):
-        raise ValueError(f'the average of torch-ema has {len(shadow)} tensors; the model has {len(params)} parameters, '
+        raise ValueError(f'the average of {where} has {len(shadow)} tensors; the model has {len(params)} parameters, '
                          f'{len(trained)} of which require gradients')
     theirs = {id(p): t for p, t in zip(chosen, shadow)}
-    tensors = {name: theirs.get(id(d[k]), d[k]) for name, (d, k) in find_tensors(average.source).items()}
-    if n is None and state['num_updates'] is not None: n = state['num_updates'] + 1
-    _load(average, _count(average, n, 'torch-ema'), tensors, 'the average of torch-ema')
+    return {name: theirs.get(id(d[k]), d[k]) for name, (d, k) in find_tensors(average.source).items()}
 
 # %% ../../nbs/averaging/11_interchange.ipynb #00000023
 def load_ema_pytorch(
@@ -229,6 +234,54 @@ def load_lightning(
     elif swa is not None: n,state = swa['n_averaged'],swa['average_model_state']
     else: raise ValueError(f"the checkpoint has no average of Lightning's: it has {', '.join(checkpoint)}")
     _load(average, int(n), _plain_names(state or {}, average), 'the average of Lightning')
+
+# %% ../../nbs/averaging/11_interchange.ipynb #ebb6d9e0
+def load_diffusers_ema(
+    average, # an `Average` to be filled
+    state:dict, # the `state_dict` of a `diffusers.training_utils.EMAModel`
+):
+    "Go on from an average by diffusers, empty if it is; ValueError if the number of its tensors, or a shape, differs"
+    needed = 'shadow_params', 'optimization_step', 'update_after_step'
+    _refuse('this is no state of an EMAModel, without', [k for k in needed if k not in state])
+    tensors = _by_order(average, state['shadow_params'], 'diffusers')
+    n = max(0, state['optimization_step'] - max(0, state['update_after_step']))
+    _load(average, n, tensors, 'the average of diffusers')
+
+# %% ../../nbs/averaging/11_interchange.ipynb #f9e88b54
+def load_composer_ema(
+    average, # an `Average` to be filled
+    checkpoint:dict, # a checkpoint of Composer, or the `state_dict` of its `EMA`
+    n:int|None=None, # snapshots in it, which Composer does not store; needed where the rule depends on it
+):
+    "Go on from an average by Composer; ValueError that lists the names and shapes that differ"
+    state = checkpoint.get('state', checkpoint)
+    algorithm = dict(state.get('algorithms', {})).get('EMA', state)
+    if 'ema_model' not in algorithm:
+        raise ValueError(f'this is no checkpoint of a run with Composer\'s EMA: it has {some_names(list(state))}')
+    swapped = algorithm.get('ema_weights_active', False)
+    if swapped and 'model' not in state:
+        raise ValueError('the model held the average when this was saved, so it is not in here: give the checkpoint')
+    saved = state['model'] if swapped else algorithm['ema_model']
+    if 'named_parameters_dict' in saved: saved = saved['named_parameters_dict'] | saved['named_buffers_dict']
+    saved = _with_untrained(_plain_names(saved, average), average)
+    _load(average, _count(average, n, 'Composer'), saved, 'the average of Composer')
+
+def load_torchtitan_ema(
+    average, # an `Average` to be filled
+    state:dict, # the `state_dict` of torchtitan's `EMA`, with or without the `ema.` of a checkpoint before its names
+    n:int|None=None, # snapshots in it, which torchtitan does not store; needed where the rule depends on it
+):
+    "Go on from an average by torchtitan; ValueError that lists the names and shapes that differ"
+    own = {k.removeprefix('ema.'): v for k, v in state.items() if k.endswith('.ema_params')}
+    if not own:
+        raise ValueError(f"the state has no names that end with '.ema_params'; it has {some_names(list(state))}")
+    saved = {k.removeprefix('state.').removesuffix('.ema_params'): v for k, v in own.items()}
+    saved = _with_untrained(_plain_names(saved, average), average)
+    _load(average, _count(average, n, 'torchtitan'), saved, 'the average of torchtitan')
+
+def _with_untrained(tensors, average):
+    "With the model's own frozen weights and statistics where a library averages only what is trained"
+    return {name: d[k] for name, (d, k) in find_tensors(average.source).items() if not d[k].requires_grad} | tensors
 
 # %% ../../nbs/averaging/11_interchange.ipynb #00000029
 def write_tensors(

@@ -6,6 +6,7 @@
 __all__ = ['power_profile', 'PostHocEMA']
 
 # %% ../../nbs/averaging/10_posthoc.ipynb #00000002
+import pickle
 from pathlib import Path
 
 import numpy as np, torch
@@ -13,7 +14,8 @@ from torch import nn
 
 from .average import Average
 from .snapshots import move
-from .ensembles import DECAYS, average_of, latest
+from .ensembles import DECAYS, latest
+from .holding import holding
 from .rules import power
 from .tensors import locked
 from ..core import check_whole, later
@@ -83,7 +85,14 @@ def _merged(window, steps):
     return p
 
 # %% ../../nbs/averaging/10_posthoc.ipynb #0000000d
-def _loaded(path): return torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+def _loaded(path):
+    "What is in a file; ValueError that names it if that is no snapshot"
+    try:
+        state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+        if isinstance(state, dict): return state
+        why = f'it holds a {type(state).__name__}'
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e: why = str(e).split('\n')[0]
+    raise ValueError(f'{path} is damaged, or no snapshot of PostHocEMA: {why}')
 
 class StoresSnapshots(Average):
     "Averages by `power`, and snapshots of them in memory or in files"
@@ -93,7 +102,7 @@ class StoresSnapshots(Average):
         every:int|None=100, # updates between two snapshots; None: only those that `store` takes
         *,
         keep:int|None=40, # snapshots stored at most; when there are more, some are left out evenly; None: all stay
-        folder=None, # write snapshots here, and find those that are here; None: keep them in the host's memory
+        folder=None, # write snapshots here, and find those that are here; None: in memory and in each checkpoint
         **kwargs, # for `Average`: `dtype`, `device`, `include`, `exclude`, `check_finite`
     ):
         rules = [power(sigma_rel=s) for s in sigma_rels]
@@ -219,7 +228,10 @@ class StoresSnapshots(Average):
 
 # %% ../../nbs/averaging/10_posthoc.ipynb #7d1c0a52
 class PostHocEMA(StoresSnapshots):
-    "Averages by `power` whose snapshots give an average of any other window afterwards; arXiv 2312.02696, sec. 3.2"
+    """Averages by `power` whose snapshots give an average of any other window afterwards; arXiv 2312.02696, sec. 3.2
+
+    Without `folder`, the host's memory and each checkpoint hold up to `keep` snapshots: 80 copies of the weights by
+    default, a copy for each of `sigma_rels` in each of 40. With `folder` they are files, and in no checkpoint."""
     def _fit(self, window, step):
         steps = self.steps
         if len(steps) < 2:
@@ -264,6 +276,7 @@ class PostHocEMA(StoresSnapshots):
         step:int|None=None, # one of `steps`; None: the last
     ):
         "A context: inside it the module holds the reconstruction; after it, whatever happened, its own weights"
-        return average_of(self, self.reconstruct(window, step)).applied()
+        weights = self.reconstruct(window, step)
+        return holding(self.source, 'average', self._selection.places, list(weights.values()))
 
     choose = later('averaging.choice', 'choose')

@@ -63,6 +63,11 @@ class SWAD(KeepsSnapshots):
         return valley(self.losses, self.optimum, self.overfit, self.tolerance)
 
     @property
+    def skipped(self) -> int:
+        "Snapshots that were left out, since they were not finite"
+        return self.segment.skipped
+
+    @property
     def ended(self) -> bool:
         "Is the valley over, so that nothing changes any more?"
         return self.valley is not None and self.valley[1] is not None
@@ -90,7 +95,9 @@ class SWAD(KeepsSnapshots):
             self.losses.append(float(loss))
             self._kept.append(self._copies(self._selection.in_order(self.segment.weights)))
             self._counts.append(self.segment.n)
+            skipped = self.skipped
             self.segment.reset()
+            self.segment._skipped = skipped
             self._compute_mean()
 
     def _compute_mean(self):

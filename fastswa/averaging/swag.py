@@ -6,17 +6,16 @@
 __all__ = ['SWAG']
 
 # %% ../../nbs/averaging/09_swag.ipynb #00000002
-import math, warnings
-from collections.abc import Iterator
+import math
 
 import torch
 from torch import nn
 
-from .batchnorm import bn_layers, outputs, update_bn
-from .ensembles import KeepsSnapshots, average_of
-from .holding import holding_as_before
+from .batchnorm import check_bn_data, outputs, update_bn
+from .ensembles import KeepsSnapshots
+from .holding import holding, holding_as_before
 from .rules import equal
-from ..core import check_number, check_whole
+from ..core import check_number, check_whole, progress_bar
 from ..module_state import keep_modes
 from ..random_state import keep_rng, generators_in
 
@@ -108,13 +107,7 @@ class SWAG(KeepsSnapshots):
     ) -> torch.Tensor: # (N, …) on the CPU
         "The mean of what `n` sampled models predict, in eval mode; module and random state are afterwards as before"
         check_whole('n', n)
-        if bn_data is None and bn_layers(self.source):
-            warnings.warn('the model has BatchNorm, whose statistics fit no sample: give training batches as bn_data')
-        if isinstance(bn_data, Iterator):
-            raise ValueError('bn_data is gone through for each sample: give a list or loader; '
-                             f'got a {type(bn_data).__name__}')
-        from tqdm import tqdm
-        sampled = average_of(self, self.weights)
+        check_bn_data(self.source, bn_data, 'sample')
         loaders = [*generators_in(batches), *generators_in(bn_data)]
         # twice, and around what keeps the same for each sample: Ctrl-C may come just before a block is left
         with keep_rng(*loaders):
@@ -122,9 +115,9 @@ class SWAG(KeepsSnapshots):
                 batches = list(batches)
                 if not batches: raise ValueError('there are no batches to predict')
                 means = None
-                for i in tqdm(range(n), 'samples', leave=False, disable=None):
-                    sampled._copies(sampled._selection.in_order(self.sample(scale, generator)), sampled._avg)
-                    with sampled.applied() as module:
+                for i in progress_bar(range(n), 'samples'):
+                    sampled = self.sample(scale, generator)
+                    with holding(self.source, 'sample', self._selection.places, list(sampled.values())) as module:
                         if bn_data is not None: update_bn(module, bn_data, forward=forward)
                         new = probabilities(module, batches, forward, activation)
                     means = [m.lerp_(p, 1/(i + 1)) for m, p in zip(means, new)] if means else new

@@ -31,8 +31,13 @@ def _listed(patterns): return [patterns] if isinstance(patterns, str) else list(
 
 def some_names(names): return ', '.join(names[:8]) + (', …' if len(names) > 8 else '')
 
-def _matches(name, t, patterns):
-    return any(fnmatchcase(name, p) or (p == 'trainable' and t.requires_grad) for p in _listed(patterns))
+def _matcher(patterns):
+    "Is a tensor among those that glob patterns mean? Names in full, of which there may be thousands, are looked up"
+    names,globs = {*_listed(patterns)},[p for p in _listed(patterns) if {*p} & {*'*?['}]
+    def matches(name, t):
+        if name in names or 'trainable' in names and t.requires_grad: return True
+        return any(fnmatchcase(name, p) for p in globs)
+    return matches
 
 def named_places(module):
     "Name, layer, dict and key of each parameter and buffer, tied ones under every name"
@@ -50,10 +55,11 @@ def has_mean(t): return t.is_floating_point() or t.is_complex()
 
 def _all_places(module, include):
     "Name, holder and key of each tensor that could be averaged, buffers that are asked for by name among them"
+    asked = {*_listed(include)}
     for name, m, d, k in named_places(module):
         if include == WHOLE and d is m._buffers: yield name, d, k
         elif not has_mean(d[k]): continue
-        elif d is m._parameters or k in stat_buffers(m)[:2] or name in _listed(include): yield name, d, k
+        elif d is m._parameters or k in stat_buffers(m)[:2] or name in asked: yield name, d, k
 
 def renormalises(layer):
     "Does a layer write to its weight whenever it is used, as an embedding with `max_norm` does?"
@@ -69,19 +75,19 @@ def find_tensors(
     exclude=None, # glob patterns of names to leave out
 ) -> dict: # name → the dict that holds the tensor, and its key there
     "Where the floating-point parameters and BatchNorm statistics of a model are; ValueError if none is left"
-    found,names = {},[]
-    for name, holder, k in _all_places(module, include):
+    places = {name: (holder, k) for name, holder, k in _all_places(module, include)}
+    found,included,excluded = {},_matcher(include),_matcher(exclude)
+    for name, (holder, k) in places.items():
         t = holder[k]
         if is_lazy(t): raise ValueError(f'{name} has no shape yet: run a batch through the lazy module first')
-        names.append(name)
-        wanted = include in (None, WHOLE) or _matches(name, t, include)
-        if wanted and not _matches(name, t, exclude): found[name] = holder, k
+        wanted = include in (None, WHOLE) or included(name, t)
+        if wanted and not excluded(name, t): found[name] = holder, k
     for p in (*_listed(include), *_listed(exclude)):
-        if p in ('trainable', WHOLE) or any(fnmatchcase(name, p) for name in names): continue
+        if p in ('trainable', WHOLE) or p in places or any(fnmatchcase(name, p) for name in places): continue
         if any(fnmatchcase(name, p) and not has_mean(d[k]) for name, _, d, k in named_places(module)):
             raise ValueError(f'{p!r} names integer buffers, which are taken from the model as they are and never '
                              'averaged: leave it out')
-        raise ValueError(f'the pattern {p!r} matches no weights; there are {some_names(names)}')
+        raise ValueError(f'the pattern {p!r} matches no weights; there are {some_names([*places])}')
     if not found: raise ValueError(f'no weights to average are left by include={include!r}, exclude={exclude!r}')
     quantised = [name for name, (d, k) in found.items() if _is_quantised(d[k])]
     if quantised:

@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 from operator import length_hint
 
 from .progress import LogView, find_view
-from ..core import check_whole, is_quiet
+from ..core import check_whole, is_quiet, progress_bar
 from ..training.events import Callback, CancelBatchException, Stage
 from ..training.sandbox import keep_learner, prepared_batches
 
@@ -44,16 +44,14 @@ class TrainingBatches:
         return self
 
     def __iter__(self):
-        from tqdm import tqdm
         learn = self.learn
         with keep_learner(learn, self.cbs):
             dl = learn.dls.train
             learn.own_cbs.evaluation.check(learn, dl, self.cbs, training=True)
             total = min(filter(None, (length_hint(dl), learn.averages.bn_batches)), default=None)
-            silent = is_quiet(learn) or type(find_view()) is LogView
+            hidden = is_quiet(learn) or type(find_view()) is LogView
             with closing(prepared_batches(learn, dl, cbs=self.cbs)) as batches:
-                # after two seconds, which most passes do not take
-                yield from tqdm(batches, 'BatchNorm statistics', total, leave=False, delay=2, unit='ba', disable=silent)
+                yield from progress_bar(batches, 'BatchNorm statistics', total, hidden, unit='ba')
 
     def predict(self, model, batch):
         "A forward pass of the plain model, as the learner makes it"

@@ -13,7 +13,7 @@ import torch
 from ..batches import batch_size, batch_targets, first_tensor, map_tensors
 from ..core import check_choice, is_quiet, plain
 from ..tables import format_value
-from ..training.events import Callback, Stage
+from ..training.events import Callback, Stage, short
 
 # %% ../../nbs/callbacks/01_metrics.ipynb #00000006
 _RESERVED = 'loss', 'epoch', 'train', 'weights', 'time'
@@ -50,7 +50,12 @@ class FunctionMetric:
         "Count a batch, of `n` samples if that is known; nothing is read from a GPU"
         if self.over == 'epoch': return self.parts.append((preds, targets))
         n = batch_size((targets, preds)) if n is None else n
-        value = torch.as_tensor(self.f(preds, targets)).detach()
+        value = self.f(preds, targets)
+        try: value = torch.as_tensor(value).detach()
+        except (TypeError, ValueError, RuntimeError): pass      # what it is, is said below
+        if not torch.is_tensor(value) or value.is_complex():
+            raise TypeError(f'{self.__name__} must return a number, or a tensor with one element; got {short(value)}, '
+                            f'a {"complex tensor" if torch.is_tensor(value) else type(value).__name__}')
         if value.numel() != 1:
             raise ValueError(f'{self.__name__} must return a number; got a tensor of shape {tuple(value.shape)}')
         self.total,self.n = self.total + value.float().reshape(())*n,self.n + n

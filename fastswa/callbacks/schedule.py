@@ -103,7 +103,13 @@ class BaseSchedCB(Callback):
             raise ValueError('the schedule needs the number of steps in the fit, but the training loader has no '
                              'length: give the fit max_steps, the loader a `__len__`, or the schedule its total_steps')
         _check_rates(learn.opt)
-        with self._changes.recording(): self.schedo = self.sched(learn.opt, **(dict(total_steps=steps) if asks else {}))
+        try:
+            with self._changes.recording():
+                self.schedo = self.sched(learn.opt, **(dict(total_steps=steps) if asks else {}))
+        except TypeError as e:      # torch's schedulers take no others
+            if isinstance(learn.opt, optim.Optimizer): raise
+            raise TypeError(f'{type(self).__name__} needs an optimizer derived from torch.optim.Optimizer; '
+                            f'{type(learn.opt).__name__} is none: {e}') from e
         if not hasattr(self.schedo, 'step'):
             raise TypeError(f'sched must return a scheduler; it returned {self.schedo!r}')
         _check_length(self.schedo, steps or 0)

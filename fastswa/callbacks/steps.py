@@ -95,7 +95,10 @@ class GradAccumCB(Callback):
 
     def _count(self, learn):
         if self.weight is None: return batch_size(learn.batch, learn.dl)
-        return check_number('weight', float(self.weight(learn.batch)))
+        weight = self.weight(learn.batch)
+        try: weight = float(weight)
+        except (TypeError, ValueError): pass      # what it is, is said below
+        return check_number('weight', weight)
 
     def after_backward(self, learn):
         if not self._at_end:

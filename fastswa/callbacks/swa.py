@@ -15,7 +15,7 @@ from fastcore.meta import delegates
 from ..averaging.average import Average
 from ..averaging.batchnorm import bn_layers
 from ..averaging.ensembles import LatestAverage, decay_weights
-from ..averaging.rules import ema, equal
+from ..averaging.rules import ema, equal, power
 from .batchnorm import BNUpdateCB
 from ..clock import Every, Time
 from ..core import check_choice, check_number, is_quiet, unwrap
@@ -196,15 +196,17 @@ class EMACB(AverageCB):
     @with_arguments_of(AverageCB, but=['rule', 'restart'])
     def __init__(self,
         decay:float|None=None, # what is left of the average after a step, from 0 to 1
-        half_life:str|None=None, # or: the time after which a snapshot counts half; neither: '0.05dur', warmup 'ratio'
+        half_life:str|None=None, # or: the time after which a snapshot counts half; neither: 5 % of the steps so far
         warmup:str|None=None, # a shorter memory at the start: `'ratio'`, `'power'`, or None; see `averaging.rules.ema`
         every:str='1ba', # how often
         start:str='0ba', # from when on
         *, name:str='ema', **kwargs
     ):
-        if decay is None and half_life is None: half_life,warmup = '0.05dur',warmup or 'ratio'
         if half_life is not None: Time.parse(half_life, 'half_life', zero=False)
-        super().__init__(ema(decay, half_life, warmup), start, every, name=name, **kwargs)
+        if (decay, half_life, warmup) == (None, None, None): rule = power(half_life=0.05)
+        elif decay is None: rule = ema(half_life=half_life or '0.05dur', warmup=warmup)
+        else: rule = ema(decay, half_life, warmup)
+        super().__init__(rule, start, every, name=name, **kwargs)
 
 class SWACB(AverageCB):
     "Stochastic weight averaging: the mean of snapshots from the last part of the fit, arXiv 1803.05407"

@@ -62,7 +62,7 @@ class PostHocEMACB(_NowAndThen, AverageCB):
         sigma_rels=(0.05, 0.28), # widths of the averages that are followed; the row shows the first
         every:str='0.025dur', # how often they are stored
         start:str='0ba', # from when on
-        folder=None, # where to store them; None: in memory
+        folder=None, # where to store them; None: in memory, and up to 80 copies of the weights in each checkpoint
         keep:int|None=40, # snapshots stored at most; when there are more, some are left out evenly; None: all stay
         *, name:str='posthoc', **kwargs
     ):
@@ -142,10 +142,13 @@ class SWADCB(AverageCB):
             raise ValueError('SWADCB goes by the validation loss, but there is no validation loader: dls.valid is None')
         super().before_fit(learn)
 
+    def before_epoch(self, learn):
+        if learn.training: Watched('loss').check(learn, rows=True)
+
     def after_epoch(self, learn):
         super().after_epoch(learn)
-        if learn.will_train and not learn.training and learn.weights == 'raw':
-            self.average.step(learn.history[-1]['loss'])
+        loss = Watched('loss').value(learn) if learn.will_train and not learn.training else None
+        if loss is not None: self.average.step(loss)
 
 # %% ../../nbs/callbacks/04_swa_variants.ipynb #4405c61d
 class BEMACB(AverageCB):

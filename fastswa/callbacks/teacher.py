@@ -25,7 +25,7 @@ class TeacherCB(AverageCB):
 
     It begins as a copy of the model when the first fit begins, and goes on in the next ones. BYOL, arXiv 2006.07733;
     Mean Teacher, arXiv 1703.01780. Raises ValueError before training where a decay that changes needs the length of
-    the fit, which nobody knows."""
+    the fit, which nobody knows. For a bf16 model see `Average.live`: the teacher is fp32."""
     stand_in = _ModelAsTeacher()
     @with_arguments_of(AverageCB, but=['rule', 'start', 'phase', 'at'])
     def __init__(self,

@@ -61,6 +61,7 @@ class Watched:
         modes = [self.given, higher if higher is None else 'max' if higher else 'min',
                  *(_mode_of(cls.__name__) for cls in type(metric).__mro__), _mode_of(self.column)]
         self.mode = next(filter(None, modes), None)
+        if self.mode is None: self._check_column(learn)      # its name may be misspelled
         if self.mode is None and needed:
             raise ValueError(f"is small or large {self.name!r} good? Its name does not tell: give mode='min' or 'max'")
 
@@ -72,9 +73,12 @@ class Watched:
         if self.weights not in names:
             raise ValueError(f'{self.name!r}: no weights are called {self.weights!r}; '
                              f'there are {", ".join(names[1:])}, and train for the rows of training')
+        self._check_column(learn)
+        if rows and self.weights != 'train' and not learn.resuming: self._check_row(learn)
+
+    def _check_column(self, learn):
         columns = [*_metrics(learn), 'loss']
         if self.column not in columns and not _other_columns(learn): self._refuse(learn, columns)
-        if rows and self.weights != 'train' and not learn.resuming: self._check_row(learn)
 
     def _check_row(self, learn):
         lacks = getattr(learn.dls, 'valid', None) is None

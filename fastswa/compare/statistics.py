@@ -49,7 +49,7 @@ def paired_difference(
     if np.shape(values) != np.shape(baseline) or np.ndim(values) != 1:
         raise ValueError('a value of the baseline is needed for each seed; '
                          f'got shapes {np.shape(values)} and {np.shape(baseline)}')
-    d = np.subtract(values, baseline, dtype=float)
+    d = np.subtract(np.asarray(values), np.asarray(baseline), dtype=float)
     if not np.isfinite(d).all(): raise ValueError('values must be finite: leave out the seeds in which a run failed')
     n = len(d)
     if n == 0: return Difference(0, *[math.nan]*5)

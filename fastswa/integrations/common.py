@@ -30,10 +30,16 @@ def _adder(name, words):
                         f'Averages.add, such as dict(rule=equal(), start=\'0.75dur\'); got {name}={words["rule"]!r}')
     rule = words.pop('rule', equal())
     if not isinstance(rule, type) or not issubclass(rule, Average):
-        return lambda averages, **more: averages.add(name, rule, **words | more)
+        return lambda averages, defaults={}, **more: averages.add(name, rule, **defaults | words | more)
     when = {k: words.pop(k) for k in _WHEN if k in words}
-    def add(averages, now, **more): return averages.add(name, rule(averages.model, **words | more), now=now, **when)
+    def add(averages, defaults={}, *, now, **more):
+        return averages.add(name, rule(averages.model, **defaults | words | more), now=now, **when)
     return add
+
+def adapters_of(model):
+    "Names of what is trained of a model to which PEFT has added adapters; None for others"
+    if not any(hasattr(m, 'peft_config') for m in model.modules()): return None
+    return [name for name, p in model.named_parameters() if p.requires_grad]
 
 _WHEN = {*signature(Averages.add).parameters} - {'self', 'name', 'rule', 'options'}
 
@@ -42,8 +48,8 @@ def average_adders(
 ) -> dict: # name → a function that adds this average to some `Averages`
     "Raises ValueError or TypeError if the words of an adapter are wrong, before there is a model"
     if not averages: raise ValueError('no average is asked for: name one, as in ema=ema(half_life=\'0.05dur\')')
-    adders,trial = {name: _adder(name, words) for name, words in averages.items()},Averages(nn.Linear(1, 1))
-    # the names of its weights are those of no model
+    adders = {name: _adder(name, words) for name, words in averages.items()}
+    trial = Averages(nn.LayerNorm(1))      # draws no random numbers; the names of its weights are those of no model
     for name, add in adders.items(): add(trial, include=None, exclude=None, now=False)
     return adders
 
@@ -60,16 +66,17 @@ class Adapter:
         self.adders = average_adders(averages)
         if apply is not None: check_choice('apply', apply, self.adders)
         self.apply,self.bn_batches = apply,check_whole('bn_batches', bn_batches, low=0, none=True)
-        self._saved = None
+        self._saved = self._trained = None
 
     def attach(self,
         model:nn.Module, # with all its layers
         bn_data=None, # batches for BatchNorm statistics, or a function that gives some; None: those from before
     ) -> Averages:
-        "The averages of this model, new ones if it is another than before"
-        if self.averages is None or self.averages.model is not unwrap(model):
-            self.averages = Averages(model)
-            for add in self.adders.values(): add(self.averages, now=False)
+        "The averages of this model, new ones if it, or which of its adapters is trained, is another than before"
+        trained = adapters_of(model)      # of these weights only there is an average, unless the user says otherwise
+        if self.averages is None or self.averages.model is not unwrap(model) or trained != self._trained:
+            self.averages,self._trained = Averages(model),trained
+            for add in self.adders.values(): add(self.averages, dict(include='trainable') if trained else {}, now=False)
         a,k = self.averages,self.bn_batches
         if bn_data is not None and k != 0: a.bn_data = bn_data
         a.bn_forward,a.bn_batches,a.quick_batches = self.bn_forward,k or None,min(20, k or 20)
@@ -98,11 +105,14 @@ class Adapter:
         if self._saved: self.averages.load_state_dict(self._saved)
         self._saved = None
 
-    def hold_applied(self):
+    def hold_applied(self,
+        otherwise:str|None=None, # the average to hold where none was asked for
+    ):
         "The model holds the average that was asked for; with a warning its raw weights, if that has no snapshot"
-        if self.apply is None or self.averages.held == self.apply: return
-        if self.averages[self.apply].n: self.averages.apply(self.apply)
-        else: warnings.warn(f'{self.apply!r} has no snapshot: the model holds its raw weights')
+        name = self.apply or otherwise
+        if name is None or self.averages.held == name: return
+        if self.averages[name].n: self.averages.apply(name)
+        else: warnings.warn(f'{name!r} has no snapshot: the model holds its raw weights')
 
     def rows(self) -> list:
         "Names of the averages that have a row at a validation now"

@@ -34,7 +34,10 @@ def make_opt(
     if not callable(opt_func):
         raise TypeError('opt_func must make an optimizer when it is called with parameters and rate, as optim.SGD or '
                         f'partial(optim.AdamW, weight_decay=0.1) do; got {_said(opt_func)}')
-    opt = opt_func(params, lr)
+    try: opt = opt_func(params, lr)
+    except TypeError as e:
+        if lr is not None: raise
+        raise TypeError('opt_func cannot be called with lr=None: give the learner or the fit a learning rate') from e
     lacks = [k for k in ('step', 'zero_grad') if not callable(getattr(opt, k, None))]
     if lacks or isinstance(opt, type):
         raise TypeError('opt_func must return an optimizer, or anything with step and zero_grad; it returned '
@@ -84,7 +87,7 @@ def opt_fits(
     "Are all its parameters among these, and does it hold those that are new since it was made?"
     return _held(opt) <= ids(params) and not new_params(opt, params)
 
-def keep_state(
+def carry_state_over(
     old, # an optimizer
     new, # the one that takes its place
 ):
@@ -140,7 +143,7 @@ class HasOptimizer:
         if self._is_ready and _held(self._opt) <= ids(params): return self._opt      # new ones may be added by hand
         if self._opt is None or not opt_fits(self._opt, params):
             old,self.opt = self._opt,make_opt(self.opt_func, self.model, self._rate(), loss_tensors(self))
-            if old is not None: keep_state(old, self._opt)
+            if old is not None: carry_state_over(old, self._opt)
         set_rates(self._opt, self._rate())
         self.options,self._is_ready = group_options(self._opt),True
         return self._opt

@@ -26,7 +26,7 @@ def hooked_optimizers(
         if isinstance(o, (list, tuple, dict)): inside = o.values() if isinstance(o, dict) else o
         elif callable(getattr(o, 'step', None)): inside = getattr(o, '__dict__', {}).values()
         else: return
-        hooked = hasattr(o, '_optimizer_step_post_hooks') and getattr(type(o).step, 'hooked', False)
+        hooked = hasattr(o, '_optimizer_step_post_hooks') and getattr(getattr(type(o), 'step', None), 'hooked', False)
         if hooked: found.append(o)
         for v in () if hooked and outermost else [*inside]: visit(v)
     visit(opt)

@@ -48,13 +48,15 @@ def generators(
     skip = [learn, *_apart(learn)]
     return generators_in(*_loaders(learn), learn.model, *by_order(learn.cbs), own, type(learn), skip=skip)
 
-def _left(learn):
+def _left_alone(learn):
     "What a look leaves alone, or is seen to elsewhere"
     return [learn.model, learn.dls, *_apart(learn), *(cb for cb in learn.cbs if not _prepares(cb))]
 
 def _data(learn):
     "What loaders are made of, but for lists of batches"
     return [p for dl in _loaders(learn) for p in loader_parts(dl) if not isinstance(p, (list, tuple, torch.Tensor))]
+
+def _apart_from_loop(learn): return dict(skip=_OF_LOOP, leave=_left_alone(learn), also=_data(learn))
 
 def _gives_steps(cb): return any(hasattr(cb, e) for e in STEPS)
 
@@ -103,8 +105,7 @@ class EvaluationCB(Callback):
 
     def before_epoch(self, learn):
         if learn.training or learn.weights == 'raw': return
-        cbs = filter(_prepares, learn.cbs)
-        self._changes = snapshot(learn, *cbs, skip=_OF_LOOP, leave=_left(learn), also=_data(learn))
+        self._changes = snapshot(learn, *filter(_prepares, learn.cbs), **_apart_from_loop(learn))
 
     def after_epoch(self, learn):
         "What the batches wrote is undone when all have seen the row; what they write about the row stays"
@@ -122,8 +123,7 @@ def _read(learn, dl, cbs, training):
     parts = [p for p in loader_parts(dl) if not of_a_library(getattr(p, '__module__', None))]
     names = dict.fromkeys(getattr(p, '__name__', type(p).__name__) for p in parts)
     changing = [cb for cb in cbs if _prepares(cb) and hasattr(cb, 'before_batch')]
-    kept = dict(skip=_OF_LOOP, leave=_left(learn), also=_data(learn))
-    with keep_rng(*generators(learn)), keep_state(learn, *changing, **kept):
+    with keep_rng(*generators(learn)), keep_state(learn, *changing, **_apart_from_loop(learn)):
         batches,samples = [*islice(dl, 1)],_samples(dl)
         prepared = [*prepared_batches(learn, map_tensors(torch.clone, batches), training, changing)]
     of_data = ' or '.join(names) or type(getattr(dl, 'dataset', dl)).__name__
@@ -202,7 +202,7 @@ def keep_learner(
     def enter(undo):
         kept,evaluation = learn.dls,learn.own_cbs.evaluation
         preparing = [*filter(_prepares, learn.cbs if cbs is None else cbs)]
-        data,left = _data(learn),_left(learn)      # of the loaders as they are
+        data,left = _data(learn),_left_alone(learn)      # of the loaders as they are
         if not learn.in_fit: undo.callback(evaluation.close)
         loaders = {name: evaluation.loader(getattr(kept, name)) for name in ('train', 'valid') if hasattr(kept, name)}
         if valid is not None: loaders['valid'] = _batches(valid)

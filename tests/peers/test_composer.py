@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 from fastswa.averaging.average import Average
 from fastswa.averaging.averages import Averages
-from fastswa.averaging.rules import ema
+from fastswa.averaging.rules import ema, power
 from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.callbacks.early_stopping import EarlyStoppingCB
@@ -83,9 +83,9 @@ def test_smoothing_without_a_half_life():
 
 
 def test_both_or_neither():
-    "Both: an error. Neither: a half-life that is a share of the run, where theirs is an error"
+    "Both: an error. Neither: a half-life that is a share of the steps so far, where theirs is an error"
     with pytest.raises(ValueError, match='give decay or half_life, not both'): EMACB(decay=0.9, half_life='1ep')
-    assert EMACB().rule.half_life == '0.05dur'
+    assert EMACB().rule == power(half_life=0.05)
 
 
 class Held(Callback):

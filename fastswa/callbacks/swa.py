@@ -42,6 +42,7 @@ def with_arguments_of(cls, but):
 class AverageCB(Callback):
     "An average of the weights by any rule, with a row at each validation"
     order,role = Stage.average,'averages'
+    changes_run = False # would the raw weights be others without it?
     def __init__(self,
         rule=equal(), # weight of the newest snapshot by the number before it; see `fastswa.averaging.rules`
         start:str='0ba', # from when on, as in `'0ba'`, `'3ep'`, `'0.75dur'`
@@ -222,6 +223,9 @@ class SWACB(AverageCB):
         if swa_lr is not None and self.at:
             raise ValueError(f'swa_lr={swa_lr} holds the rate, which has no minima then: give no at={self.at!r}')
         self.swa_lr,self.anneal,self._changes = swa_lr,Time.parse(anneal, 'anneal'),None
+
+    @property
+    def changes_run(self): return self.swa_lr is not None
 
     def before_fit(self, learn):
         super().before_fit(learn)

@@ -107,6 +107,7 @@ class PostHocEMACB(_NowAndThen, AverageCB):
 # %% ../../nbs/callbacks/04_swa_variants.ipynb #0000001a
 class SwitchEMACB(_NowAndThen, EMACB):
     "An `EMACB` from whose average training goes on after each epoch (Switch EMA), arXiv 2402.09240, alg. 1"
+    changes_run = True
     @with_arguments_of(EMACB, but=[])
     def __init__(self,
         decay:float|None=None, # what is left of the average after a step, from 0 to 1

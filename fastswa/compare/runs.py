@@ -6,23 +6,25 @@
 __all__ = ['compare', 'Comparison']
 
 # %% ../../nbs/compare/01_runs.ipynb #eb70449a
-import inspect, json, os, platform
+import json, os, platform
+from collections.abc import Iterable, Mapping
+from concurrent.futures import BrokenExecutor
 from contextlib import closing, contextmanager
 from copy import deepcopy
-from functools import partial
 from html import escape
 from itertools import starmap
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 import torch
 
 from ..callbacks.watched import Watched
 from ..callbacks.swa import AverageCB
+from .descriptions import describe
 from .statistics import paired_difference, sampling_error
 from ..core import check_choice, check_whole, is_quiet, plain, quiet
 from ..random_state import keep_rng, seed_generator, set_seed
-from ..files import check_folder, written
+from ..files import as_path, check_folder, written
 from ..plot import GREY, plot_style, subplots, weight_styles
 from ..training.learner import Learner
 from ..training.sandbox import generators
@@ -36,18 +38,27 @@ def _one_thread():
     try: yield
     finally: torch.set_num_threads(before)
 
-def _watcher(name, cb):
+def _watcher(name, cb, seed):
     "A copy of an averaging callback that only watches, under the name of its variant"
     cb = deepcopy(cb)
     cb.name,cb.apply,cb.valid = name,False,True
+    if getattr(cb, 'folder', None): cb.folder = as_path(cb.folder)/f'{name}-{seed}'
     return cb
 
 def _fit(learn, watchers, seed, epochs):
     set_seed(seed)
     for g in generators(learn): seed_generator(g, seed)
-    learn.fit(epochs, cbs=[_watcher(name, cb) for name, cb in watchers.items()])
+    learn.fit(epochs, cbs=[_watcher(name, cb, seed) for name, cb in watchers.items()])
 
 def _size(dl): return len(dl.dataset) if hasattr(dl, 'dataset') and hasattr(dl.dataset, '__len__') else None
+
+def _data_name(dl):
+    "What the data set is called, or else its class; `''` where there is none"
+    ds = getattr(dl, 'dataset', None)
+    return getattr(getattr(ds, 'info', None), 'dataset_name', None) or ('' if ds is None else type(ds).__name__)
+
+def _result(rows=(), error=None, sizes=(None, None), data=''):
+    return dict(rows=[*rows], error=error, sizes=[*sizes], data=data)
 
 def run(name, make, watchers, seed, epochs):
     "Train one learner; its rows of validation, and what went wrong, if anything did"
@@ -55,15 +66,17 @@ def run(name, make, watchers, seed, epochs):
     with keep_rng(), _one_thread(), quiet():
         try:
             set_seed(seed)
-            learn = make(seed)
-            if isinstance(learn, Learner): _fit(learn, watchers, seed, epochs)
+            learn = _check_learner(name, make(seed))
+            _fit(learn, watchers, seed, epochs)
         except Exception as e: error = f'{type(e).__name__}: {e}'
-    if not error and not isinstance(learn, Learner):
-        raise TypeError(f'{name!r} must make a learner when it is called with a seed; it made {learn!r}')
-    history = [] if learn is None else learn.history
-    rows = [_row(name, seed, r) for r in history if r['train'] == 'eval']
-    sizes = [None, None] if learn is None else [_size(getattr(learn.dls, k, None)) for k in ('train', 'valid')]
-    return dict(rows=rows, error=error, sizes=sizes)
+    if learn is None: return _result(error=error)
+    rows = [_row(name, seed, r) for r in learn.history if r['train'] == 'eval']
+    train,valid = (getattr(learn.dls, k, None) for k in ('train', 'valid'))
+    return _result(rows, error, [_size(train), _size(valid)], _data_name(valid))
+
+def _check_learner(name, learn):
+    if isinstance(learn, Learner): return learn
+    raise TypeError(f'{name!r} must make a learner when it is called with a seed; it made {learn!r}')
 
 def _row(name, seed, row):
     "A row of the table: an average of the baseline has its own name, one of another run that of the run before it"
@@ -72,26 +85,23 @@ def _row(name, seed, row):
     return dict(seed=seed, variant=variant, **scores)
 
 # %% ../../nbs/compare/01_runs.ipynb #0dbbdbda
-def _describe(value):
-    "What a variant is, in words that are the same in each process"
-    if isinstance(value, partial):
-        given = [repr(o) for o in value.args] + [f'{k}={v!r}' for k, v in value.keywords.items()]
-        return f'{_describe(value.func)} with {", ".join(given)}'
-    if isinstance(value, AverageCB):
-        fields = {k: getattr(v, 'every', v) for k, v in vars(value).items() if k[0] != '_'}
-        given = [f'{k}={v if k in ("start", "every") else repr(v)}' for k, v in fields.items()
-                 if k not in ('average', 'name', 'apply', 'valid')]
-        return f'{type(value).__name__}({", ".join(given)})'
-    try: return inspect.getsource(value)
-    except (OSError, TypeError): return getattr(value, '__qualname__', repr(value))
+def _read(file, keys, way_out):
+    "A dict from a JSON file; ValueError if it is damaged"
+    try:
+        value = json.loads(file.read_text(encoding='utf-8'))
+        if all(k in value for k in keys): return value
+    except (ValueError, TypeError): pass
+    raise ValueError(f'{file} is damaged: {way_out}')
 
 class _Folder:
-    "Where the finished runs of one experiment are; without a path they are kept in memory"
+    "Where the finished runs of one experiment are; without a path they are not kept"
     def __init__(self, path, experiment):
-        self.path,self.results = path and check_folder(path),{}
+        self.path = path and check_folder(path)
         if self.path is None: return
         file = self.path/'experiment.json'
-        if file.exists(): self._check_same(json.loads(file.read_text(encoding='utf-8')), experiment)
+        if file.exists():
+            saved = _read(file, experiment, 'give another folder, or remove this one')
+            self._check_same(saved, experiment)
         elif any(self.path.iterdir()):
             raise FileExistsError(f'{self.path} holds something else than a comparison: give another folder')
         else: self._write(file, experiment)
@@ -108,10 +118,10 @@ class _Folder:
     def file(self, name, seed): return self.path/f'{name}-{seed}.json'
 
     def get(self, name, seed):
-        "The result of a run, or None"
-        if self.path is None: return self.results.get((name, seed))
-        file = self.file(name, seed)
-        return json.loads(file.read_text(encoding='utf-8')) if file.exists() else None
+        "The result of a run, or None if there is none or it failed"
+        if self.path is None or not self.file(name, seed).exists(): return None
+        result = _read(self.file(name, seed), ['rows', 'error', 'sizes'], 'remove it, and its run is run again')
+        return None if result['error'] else result
 
     def run(self, name, make, watchers, seed, epochs):
         "Run, and keep the result; called in the process that runs"
@@ -120,6 +130,7 @@ class _Folder:
         return name, seed, result
 
 # %% ../../nbs/compare/01_runs.ipynb #58306044
+_KILLED = 'a process was killed, perhaps for want of memory: try fewer n_jobs'
 _ONE_THREAD = dict.fromkeys(['OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'], '1')
 
 def _finished(f, tasks, n_jobs):
@@ -131,7 +142,11 @@ def _finished(f, tasks, n_jobs):
     from joblib.externals.loky import ProcessPoolExecutor, as_completed
     pool,finished = ProcessPoolExecutor(n_jobs, env=_ONE_THREAD),False
     try:
-        for task in as_completed([pool.submit(f, *args) for args in tasks]): yield task.result()
+        futures = {pool.submit(f, *args): args for args in tasks}
+        for task in as_completed(futures):
+            name,*_,seed,_ = futures[task]
+            try: yield task.result()
+            except BrokenExecutor: yield name, seed, _result(error=_KILLED)
         finished = True
     finally: pool.shutdown(kill_workers=not finished)
 
@@ -143,44 +158,61 @@ def compare(
     out=None, # a folder for the finished runs, from which an interrupted comparison goes on; None: in memory
     metric:str|None=None, # by which column to compare; None: the first metric there is, else the loss
     mode:str|None=None, # is `'min'` or `'max'` of it good? None: known for losses, errors, accuracies and the like
-    n_jobs:int|None=None, # processes side by side; None: one for each core, or a single one if there is a GPU
+    n_jobs:int|None=None, # processes side by side; -1: one for each core; None: so too, but a single one with a GPU
 ) -> 'Comparison':
     """Train every variant with every seed, and compare each with the baseline, which is called `'raw'`
 
-    All runs of a seed have the data in the same order. A run that fails is marked, and the others go on. Functions and
-    what they refer to travel to other processes, notebook functions too. Raises ValueError for no seeds, for a name
-    that cannot be used, and for a folder of another experiment; RuntimeError if the baseline failed in every seed."""
+    All runs of a seed have the data in the same order. A run that fails is marked, and the others go on; with a folder
+    it is tried again when the comparison is called again. Functions and what they refer to travel to other processes,
+    notebook functions too. Raises ValueError for no seeds, for a name that cannot be used, for a callback that changes
+    the run it watches, for a metric that the baseline lacks (after its first run), and for a folder of another
+    experiment (other settings, or other code or values that the functions name); RuntimeError if the baseline failed
+    in every seed."""
     from joblib import cpu_count
     from tqdm import tqdm
     seeds = _check_seeds(seeds)
     check_whole('epochs', epochs)
+    check_choice('mode', mode, ['min', 'max', None])
+    if n_jobs is None: n_jobs = 1 if torch.accelerator.is_available() else -1
+    n_jobs = check_whole('n_jobs', cpu_count() if n_jobs == -1 else n_jobs)
     watchers,makers = _check_variants(make_learner, variants)
-    described = {k: _describe(v) for k, v in {**makers, **watchers}.items()}
+    described = {k: describe(v) for k, v in {**makers, **watchers}.items()}
     folder = _Folder(out, dict(epochs=epochs, variants=described))
     results = {(name, seed): folder.get(name, seed) for seed in seeds for name in makers}
     left = [k for k, v in results.items() if v is None]
-    if n_jobs is None: n_jobs = 1 if torch.accelerator.is_available() else cpu_count()
+    for (name, _), result in results.items(): _check_metric(metric, name, result)
     tasks = [(name, makers[name], watchers if name == 'raw' else {}, seed, epochs) for name, seed in left]
     bar = tqdm(total=len(results), initial=len(results) - len(left), desc='runs', disable=is_quiet())
     with bar, closing(_finished(folder.run, tasks, min(n_jobs, len(left) or 1))) as finished:
         for name, seed, result in finished:
+            _check_metric(metric, name, result)      # after the first run rather than after the last
             results[name, seed] = result
             bar.update()
     return Comparison(results, ['raw', *variants], dict(epochs=epochs, variants=described), metric, mode)
 
 def _check_seeds(seeds):
-    if isinstance(seeds, Integral) and not isinstance(seeds, bool): seeds = range(check_whole('seeds', seeds))
-    seeds = [int(s) for s in seeds]
+    if not isinstance(seeds, Iterable): seeds = range(check_whole('seeds', seeds))
+    seeds = [int(check_whole('each of the seeds', s, 0)) for s in seeds]
     if not seeds: raise ValueError('a comparison needs seeds: give how many, such as seeds=5')
     if len({*seeds}) < len(seeds): raise ValueError(f'each seed must be another; got {seeds}')
     return seeds
 
+def _check_metric(metric, name, result):
+    "ValueError if a finished run of the baseline lacks the column"
+    if metric is None or name != 'raw' or not result or result['error'] or not result['rows']: return
+    check_choice('metric', metric, [k for k in result['rows'][0] if k not in ('seed', 'variant', 'epoch')])
+
 def _check_variants(make_learner, variants):
     "Those that watch the baseline's run, and those that are runs of their own, the baseline among them"
+    if not isinstance(variants, Mapping):
+        raise TypeError(f'variants must be a dict, such as dict(ema=EMACB()); got {variants!r}')
     watchers,makers = {},{'raw': make_learner}
     for name, v in variants.items():
         if not isinstance(name, str) or not name or name == 'raw' or '/' in name:
             raise ValueError(f"a variant needs a name other than 'raw', without '/'; got {name!r}")
+        if isinstance(v, AverageCB) and v.changes_run:
+            raise ValueError(f'the variant {name!r} would change the run that it is to watch; got {v!r}: give in its '
+                             'place a function that makes a learner from a seed, with the callback among its cbs')
         if isinstance(v, AverageCB): watchers[name] = v
         elif callable(v) and not (isinstance(v, type) and issubclass(v, AverageCB)): makers[name] = v
         else:
@@ -209,6 +241,10 @@ def _table(results, names):
     return table.sort_values(['variant', 'seed', 'epoch'], key=key, ignore_index=True)
 
 # %% ../../nbs/compare/01_runs.ipynb #1f293a89
+def _count(n, what): return f'{n} {what}{"" if n == 1 else "s"}'
+
+def _finite(scores): return scores.where(np.isfinite(scores.astype(float)))
+
 def _plot_curves(ax, scores, label, styles):
     "The mean of each variant over the epochs, with its standard deviation as a band"
     from matplotlib.ticker import MaxNLocator
@@ -255,11 +291,14 @@ class Comparison:
         if all(('raw', seed) in self.failures for seed in self.seeds):
             (_,seed),error = next(iter(self.failures.items()))
             raise RuntimeError(f'the baseline failed in every seed; in seed {seed}: {error}')
+        if not any(r['rows'] for (name, _), r in results.items() if name == 'raw'):
+            raise RuntimeError('the baseline was never validated: its learner needs a validation loader, dls.valid')
         self.table = _table(results, names)
-        self.variants = [*self.table.variant.unique()]
+        self.variants = [*dict.fromkeys([*names, *self.table.variant])]
         self.metrics = [k for k in self.table if k not in ('seed', 'variant', 'epoch', 'error', 'loss')] + ['loss']
         self.metric,self.mode = self._check(metric or self.metrics[0]),mode
-        self.n_train,self.n_valid = next(r['sizes'] for r in results.values() if not r['error'])
+        finished = next(r for r in results.values() if not r['error'])
+        (self.n_train,self.n_valid),self.data = finished['sizes'],finished.get('data', '')
         self.machine = _machine()
 
     def _check(self, metric): return check_choice('metric', metric, self.metrics)
@@ -270,56 +309,79 @@ class Comparison:
 
     def scores(self,
         metric:str|None=None, # a column; None: the one compared by
-    ): # a frame with a row for each seed and epoch and a column for each variant; NaN where a run failed
+    ): # a frame with a row for each seed and epoch and a column for each variant; NaN where there is no row
         "The scores of one metric"
-        shown = self.table.dropna(subset='epoch')
-        return shown.pivot(index=['seed', 'epoch'], columns='variant', values=self._check(metric or self.metric)
-                           ).reindex(columns=self.variants)
+        return self._pivot(self.table.dropna(subset='epoch'), ['seed', 'epoch'], metric)
+
+    def _pivot(self, rows, index, metric):
+        values = self._check(metric or self.metric)
+        return rows.pivot(index=index, columns='variant', values=values).reindex(columns=self.variants)
 
     def differences(self,
         metric:str|None=None, # a column; None: the one compared by
-        epoch:int|None=None, # from 0; None: the last
-    ): # a frame with a row for each seed and a column for each variant but the baseline
+        epoch:int|None=None, # from 0; None: the last of each run
+    ): # a frame with a row for each seed and a column for each variant but the baseline; NaN where there is none
         "How far each variant is above the baseline, seed by seed"
-        at = self._at(metric, epoch)
+        at = _finite(self._pivot(self._rows(epoch), 'seed', metric))
         return at.drop(columns='raw').sub(at['raw'], axis=0)
 
-    def _at(self, metric, epoch):
-        epoch = self.experiment['epochs'] - 1 if epoch is None else epoch
-        scores = self.scores(metric)
-        check_choice('epoch', epoch, scores.index.unique('epoch').tolist())
-        return scores.xs(epoch, level='epoch')
+    def _rows(self, epoch):
+        "Those of one epoch, or the last of each run that did not fail"
+        rows = self.table.dropna(subset='epoch')
+        if epoch is not None:
+            check_choice('epoch', epoch, sorted(rows.epoch.unique().tolist()))
+            return rows[rows.epoch == epoch]
+        failed = [(self._run(name), seed) in self.failures for name, seed in zip(rows.variant, rows.seed)]
+        return rows[~np.array(failed, bool)].groupby(['variant', 'seed']).tail(1)
+
+    def _run(self, name):
+        "The run that a variant is or watches"
+        return name.split('/')[0] if name.split('/')[0] in self.runs else 'raw'
 
     def summary(self,
         metric:str|None=None, # a column; None: the one compared by
-        epoch:int|None=None, # from 0; None: the last
+        epoch:int|None=None, # from 0; None: the last of each run
         confidence:float=0.95, # of the intervals
     ): # a frame with a row for each variant
         """Mean, standard deviation, difference from the baseline with its interval, and whether that can be told from 0
 
-        Of an accuracy also its `sampling error`: a standard error, for the choice of validation samples."""
+        Of an accuracy from 0 to 1 also its `sampling error`: a standard error, for the choice of validation samples.
+        The verdict tells too what is missing: seeds that failed or have no finite score, runs that ended early."""
         import pandas as pd
         metric = self._check(metric or self.metric)
-        at,rows = self._at(metric, epoch),{}
+        rows,found = self._rows(epoch),{}
+        at = _finite(self._pivot(rows, 'seed', metric))
+        is_share = self.n_valid and 'acc' in metric.lower() and bool((at.isna() | at.ge(0) & at.le(1)).all(axis=None))
         for name in self.variants:
-            values = at[name].dropna()
+            values,pairs = at[name].dropna(),at[['raw', name]].dropna()
             row = dict(seeds=len(values), mean=values.mean(), sd=values.std())
-            if self._is_share(metric) and len(values):
-                row['sampling error'] = sampling_error(values.mean(), self.n_valid)
-            if name != 'raw': row |= self._compared(name, at[['raw', name]].dropna(), metric, confidence)
-            rows[name] = row
-        return pd.DataFrame.from_dict(rows, orient='index').fillna(dict(verdict=''))
+            if is_share and len(values): row['sampling error'] = sampling_error(values.mean(), self.n_valid)
+            notes = self._notes(name, rows[rows.variant == name], values, metric, epoch)
+            words = ''
+            if name != 'raw':
+                d = paired_difference(pairs[name].to_numpy(float), pairs['raw'].to_numpy(float), confidence)
+                words = d.verdict('raw', self._mode(metric)) + self._never_began(name)
+                row |= dict(difference=d.mean, low=d.low, high=d.high, p=d.p)
+                if len(pairs) < len(values):
+                    notes.append(f'compared in {len(pairs)}: raw has no score in the others')
+            found[name] = row | dict(verdict=f'{words} ({"; ".join(notes)})'.strip() if notes else words)
+        return pd.DataFrame.from_dict(found, orient='index')
 
-    def _is_share(self, metric): return self.n_valid and 'acc' in metric.lower()
+    def _never_began(self, name):
+        known = self.table.variant.eq(name).any() or all((self._run(name), s) in self.failures for s in self.seeds)
+        return '' if known else ': it never began'
 
-    def _compared(self, name, pairs, metric, confidence):
-        raw,values = pairs.to_numpy(float).T
-        d = paired_difference(values, raw, confidence)
-        run = name.split('/')[0] if name.split('/')[0] in self.runs else 'raw'
-        words = d.verdict('raw', self._mode(metric))
-        failed = sum((run, seed) in self.failures for seed in self.seeds)
-        if failed: words += f' ({failed} of {len(self.seeds)} seeds failed)'
-        return dict(difference=d.mean, low=d.low, high=d.high, p=d.p, verdict=words)
+    def _notes(self, name, rows, values, metric, epoch):
+        "What else is to be known of the scores of a variant, in words"
+        failed = sum((self._run(name), seed) in self.failures for seed in self.seeds)
+        of = f'of {_count(len(self.seeds), "seed")}'
+        notes = [f'{failed} {of} failed'] if failed else []
+        if len(rows) > len(values): notes.append(f'{metric} not finite in {len(rows) - len(values)} {of}')
+        n,ends = self.experiment['epochs'],sorted({int(e) + 1 for e in rows.epoch})
+        if epoch is None and ends and ends[0] < n:
+            after = f'{ends[0]} to {ends[-1]}' if ends[-1] > ends[0] else ends[0]
+            notes.append(f'ended after {after} of {_count(n, "epoch")}')
+        return notes
 
     def plot(self,
         metric:str|None=None, # a column; None: the one compared by
@@ -332,7 +394,7 @@ class Comparison:
             if axes is None:
                 axes = subplots(1, 2, figsize=(11, 3.6), layout='constrained', width_ratios=[1.2, 1])[1]
             curves,dots = np.ravel(axes)
-            _plot_curves(curves, self.scores(metric), f'{metric}{self._spread()}', styles)
+            _plot_curves(curves, _finite(self.scores(metric)), f'{metric}{self._spread()}', styles)
             _plot_differences(dots, self.differences(metric), self.summary(metric), metric, styles)
         return axes
 
@@ -340,8 +402,10 @@ class Comparison:
 
     def about(self) -> str:
         "What the figures are of: runs, data, machine, what failed"
-        sizes = '' if self.n_train is None else f'{self.n_train:,} training and {self.n_valid:,} validation samples; '
-        lines = [f'{self.metric} after {self.experiment["epochs"]} epochs, {len(self.seeds)} seeds; {sizes}'
+        sizes = '' if self.n_train is None else f'{self.n_train:,} training and {self.n_valid:,} validation samples'
+        data = ': '.join(filter(None, [self.data, sizes]))
+        runs = f'{_count(self.experiment["epochs"], "epoch")}, {_count(len(self.seeds), "seed")}'
+        lines = [f'{self.metric} after {runs}; {data}{"; " if data else ""}'
                  'difference from raw, seed by seed, with its 95 % interval',
                  f'({self.machine}; one thread a run)']
         return '\n'.join(lines + [f'{name}, seed {seed}, failed: {e}' for (name, seed), e in self.failures.items()])

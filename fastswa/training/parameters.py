@@ -30,16 +30,16 @@ def unknown_parameter(what, name, names):
 
 # %% ../../nbs/training/03_parameters.ipynb #ca91cd7f
 @cache
-def _names_in(code):
+def names_in(code):
     "The globals that code reads, and the attributes that it may ask for, with those of functions inside it"
     read = {o.argval for o in dis.get_instructions(code) if o.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
-    inner = [_names_in(c) for c in code.co_consts if isinstance(c, CodeType)]
+    inner = [names_in(c) for c in code.co_consts if isinstance(c, CodeType)]
     return tuple(frozenset().union(*sets) for sets in zip((read, code.co_names), *inner))
 
-def _of_function(f):
+def function_parts(f):
     "Name → object: globals, closure and defaults"
     code,defaults = f.__code__,f.__defaults__ or ()
-    found = {k: f.__globals__[k] for k in sorted(_names_in(code)[0]) if k in f.__globals__}
+    found = {k: f.__globals__[k] for k in sorted(names_in(code)[0]) if k in f.__globals__}
     for k, cell in zip(code.co_freevars, f.__closure__ or ()):
         with suppress(ValueError): found[k] = cell.cell_contents      # it may be empty yet
     args = code.co_varnames[:code.co_argcount]
@@ -61,7 +61,7 @@ def _parts(o, attrs):
     if isinstance(o, (type, Callback, CallbackRunner)): return ()      # the latter keep what they have to themselves
     if not isinstance(o, FunctionType): return _of_object(o, attrs)
     parts = [('', o.__wrapped__)] if hasattr(o, '__wrapped__') else []
-    return parts if o.__globals__.get('__name__', '').startswith('torch.') else [*parts, *_of_function(o).items()]
+    return parts if o.__globals__.get('__name__', '').startswith('torch.') else [*parts, *function_parts(o).items()]
 
 def _modules_in(o, path, seen, attrs=frozenset()):
     "Pairs of path and module, or of path and parameter: those that a loss uses, wherever they are"
@@ -70,7 +70,7 @@ def _modules_in(o, path, seen, attrs=frozenset()):
     if isinstance(o, (nn.Module, nn.Parameter)): yield path, o
     else:
         f = o.func if isinstance(o, partial) else o
-        if isinstance(f, (FunctionType, MethodType)): attrs = _names_in(f.__code__)[1]
+        if isinstance(f, (FunctionType, MethodType)): attrs = names_in(f.__code__)[1]
         for name, part in [*_parts(o, attrs)]: yield from _modules_in(part, f'{path}.{name}'.strip('.'), seen, attrs)
 
 # %% ../../nbs/training/03_parameters.ipynb #76b9a5c5

@@ -46,7 +46,7 @@ def test_lines_are_short():
     long = [(o.relative_to(root), l) for o, text in texts.items() for l in text.splitlines() if len(l) > 120]
     assert [(o, l) for o, l in long if not re.match(r"(__all__ = \[| +)'\w+', ", l)] == []      # nbdev writes those
 
-@pytest.mark.parametrize('name', ['initializing', 'ktorch_mnist', 'weight_averaging', 'posthoc',
+@pytest.mark.parametrize('name', ['initializing', 'ktorch_mnist', 'weight_averaging', 'inside_averages', 'posthoc',
                                   'anytime'])
 def test_studies_use_names_that_exist(name):
     "They run for minutes, so seldom. Wrong: a NameError after a name has moved"

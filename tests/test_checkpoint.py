@@ -800,9 +800,9 @@ def _two_processes(rank, folder, pipe):
     folder = Path(folder)
     dist.init_process_group('gloo', f'file://{folder}/meet', rank=rank, world_size=2, timeout=timedelta(seconds=60))
     class Slow(CheckpointCB):
-        def _write(self, learn):
-            if learn.n_epochs == 2 and learn.epoch == 1: time.sleep(0.3)      # the others have to wait for it
-            super()._write(learn)
+        def before_epoch(self, learn):
+            if learn.n_epochs == 2 and learn.epoch == 1 and rank == 0: time.sleep(0.3)      # the others have to wait
+            super().before_epoch(learn)
     with quiet():
         learn,cb = learner(EMACB(0.8), MetricsCB(hits=Hits()), lr=0.01*(rank + 1)),Slow(folder/'run', best='loss')
         learn.fit(2, cbs=[cb, CSVLoggerCB(folder/'log.csv')])

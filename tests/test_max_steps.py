@@ -155,7 +155,7 @@ def test_errors_before_training():
     with pytest.raises(ValueError, match='needs train=True'): run(max_steps=3, train=False)
     for cb in (OneCycleCB(), WarmupStableDecayCB()):
         with pytest.raises(ValueError, match='no length: give the fit max_steps'): run(cb, unsized=True)
-    with pytest.raises(ValueError, match="'200ba', or the fit max_steps"): run(EMACB(), unsized=True)
+    with pytest.raises(ValueError, match="'200ba', or the fit max_steps"): run(EMACB(half_life='0.05dur'), unsized=True)
 
 
 class Longer:

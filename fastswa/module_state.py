@@ -52,6 +52,10 @@ class WithoutDropout(TorchFunctionMode):
     "Inside it torch's dropout functions, and all of its functions that have a rate of dropout, run as in eval mode"
     on = False
     def __enter__(self):
+        mode = torch.overrides._get_current_function_mode()
+        while isinstance(mode, WithoutDropout) and not mode.on:      # one that was put back too late, see `end`
+            TorchFunctionMode.__exit__(mode, None, None, None)
+            mode = torch.overrides._get_current_function_mode()
         self.on = True
         return super().__enter__()
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastswa.averaging.average import Average
 from fastswa.averaging.batchnorm import bn_layers, bn_state, update_bn
+from fastswa.module_state import WithoutDropout
 from fastswa.nets.norms import BatchNorm
 from fastswa.training.events import Callback, CancelBatchException, CancelEpochException
 from fastswa.training.learner import TrainLearner
@@ -854,3 +855,10 @@ def test_ctrl_c_does_not_leave_dropout_off():
     for at in range(1, total + 1):
         assert ctrl_c(call, ['/contextlib.py'], at)[1]
         assert not F.dropout(torch.ones(100)).all(), f'line {at}'
+
+
+def test_a_mode_that_came_back_after_ctrl_c_is_taken_off():
+    "Torch puts it back when the traceback goes. Wrong: one more with each Ctrl-C, which every later call passes through"
+    for _ in range(3): WithoutDropout().__enter__().on = False
+    update_bn(nn.BatchNorm1d(2), [torch.randn(4, 2)])
+    assert torch.overrides._len_torch_function_stack() == 0

@@ -858,7 +858,7 @@ def test_ctrl_c_does_not_leave_dropout_off():
 
 
 def test_a_mode_that_came_back_after_ctrl_c_is_taken_off():
-    "Torch puts it back when the traceback goes. Wrong: one more with each Ctrl-C, which every later call passes through"
+    "Torch puts it back when the traceback goes. Wrong: each Ctrl-C leaves one on"
     for _ in range(3): WithoutDropout().__enter__().on = False
     update_bn(nn.BatchNorm1d(2), [torch.randn(4, 2)])
     assert torch.overrides._len_torch_function_stack() == 0

@@ -101,7 +101,7 @@ def page_problems(file):
     found = [] if re.match(r'(---\n.*?\n---\n)?\s*# \S', text, re.S) else [('', 'no title: the page has to begin with `# `')]
     targets = [t for _, t in LINK.findall(re.sub(r'`[^`\n]*`', '', prose(text)))]
     found += [(t, f'the link {t} leads nowhere') for t in targets if link(file, t) is None]
-    if file.suffix == '.ipynb' and file.name != 'index.ipynb':
+    if file.suffix == '.ipynb':
         found += [(code.splitlines()[0], 'no test runs this: make it a cell, or ```python elsewhere') for _, code in blocks(text)]
     if file.name != 'CHANGELOG.md':                       # which may name what is gone
         found += [(f'`{s}`', f'unknown name `{s}`') for s in unknown_names(text, code)]

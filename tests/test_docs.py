@@ -1,5 +1,5 @@
 "The pages of the site: titles, links and names are right, and their code runs"
-import os, runpy, sys
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,7 @@ def test_what_is_right_is_left_alone(tmp_path, monkeypatch):
 def test_an_error_in_code_names_page_and_line(tmp_path):
     "Blocks share a namespace; those for elsewhere are not run"
     page = tmp_path/'page.md'
-    page.write_text('# T\n\n```python\na = 1\n```\n\n```python elsewhere\nimport q\n```\n\n```python\na += 1\na/0\n```\n')
+    page.write_text('# T\n\n```python\na = 1\n```\n\n```python elsewhere\nimport q\n```\n\n'
+                    '```python\na += 1\na/0\n```\n')
     with pytest.raises(ZeroDivisionError) as e: pages.run(page)
     assert (e.traceback[-1].path, e.traceback[-1].lineno + 1) == (page, 13)

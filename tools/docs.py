@@ -24,7 +24,8 @@ CONF = dict(project='fastswa', html_title='fastswa', extensions=['myst_nb', 'sph
             html_math_renderer='mathml', html_show_sphinx=False, html_copy_source=False, html_show_copyright=False,
             nb_execution_mode='off', nb_ipywidgets_js={}, nb_merge_streams=True, nb_code_prompt_show='Source',
             nb_code_prompt_hide='Source', myst_enable_extensions=['dollarmath'], myst_heading_anchors=4,
-            add_module_names=False, toc_object_entries_show_parents='hide', suppress_warnings=['misc.highlighting_failure'])
+            add_module_names=False, toc_object_entries_show_parents='hide',
+            suppress_warnings=['misc.highlighting_failure'])
 
 # --- what a module defines
 
@@ -39,7 +40,8 @@ class Shown(str): __repr__ = str.__str__
 
 def short(annotation):
     "An annotation without the modules that its names come from"
-    return '' if annotation is inspect.Parameter.empty else re.sub(r'\b([a-z_]\w*\.)+', '', inspect.formatannotation(annotation))
+    if annotation is inspect.Parameter.empty: return ''
+    return re.sub(r'\b([a-z_]\w*\.)+', '', inspect.formatannotation(annotation))
 
 def params_of(obj):
     try: return [p for p in inspect.signature(obj).parameters.values() if p.name != 'self']
@@ -113,7 +115,7 @@ def cells_of(file):
             if exported and not re.search(r'^(def|class|@|\w+ *=)', cell.source, re.M): continue      # only imports
             if 'export' in exported: yield from described(cell, module)
             tags = ['hide-input'] if exported else ['remove-input'] if has.get('echo') == 'false' else []
-            cell.metadata = dict(tags=tags)
+            cell.metadata,cell.outputs = dict(tags=tags),in_order(cell.outputs)
         yield cell
 
 def linked(file, md):
@@ -135,7 +137,7 @@ def plain(cells):
         if o.cell_type == 'markdown': yield o.metadata.get('plain', o.source)
         elif 'hide-input' not in o.metadata.get('tags', ()):
             if 'remove-input' not in o.metadata.get('tags', ()): yield fence(o.source, 'python')
-            text = '\n'.join(printed(p).strip('\n') for p in in_order(o.outputs))
+            text = '\n'.join(printed(p).strip('\n') for p in o.outputs)
             if text.strip(): yield fence(text)
 
 def write_page(name, file, cells):
@@ -167,8 +169,8 @@ def heading(name):
 
 def api_page():
     "Every public name, where it is described, and in one line what it is"
-    yield '# API\n\nEvery public name, by package. `from fastswa.all import *` brings all but the integrations into a notebook.'
-    for package in HOUSE[:-2] + HOUSE[-1:]:
+    yield '# API\n\n> Every public name, by package\n\n`from fastswa.all import *` brings all of them into a notebook.'
+    for package in [o for o in HOUSE if o != 'integrations']:
         module = importlib.import_module(f'fastswa.{package}')
         yield f'## fastswa.{package}\n\n| name | |\n| --- | --- |\n' + '\n'.join(
             f'| `{n}` | {(inspect.getdoc(getattr(module, n)) or "").splitlines()[0].replace("|", chr(92) + "|")} |'
@@ -187,19 +189,19 @@ def sections():
 
 def write_llms(parts):
     "llms.txt lists the pages; llms-full.txt holds all but the studies"
-    lines = ['# fastswa', '> ' + heading('index')[1],
-             'Read guides/recipes.md first; api.md lists every public name. llms-full.txt holds all pages but the studies.']
+    lines = ['# fastswa', '> ' + heading('index')[1], 'How to do what: md/guides/recipes.md. Every public name: '
+             'md/api.md. All pages but the studies in one file: llms-full.txt.']
     for part, names in parts.items():
-        lines.append(f'## {part}\n\n' + '\n'.join(f'- [{heading(n)[0]}](md/{n}.md): {heading(n)[1]}' for n in names))
+        listed = ['- [{1}](md/{0}.md): {2}'.format(n, *heading(n)) for n in names]
+        lines.append(f'## {part}\n\n' + '\n'.join(listed))
     write(out/'llms.txt', '\n\n'.join(lines) + '\n')
-    texts = [(out/'md'/f'{n}.md').read_text(encoding='utf-8')
-             for part, names in parts.items() if part not in ('Studies', 'Project') for n in ['index'*(part == 'Guides'), *names] if n]
-    write(out/'llms-full.txt', '\n\n'.join(texts))
+    names = ['index'] + [n for part, names in parts.items() if part not in ('Studies', 'Project') for n in names]
+    write(out/'llms-full.txt', '\n\n'.join((out/'md'/f'{n}.md').read_text(encoding='utf-8') for n in names))
 
 def mathml(self, node, block=False):
     tex = node.astext()
-    for known, a in ((r'\\frac{\1}{\2}', r'\\frac(\d)(\d)'), (r'\\ldots', r'\\dots'), ('', r'\\[Bb]ig+[lr]?(?![a-z])')):
-        tex = re.sub(a, known, tex)
+    unknown = {r'\\frac(\d)(\d)': r'\\frac{\1}{\2}', r'\\dots': r'\\ldots', r'\\[Bb]ig+[lr]?(?![a-z])': ''}
+    for k, v in unknown.items(): tex = re.sub(k, v, tex)
     self.body.append(tex2mathml(tex, as_block=block))
     raise nodes.SkipNode
 
@@ -218,11 +220,12 @@ def main():
     shutil.copytree(root/'nbs'/'images', work/'images')
     parts = sections()
     write_llms(parts)
-    tocs = [f'```{{toctree}}\n:hidden:\n:caption: {k}\n\n' + '\n'.join(names) + '\n```' for k, names in parts.items() if names]
     nb = read_nb(work/'index.ipynb')
-    nb.cells.append(mk_cell('\n\n'.join(tocs), 'markdown'))
+    for k, names in parts.items():
+        toc = ['```{toctree}', ':hidden:', f':caption: {k}', '', *names, '```']
+        if names: nb.cells.append(mk_cell('\n'.join(toc), 'markdown'))
     write_nb(nb, work/'index.ipynb')
-    app = Sphinx(work, None, out, base/'doctrees', 'html', CONF, status=None, freshenv=True, warningiserror=True)
+    app = Sphinx(work, None, out, base/'doctrees', 'html', CONF, status=None, warningiserror=True)
     app.build()
     sys.exit(app.statuscode)
 

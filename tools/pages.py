@@ -69,7 +69,8 @@ def identifiers(code):
 def known_names():
     "What prose may name: the library and its tests, PyTorch, NumPy, Python, files, and the words in tools/words.txt"
     import torch, torch.distributed.checkpoint, torch.distributed.fsdp, torch.optim.swa_utils, torch.utils.data
-    modules = [v for k, v in [*sys.modules.items()] if re.match(r'torch(\.(nn|optim|amp|utils\.data|distributed)[^_]*)?$', k)]
+    wanted = r'torch(\.(nn|optim|amp|utils\.data|distributed).*)?$'
+    modules = [v for k, v in [*sys.modules.items()] if re.match(wanted, k)]
     names = {n for m in [*modules, builtins, importlib.import_module('numpy')] for n in dir(m)}
     names |= {n for c in (torch.Tensor, torch.nn.Module, torch.optim.Optimizer, torch.Generator, str, list, dict, Path)
               for n in dir(c)} | set(sys.stdlib_module_names)
@@ -84,9 +85,9 @@ def known_names():
 def unknown_names(text, code):
     "Names and calls in backticks that neither `known_names` nor the page's own code has"
     spans = re.findall(r'(?<!`)`([^`\n]+)`(?!`)', prose(text))
-    dotted = {s: m[1].split('.') for s in spans if (m := re.fullmatch(r'((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*)(\(.*\))?', s))}
-    own = {*re.findall(r'\w+', code)}
-    return [s for s, parts in dotted.items() if not {*parts} <= known_names() | own]
+    matches = [re.fullmatch(r'((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*)(\(.*\))?', s) for s in dict.fromkeys(spans)]
+    known = known_names() | {*re.findall(r'\w+', code)}
+    return [m[0] for m in matches if m and not {*m[1].split('.')} <= known]
 
 # --- what is wrong
 
@@ -98,11 +99,12 @@ def line_of(file, text):
 
 def page_problems(file):
     text,code = read(file)
-    found = [] if re.match(r'(---\n.*?\n---\n)?\s*# \S', text, re.S) else [('', 'no title: the page has to begin with `# `')]
+    found = [] if re.match(r'\s*# \S', text) else [('', 'no title: the page has to begin with `# `')]
     targets = [t for _, t in LINK.findall(re.sub(r'`[^`\n]*`', '', prose(text)))]
     found += [(t, f'the link {t} leads nowhere') for t in targets if link(file, t) is None]
     if file.suffix == '.ipynb':
-        found += [(code.splitlines()[0], 'no test runs this: make it a cell, or ```python elsewhere') for _, code in blocks(text)]
+        found += [(code.splitlines()[0], 'no test runs this: make it a cell, or ```python elsewhere')
+                  for _, code in blocks(text)]
     if file.name != 'CHANGELOG.md':                       # which may name what is gone
         found += [(f'`{s}`', f'unknown name `{s}`') for s in unknown_names(text, code)]
     return [f'{file.relative_to(root)}:{line_of(file, at)}: {what}' for at, what in found]

@@ -131,14 +131,14 @@ def _as_text(e):
     kinds = OSError, ValueError, TypeError, FloatingPointError, RuntimeError
     return next((k for k in kinds if isinstance(e, k)), RuntimeError), f'{type(e).__name__}: {e}'
 
-# %% ../nbs/08_processes.ipynb #41de7a65
+# %% ../nbs/08_processes.ipynb #42364b75
 _joined = {}
 
 def join_processes(
     timeout:float=60., # seconds to wait for the others, here and whenever they meet
     always:bool=False, # a group of processes also where there is one only, as sharding needs it?
 ) -> Processes:
-    "Meet the other processes of a run that torchrun, or anything like it, has started; RuntimeError if they do not come"
+    "Meet the other processes of a run that torchrun or its like has started; RuntimeError if they do not come"
     if not dist.is_available(): return ALONE
     launched = int(os.environ.get('WORLD_SIZE', 1)) > 1 and 'RANK' in os.environ
     if not (launched or always or dist.is_initialized()): return ALONE

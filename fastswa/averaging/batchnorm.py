@@ -69,7 +69,8 @@ class _Pool:
         own = hasattr(layer, 'stats_input')
         x = layer.stats_input(*args, **kwargs) if own else args[0] if args else next(iter(kwargs.values()))
         if not x.numel(): return None
-        if not self.paused: self.count(layer, x.detach().to(torch.promote_types(x.dtype, torch.float32)))      # (N, C) or (N, C, …)
+        # (N, C) or (N, C, …)
+        if not self.paused: self.count(layer, x.detach().to(torch.promote_types(x.dtype, torch.float32)))
         self.doubled = not own and x.numel() == x.shape[1]
         return ((torch.cat([x, x]),), {}) if self.doubled else None
 

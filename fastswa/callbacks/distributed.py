@@ -101,7 +101,7 @@ def _is_of_connection(e):
     text = str(e).lower()
     return isinstance(e, RuntimeError) and any(k in text for k in ('gloo', 'nccl', 'connection', 'timed out'))
 
-# %% ../../nbs/callbacks/17_distributed.ipynb #b8b9bda5
+# %% ../../nbs/callbacks/17_distributed.ipynb #b6f7369c
 class DistributedCB(DivideCB):
     "Train in several processes, started by torchrun: DDP, or FSDP2 (`fully_shard`); alone in one"
     def __init__(self,
@@ -165,5 +165,5 @@ def _check_model(learn):
 def _check_launch():
     state = getattr(sys.modules.get('accelerate.state'), 'PartialState', None)
     if state is None or not state._shared_state or not dist.is_initialized(): return
-    raise RuntimeError('accelerate runs these processes already (an Accelerator was made): use AccelerateCB in place of '
-                       'DistributedCB, or leave accelerate out')
+    raise RuntimeError('accelerate runs these processes already (an Accelerator was made): use AccelerateCB in place '
+                       'of DistributedCB, or leave accelerate out')

@@ -125,8 +125,8 @@ class MetricsCB(Callback):
         if twice: raise ValueError(f'several MetricsCB have a metric called {", ".join(sorted(twice))}')
         lone = [name for name, m in self.metrics.items() if not _merges(m)]
         if lone and not learn.processes.alone:
-            raise TypeError(f'what several processes have counted cannot be put together for {", ".join(lone)}: a metric '
-                            'needs merge_state(metrics), as torcheval has it; a plain function needs nothing')
+            raise TypeError(f'what several processes have counted cannot be put together for {", ".join(lone)}: a '
+                            'metric needs merge_state(metrics), as in torcheval; a plain function needs nothing')
 
     def before_epoch(self, learn):
         for m in self.metrics.values(): m.reset()

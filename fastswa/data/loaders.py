@@ -93,7 +93,8 @@ class BatchLoader:
         self.batch_size = int(check_whole('bs', bs))
         self.dataset, self.tfm = TensorDataset(x, y), tfm
         self.shuffle, self.generator, self.drop_last, self.sampler = shuffle, generator, drop_last, sampler
-        if not len(self): raise ValueError(f'{self.n_items} samples with bs={bs} and drop_last={drop_last} give no batch')
+        if not len(self):
+            raise ValueError(f'{self.n_items} samples with bs={bs} and drop_last={drop_last} give no batch')
 
     def __repr__(self):
         x,_ = self.dataset.tensors

@@ -64,7 +64,7 @@ def divided(
         res.append((own or group[0][:1] if mix else own or group[0], len(own), len(together)))
     return res
 
-# %% ../../nbs/data/03_shares.ipynb #b20f3034
+# %% ../../nbs/data/03_shares.ipynb #dfe2a06a
 class Share:
     "The part of a loader that a process gets; everything but the batches is that of the loader"
     def __init__(self,
@@ -73,7 +73,7 @@ class Share:
     ):
         self.dl,self.processes,self._copy = dl,processes,None
         self._now = None,None,None      # whose batch is at hand, how many samples of it count, here and in all
-        if isinstance(dl, DataLoader) and dl.batch_sampler is not None and not _is_stream(dl): self._pairs = self._indexed
+        if isinstance(dl, DataLoader) and not _is_stream(dl): self._pairs = self._indexed
         elif isinstance(dl, BatchLoader): self._pairs = self._in_memory
         elif isinstance(dl, (list, tuple)): self._pairs = self._listed
         else: self._pairs = self._own
@@ -150,14 +150,14 @@ class Share:
             ended = [i for i, s in enumerate(sizes) if s is None]
             if len(ended) == len(sizes): return
             if ended:
-                raise ValueError(f'the loader of process {ended[0]} has ended after {n} batches, others have more: each '
-                                 'process needs as many batches as the others')
+                raise ValueError(f'the loader of process {ended[0]} has ended after {n} batches, others have more: '
+                                 'each process needs as many batches as the others')
             yield (sizes[self.processes.rank], sum(sizes)), batch
             n += 1
 
 _END = object()
 
-def _is_stream(dl): return isinstance(dl.dataset, torch.utils.data.IterableDataset)
+def _is_stream(dl): return isinstance(dl.dataset, torch.utils.data.IterableDataset) or dl.batch_sampler is None
 
 class _Order:
     "The batches of indices of a process; they are drawn when the first is asked for, as a loader's own are"

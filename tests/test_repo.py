@@ -95,7 +95,7 @@ def test_one_version():
 # --- rooms: the order of imports
 
 ROOMS = dict(                                        # design: each room imports from those above it and from itself
-    core=['core', 'batches', 'random_state', 'clock', 'module_state', 'tables', 'files'],
+    core=['core', 'batches', 'random_state', 'clock', 'module_state', 'tables', 'files', 'processes'],
     plot=['plot'], averaging=['averaging'], data=['data'], nets=['nets'],
     training=['training'], callbacks=['callbacks'], checkpoint=['checkpoint'], integrations=['integrations'],
     compare=['compare'], cli=['cli', '__main__'], all=['all'])

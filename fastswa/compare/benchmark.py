@@ -28,10 +28,11 @@ from ..training.events import short
 _RATES = dict(
     images=dict(annealed=[0.2, 0.4, 0.8], constant=[0.2, 0.4, 0.8], schedule_free=[1., 2., 4.]),
     text=dict(annealed=[0.002, 0.004, 0.008], constant=[0.002, 0.004, 0.008], schedule_free=[0.004, 0.008, 0.016]),
-    finetuning=dict(annealed=[0.002, 0.004, 0.008], constant=[0.001, 0.002, 0.004], schedule_free=[0.004, 0.008, 0.016]))
+    finetuning=dict(annealed=[0.002, 0.004, 0.008], constant=[0.001, 0.002, 0.004],
+                    schedule_free=[0.004, 0.008, 0.016]))
 
 def settings(
-    size:str='full', # `'full'`: about 40 minutes on two cores; `'quick'`: a few minutes; `'tiny'`: seconds, says nothing
+    size:str='full', # `'full'`: about 40 minutes on two cores; `'quick'`: minutes; `'tiny'`: seconds, says nothing
     data:str|None=None, # images, as for `load_data`; None: Fashion-MNIST, for `'tiny'` toy images
     schedule_free:bool|None=None, # with Schedule-Free optimizers? None: if the package `schedulefree` is there
 ) -> dict:
@@ -79,8 +80,10 @@ def _check_workload(name, w, examples):
     if {*w} != {*examples[kind]}: raise ValueError(f'{name} needs {", ".join(examples[kind])}; it has {", ".join(w)}')
     for key in {*w} - {'kind', 'opt', 'data', 'rates'}: check_whole(f'{key} of {name}', w[key])
     check_choice(f'opt of {name}', w['opt'], ['sgd', 'adamw'])
-    if w['steps'] % w['every']: raise ValueError(f'every of {name} must divide its {w["steps"]} steps; got {w["every"]}')
-    if not {'annealed'} <= {*w['rates']} <= {*SHAPES} or not all(isinstance(r, list) and r for r in w['rates'].values()):
+    if w['steps'] % w['every']:
+        raise ValueError(f'every of {name} must divide its {w["steps"]} steps; got {w["every"]}')
+    lists = all(isinstance(rates, list) and rates for rates in w['rates'].values())
+    if not lists or not {'annealed'} <= {*w['rates']} <= {*SHAPES}:
         raise ValueError(f'rates of {name} must be lists for {", ".join(SHAPES)}; got {w["rates"]!r}')
     if 'schedule_free' in w['rates'] and find_spec('schedulefree') is None:
         raise ValueError(f'{name} has a Schedule-Free optimizer: pip install schedulefree, or leave it out of rates')

@@ -1,4 +1,4 @@
-"""What the public benchmark of averaging trains: a convnet, a character transformer, fine-tuning; data that every machine has
+"""What the benchmark of averaging trains: a convnet, a character transformer, fine-tuning; all data are at hand
 
 Docs: https://fastswa.github.io/fastswa/compare/workloads.html.md"""
 
@@ -126,7 +126,7 @@ class TextLoader:
         self.text,self.bs,self.length,self.batches,self.shuffle = text,bs,length,batches,shuffle
         self.dataset = range(batches*bs)
         if len(text) <= length:
-            raise ValueError(f"a text of {len(text)} characters has no window of {length} and a next")
+            raise ValueError(f'a text of {len(text)} characters has no window of {length} and a next')
 
     def __len__(self): return self.batches
 

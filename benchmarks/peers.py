@@ -1,13 +1,20 @@
 """An epoch in other people's loops, for the benchmarks: train, and validate with mean loss and accuracy.
 
-Each function takes a model, loaders and an optimizer factory, and returns a function without arguments that makes one
-epoch. ImportError where the package is missing: `pip install -e .[bench]` brings all but fastai, which needs a
-torchvision that fits the torch at hand.
+Each function takes a model, loaders and a partial of a torch optimizer, and returns a function without arguments that
+makes one epoch. ImportError where the package is missing: `pip install -e .[bench]` brings all but fastai, which needs
+a torchvision that fits the torch at hand.
 """
 import logging, warnings
 
 import torch
 import torch.nn.functional as F
+
+
+class Batches:
+    "A loader of which only its batches are seen: Lightning takes a list for several loaders"
+    def __init__(self, dl): self.dl = dl
+    def __len__(self): return len(self.dl)
+    def __iter__(self): return iter(self.dl)
 
 
 def ignite(model, dls, opt_func, lr):
@@ -48,7 +55,7 @@ def lightning(model, dls, opt_func, lr):
             trainer = L.Trainer(max_epochs=1, accelerator='auto', devices=1, logger=False, enable_progress_bar=False,
                                 enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
                                 limit_val_batches=1. if dls.valid is not None else 0)
-            trainer.fit(module, dls.train, dls.valid)
+            trainer.fit(module, Batches(dls.train), dls.valid and Batches(dls.valid))
     return epoch
 
 
@@ -76,14 +83,13 @@ def skorch(model, dls, opt_func, lr):
         x,y = dl.dataset.tensors
         return TensorDataset(x.float().div(255) if dl.tfm is None else dl.tfm(x.float().div(255)), y)
     train,valid = floats(dls.train),floats(dls.valid)
-
-    class Optimizer:      # skorch asks for a class; this one makes what all others have
-        def __new__(cls, params, lr): return opt_func([p for _, p in params] if isinstance(params, list) else params, lr)
-    net = NeuralNetClassifier(model, criterion=torch.nn.CrossEntropyLoss, optimizer=Optimizer, lr=lr, max_epochs=1,
-                              batch_size=dls.train.batch_size, iterator_train__shuffle=True, warm_start=True,
-                              train_split=predefined_split(valid), verbose=0)
+    options = {f'optimizer__{k}': v for k, v in opt_func.keywords.items()}
+    net = NeuralNetClassifier(model, criterion=torch.nn.CrossEntropyLoss, optimizer=opt_func.func, lr=lr, max_epochs=1,
+                              batch_size=dls.train.batch_size, iterator_train__shuffle=True,
+                              train_split=predefined_split(valid), verbose=0, device=str(train.tensors[0].device),
+                              **options)
     net.initialize()
-    return lambda: net.partial_fit(train, None, epochs=1)
+    return lambda: net.partial_fit(train, None)
 
 
 LOOPS = {'ignite': ignite, 'Lightning': lightning, 'skorch': skorch, 'fastai': fastai}

@@ -156,10 +156,12 @@ def fast_cbs(
     device=None, # where the run trains; None: `default_device()`
     samples:int=0, # trained on in the whole run; few are not worth compiling for
 ) -> list: # of callbacks
-    "The fast preset: bf16 and channels last, and a compiled model in a long run, where there is a compiler"
+    "The fast preset: bf16 or channels last or both, and a compiled model in a long run, where there is a compiler"
     device = torch.device(device or default_device()).type
-    cbs = [ChannelsLastCB()]
-    if _computes_in_bf16(device): cbs.append(MixedPrecisionCB('bf16'))
+    half = _computes_in_bf16(device)
+    cbs = [MixedPrecisionCB('bf16')] if half else []
+    if device != 'cpu' or not half: cbs.append(ChannelsLastCB())
     has_compiler = device != 'cpu' or any(map(shutil.which, ('c++', 'g++', 'clang++')))
     if has_compiler and samples >= _WORTH_COMPILING: cbs.append(CompileCB())
     return cbs
+

@@ -300,7 +300,7 @@ def test_lr_find(tmp_path, capsys):
     rows = rows_of(tmp_path/'lr.csv')
     lrs, losses = ([float(r[k]) for r in rows] for k in ('lr', 'loss'))
     assert 20 < len(lrs) and lrs[0] < result['suggestion'] < lrs[losses.index(min(losses))]
-    assert f"train --lr {result['suggestion']:.2g}" in text
+    assert f"fastswa train --data toy --bs 64 --lr {result['suggestion']:.2g}" in text
     assert results(tmp_path) == ['lr.csv', 'lr.png', 'settings.json']
     assert main(f'lr-find --data toy --out {tmp_path}'.split()) == 2
     err = capsys.readouterr().err
@@ -390,7 +390,8 @@ def test_compare_trains_as_train_does(compared, tmp_path):
     small = '--data toy --epochs 2 --bs 64 --device cpu --averages ema --seed 1'
     assert main(f'train {small} --out {tmp_path}'.split()) == 0
     for name in 'raw', 'ema':
-        trained = [r['accuracy'] for r in rows_of(tmp_path/'history.csv') if (r['train'], r['weights']) == ('eval', name)]
+        trained = [r['accuracy'] for r in rows_of(tmp_path/'history.csv')
+                   if (r['train'], r['weights']) == ('eval', name)]
         assert [r['accuracy'] for r in rows if r['variant'] == name] == trained
 
 

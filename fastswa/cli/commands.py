@@ -11,8 +11,6 @@ import json
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from shutil import get_terminal_size
-from textwrap import fill
 
 import matplotlib.pyplot as plt
 import torch
@@ -22,12 +20,11 @@ from ..callbacks.progress import ProgressCB
 from ..checkpoint.archive import load_weights, newest, numbered
 from ..checkpoint.checkpoint import CheckpointCB
 from .folder import SETTINGS, RunFolder, read_settings, write_csv
-from .options import FORMATS, Failed
+from .options import COMMANDS, FORMATS, Failed, command_line, filled
 from .recipe import average_cbs, check_device, make_learner, plain_module
 from ..core import check_choice, quiet
 from ..files import as_path, written
-from ..plot import plot_history
-from ..random_state import set_seed
+from ..plot import plot_history, plot_style
 from ..tables import Table
 
 # %% ../../nbs/cli/03_commands.ipynb #f020897e
@@ -43,20 +40,22 @@ def _options_named(options, device):
 def _png(draw):
     "What writes the figure that `draw` makes"
     def write(path):
-        draw()
-        plt.savefig(path, dpi=150)
+        with plot_style(): draw()
+        plt.savefig(path, dpi=150, bbox_inches='tight')
         plt.close()
     return write
 
-def _say_next(*lines):
-    "Commands that may come next, each below what it is for"
+def _say_next(commands):
+    "Print commands that may come next, each below what it is for"
     print('\nNext:')
-    for why, command in lines: print(f'  {why}\n    {command}')
+    for why, command in commands.items(): print(f'  {why}\n    {command}')
 
-def _filled(text):
-    "Lines that fit the terminal"
-    width = min(get_terminal_size().columns, 100) - 1
-    return '\n'.join(fill(line, width, subsequent_indent='  ') for line in text.splitlines())
+def _alike(command, options, **changed):
+    "Another command with the options of this one that are not the usual ones, as far as it takes them"
+    table,other = COMMANDS[command].table(),('out', 'resume', 'overwrite', 'json', 'seed')
+    unusual = {k: v for k, v in vars(options).items()
+               if k in table and k not in other and v not in (table[k].default, 'none')}
+    return command_line(command, **unusual | changed)
 
 def _points(difference): return f'{100*difference:+.2f} points'
 
@@ -74,16 +73,17 @@ def train(options):
         learn.fit(options.epochs, resume=checkpoints if options.resume else None)
         last = {r['weights']: {k: r[k] for k in ('accuracy', 'loss')} for r in learn.history if r['train'] == 'eval'}
         _report(last)
-        weights = {f'{k}/{name}': v for k in last 
+        settings = dict(settings=json.dumps(folder.settings))
+        weights = {f'{k}/{name}': v for k in last
                    for name, v in plain_module(learn, k, options.seed).state_dict().items()}
         folder.write({
             'history.csv': partial(write_csv, learn.history),
-            'weights.safetensors': lambda path: write_tensors(weights, path, dict(settings=json.dumps(folder.settings))),
+            'weights.safetensors': lambda path: write_tensors(weights, path, settings),
             'curves.png': _png(lambda: plot_history(learn.history))})
     best = max(last, key=lambda name: last[name]['accuracy'])
-    _say_next(('the best weights as one file', f'fastswa export {folder.path} --weights {best}'),
-              ('train on', f'fastswa train --resume --epochs {2*options.epochs} --out {folder.path}'),
-              ('is the difference real? Five seeds', 'fastswa compare'))
+    _say_next({'the best weights as one file': command_line('export', str(folder.path), weights=best),
+               'train on': command_line('train', resume=True, epochs=2*options.epochs, out=folder.path),
+               'is the difference real? Five seeds': _alike('compare', options)})
     return dict(out=str(folder.path), epochs=options.epochs, seed=options.seed, device=device, results=last)
 
 def _check_epochs(checkpoints, epochs):
@@ -116,6 +116,7 @@ def compare(options):
             result = compare(partial(make_learner, recipe, device), average_cbs(options.averages), options.seeds,
                              options.epochs, out=folder.path/'runs', n_jobs=options.jobs)
         except RuntimeError as e: raise Failed(f'{e}{_advice(str(e), options)}') from e
+        result.data = options.data
         summary = result.summary()
         _report_comparison(result, summary)
         folder.write({
@@ -128,7 +129,8 @@ def compare(options):
 def _advice(error, options):
     "Which option to change after an error of a run, as its text tells"
     if 'FloatingPointError' in error: return f'. Try a lower --lr than {options.lr:g}'
-    if 'OutOfMemoryError' in error or 'was killed' in error: return f'. Try fewer --jobs, or a lower --bs than {options.bs}'
+    if 'OutOfMemoryError' in error or 'was killed' in error:
+        return f'. Try fewer --jobs, or a lower --bs than {options.bs}'
     return ''
 
 def _report_comparison(result, summary):
@@ -141,7 +143,7 @@ def _report_comparison(result, summary):
             cells['95 % interval'] = f'{100*row.low:+.2f} to {100*row.high:+.2f}'
         table.add(cells)
     verdicts = [f'{name}: {row.verdict}' for name, row in summary.iterrows() if row.verdict]
-    print(table.text(), *map(_filled, verdicts), f'\n{_filled(result.about())}', sep='\n')
+    print(f'\n{table.text()}\n', *map(filled, verdicts), f'\n{filled(result.about())}', sep='\n')
 
 # %% ../../nbs/cli/03_commands.ipynb #d699460a
 def lr_find(options):
@@ -150,10 +152,10 @@ def lr_find(options):
     learn = make_learner(vars(options), device, options.seed)
     found = learn.lr_find(show=False)
     with folder.running():
-        print(_filled(str(found).removeprefix('LRFound: ')))
+        print(filled(str(found).removeprefix('LRFound: ')))
         rows = [dict(lr=lr, loss=loss) for lr, loss in zip(found.lrs, found.losses)]
         folder.write({'lr.csv': partial(write_csv, rows), 'lr.png': _png(found.plot)})
-    if found.suggestion: _say_next(('train with it', f'fastswa train --lr {found.suggestion:.2g}'))
+    if found.suggestion: _say_next({'train with it': _alike('train', options, lr=f'{found.suggestion:.2g}')})
     return dict(out=str(folder.path), seed=options.seed, device=device, suggestion=found.suggestion, why=found.why)
 
 # %% ../../nbs/cli/03_commands.ipynb #4edbdb29
@@ -166,7 +168,7 @@ def export(options):
         raise ValueError(f'{file} exists: --overwrite replaces it, or --out names another file')
     if (folder/SETTINGS).exists(): _export_module(checkpoint, read_settings(folder)['settings'], options, device, file)
     else: _export_weights(checkpoint, options, file)
-    print(_filled(f'{options.weights} weights of {checkpoint} written to {file}'))
+    print(filled(f'{options.weights} weights of {checkpoint} written to {file}'))
     return dict(checkpoint=str(checkpoint), weights=options.weights, format=options.format, file=str(file))
 
 def _newest(run):
@@ -178,7 +180,8 @@ def _newest(run):
 def _export_weights(checkpoint, options, file):
     "Of a checkpoint whose model is not known"
     if options.format == 'torch-export':
-        raise ValueError(f'{checkpoint} is of a learner of your own: --format torch-export knows only runs of fastswa train')
+        raise ValueError(f'{checkpoint} is of a learner of your own: --format torch-export knows '
+                         'only runs of fastswa train')
     _write_state(load_weights(checkpoint, options.weights), options, file)
 
 def _export_module(checkpoint, settings, options, device, file):

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 from .. import __version__
-from .options import COMMANDS
+from .options import COMMANDS, command_line, filled
 from ..files import check_folder, written
 
 # %% ../../nbs/cli/01_folder.ipynb #52c055f2
@@ -85,7 +85,7 @@ class RunFolder:
         try: yield self
         except KeyboardInterrupt:
             if not self.can_resume: raise
-            command = f'fastswa {self.options.command} --resume --out {self.path}'
+            command = command_line(self.options.command, resume=True, out=self.path)
             raise KeyboardInterrupt(f'what was computed is kept, and goes on with: {command}') from None
 
     def write(self,
@@ -94,7 +94,7 @@ class RunFolder:
         "Write files, all of them or none"
         with ExitStack() as stack:
             for name, write in writers.items(): write(stack.enter_context(written(self.path/name)))
-        print(f'\nWritten to {self.path}: {", ".join(writers)}')
+        print('\n' + filled(f'Written to {self.path}: {", ".join(writers)}'))
 
 def write_csv(
     rows:list, # dicts

@@ -8,8 +8,8 @@ Docs: https://fastswa.github.io/fastswa/cli/commands.html.md"""
 # %% auto #0
 __all__ = ['train', 'compare', 'lr_find', 'export']
 
-# %% ../../nbs/cli/03_commands.ipynb #9d20a022
-import json
+# %% ../../nbs/cli/03_commands.ipynb #edc0888e
+import json, sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -109,6 +109,8 @@ def _report(last):
 def compare(options):
     "Compare averages with the raw weights, over several seeds"
     from fastswa.compare import compare
+    # for the process that multiprocessing starts: it warns of semaphores of workers that Ctrl-C ended, and removes them
+    sys.warnoptions.append('ignore::UserWarning:multiprocessing.resource_tracker')
     device,folder = check_device(options.device),RunFolder(options)
     options = folder.options
     recipe = {k: v for k, v in folder.settings.items() if k != 'seeds'}

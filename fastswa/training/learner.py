@@ -101,6 +101,7 @@ class HasWeights:
         from fastswa.callbacks.schedule import fit_one_cycle
         from fastswa.callbacks.inspection import capture_preds, show_image_batch, summary
         from fastswa.checkpoint.checkpoint import export, load, save
+        from fastswa.checkpoint.hub import push_to_hub
     else:
         capture_preds = later('callbacks.inspection', 'capture_preds')
         summary = later('callbacks.inspection', 'summary')
@@ -110,6 +111,7 @@ class HasWeights:
         save = later('checkpoint.checkpoint', 'save')
         load = later('checkpoint.checkpoint', 'load')
         export = later('checkpoint.checkpoint', 'export')
+        push_to_hub = later('checkpoint.hub', 'push_to_hub')
     _go_on_from = later('checkpoint.resume', 'go_on_from')
 
 # %% ../../nbs/training/08_learner.ipynb #0000000e

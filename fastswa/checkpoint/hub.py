@@ -98,8 +98,8 @@ def _configuration(learn):
 def _statistics(learn):
     "What the BatchNorm statistics of averaged weights are, in words"
     if not bn_layers(learn.model): return ''
-    if learn.averages.bn_data is None: return ' Its BatchNorm statistics are averages too.'
-    return ' Its BatchNorm statistics were computed anew, from training data.'
+    if learn.averages.bn_data is None: return ' BatchNorm statistics of averages are averages too.'
+    return ' BatchNorm statistics of averages were computed anew, from training data.'
 
 _HEAD = """---
 library_name: fastswa
@@ -151,7 +151,7 @@ def model_card(
     lines.append('Scores of this one run, on its validation data.' if scores else 'There were no validation data.')
     if comparison is not None: lines += ['', *_compared(comparison)]
     lines.append(_LOAD.format(weights=weights, repo=repo, file=sets[weights]['file']))
-    lines += ['## Data', '', *filter(None, [data]), f'`{learn.dls!r}`', '', '## Configuration', '']
+    lines += ['## Data', '', *([data, ''] if data else []), f'`{learn.dls!r}`', '', '## Configuration', '']
     lines += _md_table(['', ''], _configuration(learn).items())
     lines += ['', '## Architecture', '', '```', repr(plain), '```']
     return '\n'.join(lines) + '\n'
@@ -169,7 +169,8 @@ def _reason(e):
 
 def _upload(hub, folder, repo, private, token):
     "Upload all files of the folder in one commit; returns the address of the repository"
-    if not (token or hub.get_token()): raise PermissionError('you are not logged in: run `hf auth login`, or set HF_TOKEN')
+    if not (token or hub.get_token()):
+        raise PermissionError('not logged in: run `hf auth login`, or set HF_TOKEN')
     if not hub_answers(hub.constants.ENDPOINT): raise ConnectionError(f'{hub.constants.ENDPOINT} does not answer')
     api = hub.HfApi(token=token)
     try:

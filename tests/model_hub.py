@@ -119,7 +119,8 @@ def main():
     learn.apply('swa')
     before = {*os.listdir()}
     res['url'] = push('ema', data='Points in three classes.').removeprefix(server.url)
-    res |= dict(held=learn.weights, left=sorted({*os.listdir()} - before), files=sorted(repos['me/toy']), private=private['me/toy'])
+    res |= dict(held=learn.weights, left=sorted({*os.listdir()} - before), files=sorted(repos['me/toy']),
+                private=private['me/toy'])
     res['card'] = repos['me/toy']['README.md'].decode()
     res['about'] = json.loads(repos['me/toy']['fastswa.json'])
     res['scores'] = {name: learn.validate(name)[0]['loss'] for name in wanted}

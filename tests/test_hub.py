@@ -1,4 +1,4 @@
-"Models on the Hugging Face Hub: what is pushed comes back, the card says what it is, and a push that fails loses nothing"
+"Models on the Hugging Face Hub: what is pushed comes back, the card is true, a push that fails loses nothing"
 import json, os, re, subprocess, sys
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def test_a_push_that_fails_keeps_the_files(hub, case, kind, said):
 
 
 def test_without_a_network(hub):
-    "The client's own retries wait for 23 seconds; what was downloaded before, and the files that are left, can be loaded"
+    "The client's own retries wait for 23 seconds. What was downloaded before, and files that are left, can be loaded"
     assert hub.closed['seconds'] < 15
     assert hub.from_folder and hub.from_cache
     assert hub.not_cached['said'][0] == 'ConnectionError' and 'not downloaded before' in hub.not_cached['said'][1]

@@ -1,4 +1,4 @@
-"What people install: what the packages need and hold, where their links lead, how it is cited, what the checker of types sees"
+"What people install: what the packages need and hold, how they are cited, where notebooks open, types"
 import json, re
 from configparser import ConfigParser
 from pathlib import Path

@@ -1,7 +1,7 @@
 """A program that uses the public names as people do, for a type checker to read: `make types`
 
-It is not run. `assert_type` says what the checker has to find out, and a line that is marked `ignore` has to be an error:
-the checker complains where it is none."""
+It is not run. `assert_type` says what the checker has to find out; a line marked `ignore` has to be an error, and the
+checker complains where it is none."""
 from functools import partial
 from pathlib import Path
 from typing import assert_type

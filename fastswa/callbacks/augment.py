@@ -98,7 +98,7 @@ class TTA(nn.Module):
     def __init__(self,
         model, # the other model
         tfms=None, # functions of the input, one for each view; None: `tta_views()`
-        average:Callable=log_mean_probs, # of all outputs, (V, N, …); `partial(torch.mean, dim=0)` if they are no class scores
+        average:Callable=log_mean_probs, # of all outputs, (V, N, …); `partial(torch.mean, dim=0)` for no classes
     ):
         super().__init__()
         self.model, self.average = model, average

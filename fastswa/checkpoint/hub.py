@@ -148,7 +148,8 @@ def model_card(
     plain,scores = unwrap(learn.model),_scores(learn, sets)
     url = dict(o.split(', ') for o in metadata('fastswa').get_all('Project-URL'))['Repository']
     n = sum(p.numel() for p in plain.parameters())
-    head = _HEAD.format(name=repo.split('/')[1], model=type(plain).__name__, n=n, url=url, statistics=_statistics(learn))
+    head = _HEAD.format(name=repo.split('/')[1], model=type(plain).__name__, n=n, url=url,
+                        statistics=_statistics(learn))
     lines = [head, *_sets_table(sets, scores, weights), '']
     lines.append('Scores of this one run, on its validation data.' if scores else 'There were no validation data.')
     if comparison is not None: lines += ['', *_compared(comparison)]

@@ -159,7 +159,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         loss_func:Callable=F.mse_loss, # called with predictions and targets; returns a scalar
         lr:float=0.1, # learning rate of every fit that is not given its own
         cbs=None, # a callback or several, for every fit
-        opt_func:Callable=optim.SGD, # called with parameters and learning rate; returns anything with `step` and `zero_grad`
+        opt_func:Callable=optim.SGD, # called with parameters and rate; returns anything with `step` and `zero_grad`
     ):
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
         self.cbs,self.own_cbs,self.history = as_list(cbs),essentials(),[]

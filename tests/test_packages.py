@@ -1,9 +1,8 @@
 "What people install: what the packages need and hold, how they are cited, where notebooks open, types"
-import json, re
+import json, re, runpy
 from configparser import ConfigParser
 from pathlib import Path
 
-import pytest
 import yaml
 
 root = Path(__file__).resolve().parents[1]
@@ -46,15 +45,14 @@ def test_citation():
     assert cff['authors'] == [dict(name=cfg['author'])]
 
 
-@pytest.mark.parametrize('path', ['nbs/index.ipynb', *sorted(f'nbs/experiments/{o.name}' for o in
-                                                             (root/'nbs'/'experiments').glob('[!.]*.ipynb'))])
-def test_notebooks_that_are_read_open_in_colab(path):
-    "Wrong: a link to another notebook, or one that finds no fastswa there"
-    cells = json.loads((root/path).read_text(encoding='utf-8'))['cells']
-    place = REPOSITORY.replace('github.com', 'colab.research.google.com/github')
-    assert f'[Open in Colab]({place}/blob/main/{path})' in ''.join(cells[0]['source']).splitlines()
-    code = next(c for c in cells if c['cell_type'] == 'code')
-    assert f'git+{REPOSITORY}' in ''.join(code['source'])
+def test_notebooks_that_are_read_open_in_colab():
+    "Wrong: a link to another notebook, or one that opens where fastswa is missing"
+    colab = runpy.run_path(str(root/'tools'/'colab.py'))
+    for path in colab['notebooks']():
+        cells = json.loads((root/path).read_text(encoding='utf-8'))['cells']
+        code = next(c for c in cells if c['cell_type'] == 'code')
+        assert colab['link'](path) in ''.join(cells[0]['source']).splitlines(), 'run `python tools/colab.py`'
+        assert ''.join(code['source']) == colab['INSTALL'], 'run `python tools/colab.py`'
 
 
 def test_typed():

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 
 # %% ../nbs/00_core.ipynb #0000000e
-def unwrap(module):
+def unwrap(
+    module:torch.nn.Module, # compiled or wrapped, or neither
+) -> torch.nn.Module:
     "The plain model inside what `torch.compile`, DataParallel and DistributedDataParallel return"
     parallel = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
     while True:

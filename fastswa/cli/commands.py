@@ -1,5 +1,4 @@
-"""What each command of `fastswa` does: a function with its name, which gets its options, prints what it found, writes
-its files, and returns what `--json` prints
+"""What each command does: a function with its name
 
 Docs: https://fastswa.github.io/fastswa/cli/commands.html.md"""
 

@@ -1,4 +1,4 @@
-"""The folder of a run: its settings, and what becomes of an earlier run in it
+"""The folder of a run: its settings, and an earlier run in it
 
 Docs: https://fastswa.github.io/fastswa/cli/folder.html.md"""
 

@@ -1,4 +1,4 @@
-"""What the `fastswa` command can be told: each option is declared once, and each command lists those it takes
+"""What the `fastswa` command can be told
 
 Docs: https://fastswa.github.io/fastswa/cli/options.html.md"""
 

@@ -1,5 +1,4 @@
-"""What the commands train: the convnet of the fast.ai course with BatchNorm, on images of one or more channels in up to
-ten classes
+"""What the commands train: the convnet of the fast.ai course with BatchNorm
 
 Docs: https://fastswa.github.io/fastswa/cli/recipe.html.md"""
 

@@ -19,9 +19,8 @@ def transformers(steps=30):
         model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=2))
         args = TrainingArguments(tempfile.mkdtemp(), max_steps=steps, logging_strategy='no', save_strategy='no',
                                  report_to='none', disable_tqdm=True, use_cpu=True)
-        trainer = Trainer(model, args, train_dataset=data)
-        if averaged: AveragesCallback(ema=ema(half_life='0.05dur')).add_to(trainer)
-        return trainer.train
+        cbs = [AveragesCallback(ema=ema(half_life='0.05dur'))] if averaged else []
+        return Trainer(model, args, train_dataset=data, callbacks=cbs).train
     return make(True), make(False)
 
 

@@ -1,5 +1,6 @@
 "Averages in Lightning's Trainer: the run as it would be without, figures of each average, checkpoints, resume, steps"
 import copy
+import importlib.metadata
 import logging
 import runpy
 from functools import partial
@@ -146,7 +147,9 @@ def test_batchnorm_statistics_fit():
 def test_figures_reach_loggers(tmp_path):
     fit(AveragesCallback(ema=ema(0.9)), logger=CSVLogger(tmp_path))
     header,*rows = (next(tmp_path.rglob('metrics.csv'))).read_text().splitlines()
-    assert {'val_loss', 'ema/val_loss', 'ema/val_acc'} < {*header.split(',')} and len(rows) == 2
+    assert {'val_loss', 'ema/val_loss', 'ema/val_acc'} < {*header.split(',')}
+    # a row of the raw weights, and one of the average, for each epoch
+    assert [[bool(v) for v in r.split(',')].count(True) for r in rows] == [5, 5]*2
 
 def test_early_stopping_and_best_checkpoint_watch_an_average(tmp_path):
     best = ModelCheckpoint(tmp_path, monitor='ema/val_loss', save_top_k=1)
@@ -375,7 +378,21 @@ def test_nothing_is_applied_before_the_first_update():
     "Lightning#21724: the model held an untrained copy"
     cb = AveragesCallback(swa=dict(start='1ep', every='3ep'), apply='swa')
     with pytest.warns(UserWarning, match="'swa' has no snapshot: the model holds its raw weights"): model,t = fit(cb)
-    assert same(model.state_dict(), fit()[0].state_dict()) and not any('swa' in k for k in t.callback_metrics)
+    assert same(model.state_dict(), fit()[0].state_dict()) and not any('swa' in k for k in t.logged_metrics)
+
+def test_a_metric_of_an_average_that_has_not_begun(tmp_path):
+    "For callbacks it stands for the raw weights until then. Wrong: ModelCheckpoint and EarlyStopping stop with an error"
+    best,seen = ModelCheckpoint(tmp_path, monitor='swa/val_loss', save_top_k=-1, filename='{epoch}'),[]
+    class Note(L.Callback):
+        def on_validation_end(self, trainer, pl_module): seen.append(dict(trainer.callback_metrics))
+    cb = AveragesCallback(swa=dict(start='2ep', every='1ba'))
+    train,valid = loaders()
+    other = DataLoader(VALID, 5)
+    fit(EarlyStopping('swa/val_loss', patience=9), Note(), cb, best, n=3, enable_checkpointing=True)
+    a,b,c = ([m[k].item() for k in ('val_loss', 'swa/val_loss')] for m in seen[1:])
+    assert a[0] == a[1] and b[0] != b[1] and c[0] != c[1] and len(best.best_k_models) == 3
+    _,t = fit(cb, dls=(train, [valid, other]), n=1)
+    assert t.callback_metrics['swa/val_loss/dataloader_idx_1'] == t.callback_metrics['val_loss/dataloader_idx_1']
 
 def test_an_exception_leaves_the_raw_weights():
     class Fails(L.Callback):
@@ -433,9 +450,8 @@ def test_a_model_that_is_configured_late():
     assert 'ema/val_loss' in t.callback_metrics
 
 def test_a_lightning_that_is_too_old(monkeypatch):
-    monkeypatch.setattr(L, '__version__', '2.4.9')
-    with pytest.raises(MisconfigurationException, match='needs Lightning 2.5 or newer; this is 2.4.9'):
-        fit(AveragesCallback(ema=ema(0.9)))
+    monkeypatch.setattr(importlib.metadata, 'version', lambda name: '2.4.9')
+    with pytest.raises(ImportError, match='needs lightning 2.5 or newer; this is 2.4.9'): AveragesCallback(ema=ema(0.9))
 
 def test_the_other_package():
     "The trainer decides; wrong: its package does not know the callback"

@@ -2,9 +2,12 @@
 import copy
 import importlib.metadata
 import logging
+import os
+import pickle
 import runpy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchmetrics import Accuracy
 
 from fastswa.averaging import Average, LatestAverage, ema, equal, load_lightning
+from fastswa.data import DataLoaders, toy_images
 from fastswa.integrations.lightning import AveragesCallback
 
 for name in 'lightning.pytorch', 'lightning.fabric': logging.getLogger(name).setLevel(logging.ERROR)
@@ -191,6 +195,17 @@ def test_loaders_that_cannot_be_read_twice_are_named():
         fit(AveragesCallback(ema=ema(0.9)), dls=(loaders()[0], DataLoader(once, 8)), limit_val_batches=3,
             num_sanity_val_steps=0)
 
+def test_loaders_in_memory():
+    "Wrong: an AttributeError, since Lightning asks what has a sampler for its batch_sampler"
+    images,cb = DataLoaders.in_memory(toy_images(40, 20), 8),AveragesCallback(ema=ema(0.9))
+    class Images(Model):
+        def __init__(self):
+            super().__init__(norm=False)
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+            self.acc = Accuracy('multiclass', num_classes=10)
+    _,t = fit(cb, model=Images, dls=(images.train, images.valid), n=1)
+    assert cb.averages['ema'].n == 5 and 'ema/val_loss' in t.callback_metrics
+
 def test_persistent_workers_go_on():
     "Wrong: BatchNorm statistics read the training loader with the workers of the epoch, which ends then"
     options = dict(num_workers=1, persistent_workers=True)
@@ -210,9 +225,12 @@ def test_batches_without_a_step_do_not_count():
     mean = cb.averages['ema'].weights['net.0.weight'].double()
     torch.testing.assert_close(mean, averaged(steps, 0.8, 'net.0.weight'))
 
-def test_steps_that_mixed_precision_skips_do_not_count():
-    "Lightning's global_step counts them"
+@pytest.mark.parametrize('fused', [False, True])
+def test_steps_that_mixed_precision_skips_do_not_count(fused):
+    """fp16 autocast on the CPU, by the plugin that precision='16-mixed' makes on a GPU. Lightning's global_step counts
+    them; a fused optimizer skips on the device"""
     class Overflows(Model):
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9, fused=fused)
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
             return loss*float('inf') if batch_idx in (2, 3) else loss
@@ -249,7 +267,7 @@ def test_manual_optimization_with_two_optimizers():
     torch.testing.assert_close(model.net[1].running_mean, model.net[0](TRAIN.tensors[0]).mean(0))
 
 @pytest.mark.parametrize('options', [
-    dict(precision='bf16-mixed'), dict(precision='bf16-true'), dict(gradient_clip_val=0.1)])
+    dict(precision='bf16-mixed'), dict(precision='bf16-true'), dict(gradient_clip_val=0.1, accumulate_grad_batches=2)])
 def test_other_ways_to_train(options):
     "The run as without; the average of half-precision weights is fp32"
     dls = loaders()
@@ -270,6 +288,26 @@ def test_a_compiled_network():
     assert 'net.0.weight' in cb.averages['ema'].weights
     with cb.averages.using('ema'): loss = F.cross_entropy(model.eval().net(VALID.tensors[0]), VALID.tensors[1])
     torch.testing.assert_close(t.callback_metrics['ema/val_loss'], loss)
+
+
+class BothAlike(L.Callback):
+    "By how much the averages of two processes differ, for the process that started them"
+    def on_train_end(self, trainer, pl_module):
+        ours = next(cb for cb in trainer.callbacks if isinstance(cb, AveragesCallback)).averages['ema']
+        names = [k for k, _ in pl_module.named_parameters()]
+        one,other = trainer.strategy.all_gather(torch.cat([ours.weights[k].flatten() for k in names]))
+        trainer.callback_metrics.update(n=torch.tensor(ours.n), apart=(one - other).abs().max())
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
+@pytest.mark.filterwarnings('ignore:.*(sync_dist|multi-threaded|all_gather is deprecated)')
+def test_two_processes():
+    "DDP: the run as without, the same average in both, figures of all of the validation"
+    two = dict(strategy='ddp_fork', devices=2, n=1)
+    _,plain = fit(**two)
+    _,t = fit(BothAlike(), AveragesCallback(ema=ema(0.9), apply='ema'), **two)
+    m = t.callback_metrics
+    assert {k: m[k] for k in plain.callback_metrics} == plain.callback_metrics
+    assert (m['n'], m['apart']) == (4, 0) and m['ema/val_acc']*20 == round((m['ema/val_acc']*20).item())
 
 
 # --- checkpoints
@@ -419,6 +457,15 @@ def test_what_is_refused_before_training():
     with pytest.raises(RuntimeError, match='more than one stateful callback'): trainer(cb, cb)
     with pytest.raises(ValueError, match="apply must be 'ema'; got 'swa'"): AveragesCallback(ema=ema(0.9), apply='swa')
     with pytest.raises(TypeError, match="got name='ema'"): AveragesCallback(name='ema', ema=ema(0.9))
+    sharded = SimpleNamespace(strategy=L.strategies.FSDPStrategy(), callbacks=[cb])
+    with pytest.raises(MisconfigurationException, match='does not support FSDPStrategy'): cb.setup(sharded, None, 'fit')
+
+def test_a_callback_can_be_copied():
+    "Processes that are spawned get a pickled one. Wrong: its class, which is made for the packages at hand, has no name"
+    for cb in pickle.loads(pickle.dumps(AveragesCallback(ema=ema(0.9)))), copy.deepcopy(AveragesCallback(ema=ema(0.9))):
+        assert isinstance(cb, L.Callback)
+        fit(cb, n=1)
+        assert cb.averages['ema'].n == 8
 
 @pytest.mark.parametrize('when', [dict(start='0.5dur'), dict(rule=ema(half_life='0.1dur'))])
 def test_shares_of_a_run_without_length(when):

@@ -25,7 +25,8 @@ from fastswa.integrations.accelerate import track
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    "Of accelerate, which has one for each process: a precision that an Accelerator chose would be that of all later ones"
+    "Of accelerate, which has one for each process: the precision of an Accelerator would be that of all later ones"
+    AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
 
@@ -126,6 +127,7 @@ def in_two_processes(folder):
     assert (run.accelerator.num_processes, len(run.dl), run.averages['ema'].n) == (2, 5, 10) and torch.equal(one, other)
     run.averages.apply('ema')
     run.accelerator.save_state(folder)
+    run.accelerator.wait_for_everyone()
     run.accelerator.load_state(folder)
     assert run.averages.held == 'raw' and run.averages['ema'].n == 10
 

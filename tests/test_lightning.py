@@ -540,6 +540,42 @@ def test_their_checkpoints_load_into_an_average(tmp_path, theirs):
     torch.testing.assert_close(moved, torch.full_like(moved, 1/average.n))
 
 
+def theirs(cls=L.callbacks.EMAWeightAveraging, model=partial(Model, norm=False), more=(), **kw):
+    "A run with their average: weights after each batch, and the rest"
+    cb,w = cls(**kw.pop('options', dict(decay=0.9))),Weights()
+    model,t = fit(w, cb, *more, model=model, **kw)
+    return model,t,cb,w.seen
+
+def test_what_the_table_of_features_says_of_their_averages(tmp_path):
+    "One validation, of the average, by the raw names; in a file it is the `state_dict`; raw weights are gone in the end"
+    model,t,cb,seen = theirs(more=[saver := ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    by_hand = averaged(seen, 0.9, 'net.0.weight')
+    torch.testing.assert_close(model.net[0].weight.double(), by_hand, check_dtype=False)
+    loss = F.cross_entropy(model.eval()(VALID.tensors[0]), VALID.tensors[1])
+    torch.testing.assert_close(t.callback_metrics['val_loss'], loss)
+    assert not any('/' in k for k in t.callback_metrics)
+    file = torch.load(saver.best_model_path)
+    assert same(file['state_dict'], model.state_dict()) and same(file['current_model_state'], seen[-1])
+    with pytest.raises(RuntimeError, match='more than one stateful callback'): trainer(cb, type(cb)())
+
+def test_before_their_first_update_the_initial_weights_are_validated():
+    torch.manual_seed(0)
+    model = Model(norm=False)
+    loss = F.cross_entropy(copy.deepcopy(model).eval()(VALID.tensors[0]), VALID.tensors[1])
+    _,t,*_ = theirs(model=model, options=dict(update_starting_at_step=99))
+    torch.testing.assert_close(t.callback_metrics['val_loss'], loss)
+
+def test_their_average_counts_skipped_steps_and_has_statistics_that_do_not_fit():
+    class Overflows(Model):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss*float('inf') if batch_idx in (2, 3) else loss
+    scaled = MixedPrecision('16-mixed', 'cpu', scaler=torch.amp.GradScaler('cpu', init_scale=4.))
+    *_,cb,seen = theirs(model=Overflows, plugins=[scaled], n=1)
+    assert cb._average_model.n_averaged == 8 > len({tuple(w['net.0.bias'].tolist()) for w in seen})
+    model,*_ = theirs(model=Model)
+    assert not torch.allclose(model.net[1].running_mean, model.net[0](TRAIN.tensors[0]).mean(0), atol=1e-3)
+
 def test_the_example_runs(capsys, monkeypatch):
     monkeypatch.setenv('PL_GLOBAL_SEED', '0')      # it sets this itself
     path = Path(__file__).parents[1]/'examples'/'lightning_averages.py'

@@ -95,9 +95,11 @@ def measure(name, make, steps=30, rounds=15):
     Averages.step = timed(step, ours)      # where it stands: behind the optimizer's step, which has filled the caches
     for _ in range(3): runs[0]()
     Averages.step = step
-    ratio, plain, us = statistics.median(a/b for a, b in zip(*found)), statistics.median(found[1]), statistics.median(ours)
+    ratio = statistics.median(a/b for a, b in zip(*found))
+    plain, us = map(statistics.median, (found[1], ours))
     print(f'{name:14} {plain:6.2f} ms a step, with an EMA {ratio:.3f} times as much '
-          f'({min(found[0])/min(found[1]):.3f} of the best rounds); {us:.0f} us in averages.step: {1 + us/plain/1e3:.4f}')
+          f'({min(found[0])/min(found[1]):.3f} of the best rounds); {us:.0f} us of it in averages.step, '
+          f'which makes {1 + us/plain/1e3:.4f}')
 
 
 if __name__ == '__main__':

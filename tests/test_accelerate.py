@@ -66,7 +66,8 @@ class Run:
                 if i == stop: return self
                 with self.accelerator.accumulate(self.model):
                     self.accelerator.backward(self.factor*self.model.train()(x).pow(2).mean())
-                    if self.clip and self.accelerator.sync_gradients: self.accelerator.clip_grad_norm_(self.model.parameters(), 1.)
+                    if self.clip and self.accelerator.sync_gradients:
+                        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.)
                     self.opt.step()
                     self.opt.zero_grad()
                 self.step()

@@ -419,7 +419,7 @@ def test_nothing_is_applied_before_the_first_update():
     assert same(model.state_dict(), fit()[0].state_dict()) and not any('swa' in k for k in t.logged_metrics)
 
 def test_a_metric_of_an_average_that_has_not_begun(tmp_path):
-    "For callbacks it stands for the raw weights until then. Wrong: ModelCheckpoint and EarlyStopping stop with an error"
+    "For callbacks it stands for the raw weights until then. Wrong: ModelCheckpoint and EarlyStopping raise an error"
     best,seen = ModelCheckpoint(tmp_path, monitor='swa/val_loss', save_top_k=-1, filename='{epoch}'),[]
     class Note(L.Callback):
         def on_validation_end(self, trainer, pl_module): seen.append(dict(trainer.callback_metrics))
@@ -461,7 +461,7 @@ def test_what_is_refused_before_training():
     with pytest.raises(MisconfigurationException, match='does not support FSDPStrategy'): cb.setup(sharded, None, 'fit')
 
 def test_a_callback_can_be_copied():
-    "Processes that are spawned get a pickled one. Wrong: its class, which is made for the packages at hand, has no name"
+    "Processes that are spawned get a pickled one. Wrong: its class, made for the packages at hand, has no name"
     for cb in pickle.loads(pickle.dumps(AveragesCallback(ema=ema(0.9)))), copy.deepcopy(AveragesCallback(ema=ema(0.9))):
         assert isinstance(cb, L.Callback)
         fit(cb, n=1)
@@ -547,7 +547,7 @@ def theirs(cls=L.callbacks.EMAWeightAveraging, model=partial(Model, norm=False),
     return model,t,cb,w.seen
 
 def test_what_the_table_of_features_says_of_their_averages(tmp_path):
-    "One validation, of the average, by the raw names; in a file it is the `state_dict`; raw weights are gone in the end"
+    "One validation, of the average, by the raw names; in a file it is the `state_dict`; raw weights go in the end"
     model,t,cb,seen = theirs(more=[saver := ModelCheckpoint(tmp_path)], enable_checkpointing=True)
     by_hand = averaged(seen, 0.9, 'net.0.weight')
     torch.testing.assert_close(model.net[0].weight.double(), by_hand, check_dtype=False)

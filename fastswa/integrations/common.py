@@ -134,7 +134,8 @@ class StepsTaken:
         self.hooks = [o.register_step_post_hook(self._note) for o in optimizers]
 
     def _note(self, optimizer, *args):
-        if any(p.grad is not None for g in optimizer.param_groups for p in g['params']):      # without, it changes nothing
+        # without gradients nothing changes
+        if any(p.grad is not None for g in optimizer.param_groups for p in g['params']):
             self.overflows.append(getattr(optimizer, 'found_inf', None))
 
     def any(self) -> bool:

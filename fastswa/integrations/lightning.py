@@ -35,7 +35,8 @@ def _packages():
 def _class_for(cls, *packages):
     "The class as a callback of these packages, with their kind of error"
     errors = tuple(p.utilities.exceptions.MisconfigurationException for p in packages)
-    sharded = tuple(getattr(p.strategies, f'{k}Strategy') for p in packages for k in ('DeepSpeed', 'FSDP', 'ModelParallel'))
+    kinds = 'DeepSpeedStrategy','FSDPStrategy','ModelParallelStrategy'
+    sharded = tuple(getattr(p.strategies, k) for p in packages for k in kinds)
     names = dict(__module__=cls.__module__, __qualname__=cls.__qualname__, error=type(errors[0].__name__, errors, {}))
     return type(cls.__name__, (cls, *(p.Callback for p in packages)), names | dict(sharded=sharded))
 

@@ -36,7 +36,8 @@ class AveragesCallback(Adapter, TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         call = _caller()
         self.trainer = _checked(call['self'])
-        self.trainer.callback_handler.callbacks.sort(key=lambda cb: cb is not self)      # the first: others see its metrics
+        # the first, so that others see its metrics
+        self.trainer.callback_handler.callbacks.sort(key=lambda cb: cb is not self)
         n = len(train_dataloader) if has_length(train_dataloader) else None
         self.attach(model, self._batches)
         if state.global_step: self._load(call.get('resume_from_checkpoint'))

@@ -455,7 +455,7 @@ def test_only_what_is_trained_is_averaged(lora, tmp_path):
 
 def test_memory_for_averages_of_adapters(lora):
     """1.05 of the adapters in fp32. While an average is held their own weights are kept aside too; in a look, which
-    puts back whatever a forward pass writes to, also small frozen ones (norms, biases) and the state of the generator"""
+    puts back whatever a forward pass writes to, also small frozen ones (norms, biases) and the generator's state"""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(512, 512), nn.LayerNorm(512)).bfloat16()
     model = lora.peft.get_peft_model(base, lora.peft.LoraConfig(r=8, target_modules=['0']))

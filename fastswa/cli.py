@@ -9,11 +9,12 @@ __all__ = ['train', 'main']
 import csv, json, sys, warnings
 from contextlib import suppress
 from functools import partial
+from io import StringIO
 
 from fastcore.script import anno_parser
 
 from . import __version__
-from .files import check_folder, written
+from .files import check_folder, remove, written
 
 # %% ../nbs/90_cli.ipynb #00000005
 _FILES = 'history.csv', 'weights.safetensors', 'curves.png'
@@ -172,7 +173,7 @@ def train(
     set_seed(seed)
     print(f'{len(dls.train.dataset):,} images to train on, {len(dls.valid.dataset):,} to validate, on {device}')
     if overwrite:
-        for path in numbered(checkpoints): path.unlink()
+        for path in numbered(checkpoints): remove(path)
     try: learn.fit(epochs, resume=checkpoints if resume else None)
     except FloatingPointError as e:
         raise FloatingPointError(f'{str(e).partition(":")[0]}: try a lower --lr than {lr}') from e
@@ -202,13 +203,13 @@ def _write(learn, out, settings):
     weights = {f'{name}/{k}': v for name in names for k, v in learn.module(name).state_dict().items()}
     plot_history(learn.history)
     history,tensors,curves = map(out.joinpath, _FILES)
-    with written(history) as h, written(tensors) as w, written(curves) as c:
-        with open(h, 'w', newline='') as f:
-            rows = csv.DictWriter(f, list(learn.history[-1]))
-            rows.writeheader()
-            rows.writerows(learn.history)
-        write_tensors(weights, w, dict(settings=json.dumps(settings)))
-        plt.savefig(c, dpi=150)
+    text = StringIO(newline='')
+    rows = csv.DictWriter(text, list(learn.history[-1]))
+    rows.writeheader()
+    rows.writerows(learn.history)
+    with written(history) as f: f.write(text.getvalue().encode())
+    write_tensors(weights, tensors, dict(settings=json.dumps(settings)))
+    with written(curves) as f: plt.savefig(f, format='png', dpi=150)
     plt.close()
     print(f'\nWritten to {out}: {", ".join(_FILES)}')
 

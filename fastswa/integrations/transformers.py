@@ -89,7 +89,7 @@ class AveragesCallback(Adapter, TrainerCallback):
         with self.averages.using('raw') if applied else nullcontext():
             if applied: self.trainer.save_model(str(folder))      # by somebody, in the midst of a run
             if not args.should_save: return
-            with written(folder/FILE) as tmp: torch.save(dict(self.state_dict(), mark=_mark(self.averages.model)), tmp)
+            with written(folder/FILE) as f: torch.save(dict(self.state_dict(), mark=_mark(self.averages.model)), f)
 
     def on_train_end(self, args, state, control, **kwargs):
         """The model holds the average that `apply` names; without it, what `load_best_model_at_end` found best: the

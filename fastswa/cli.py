@@ -207,9 +207,10 @@ def _write(learn, out, settings):
     rows = csv.DictWriter(text, list(learn.history[-1]))
     rows.writeheader()
     rows.writerows(learn.history)
-    with written(history) as f: f.write(text.getvalue().encode())
-    write_tensors(weights, tensors, dict(settings=json.dumps(settings)))
-    with written(curves) as f: plt.savefig(f, format='png', dpi=150)
+    with written(history) as h, written(tensors) as w, written(curves) as c:
+        h.write(text.getvalue().encode())
+        write_tensors(weights, w, dict(settings=json.dumps(settings)))
+        plt.savefig(c, format='png', dpi=150)
     plt.close()
     print(f'\nWritten to {out}: {", ".join(_FILES)}')
 

@@ -291,7 +291,7 @@ _DTYPES = {getattr(torch, name): code for name, code in dict(
 
 def write_tensors(
     state:dict, # name → tensor; other things, which a module may add, are left out
-    path, # the file; it is replaced as a whole or not at all
+    f, # a binary file
     metadata:dict, # text → text
 ):
     """Write a safetensors file, tensor by tensor: what is on a GPU or not contiguous is copied to the host one at a time
@@ -300,10 +300,8 @@ def write_tensors(
     tensors = {k.replace('_orig_mod.', ''): v.detach() for k, v in state.items() if torch.is_tensor(v)}
     # large elements first, as the library does: so each tensor lies where a multiple of its element size is
     tensors = dict(sorted(tensors.items(), key=lambda kv: (-kv[1].element_size(), kv[0])))
-    header = _header(tensors, dict(metadata, format='pt'))
-    with written(path) as f:
-        f.write(header)
-        for t in tensors.values(): f.write(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    f.write(_header(tensors, dict(metadata, format='pt')))
+    for t in tensors.values(): f.write(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 def _header(tensors, metadata):
     "What comes first in a safetensors file: the length of a JSON text in 8 bytes, and this, which says where each is"
@@ -328,4 +326,4 @@ def save_safetensors(
     if average.sharded:
         raise RuntimeError('no process holds the whole of a sharded model: gather the weights, then save them')
     state = {k.replace('_orig_mod.', ''): v for k, v in average.source.state_dict().items()} | average.weights
-    write_tensors(state, path, dict(n=str(average.n), rule=repr(average.rule)))
+    with written(path) as f: write_tensors(state, f, dict(n=str(average.n), rule=repr(average.rule)))

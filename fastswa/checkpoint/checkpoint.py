@@ -22,7 +22,7 @@ from .resume import check_loss, check_model, learner_state, match_callbacks, put
 from ..clock import Every
 from ..core import check_whole, unwrap
 from ..files import (
-    as_path, check_folder, is_main_process, linked, remove, remove_unfinished, wait_for_all)
+    as_path, check_folder, is_main_process, linked, remove, remove_unfinished, wait_for_all, written)
 from ..training.events import Callback, Stage, by_order
 from ..training.optim import KNOWN_OPTIONS, OptionChanges
 from ..training.opt_state import load_opt_state
@@ -99,7 +99,7 @@ def export(
     if name in learn.averages:
         average = learn.averages[name]
         meta |= dict(n=str(average.n), rule=repr(average.rule))
-    with learn.using(name): write_tensors(unwrap(learn.model).state_dict(), path, meta)
+    with learn.using(name), written(path) as f: write_tensors(unwrap(learn.model).state_dict(), f, meta)
 
 # %% ../../nbs/checkpoint/02_checkpoint.ipynb #8b0462f9
 class StopSignals:

@@ -19,17 +19,16 @@ from tqdm import tqdm
 import killed_run
 from fastswa.callbacks.loggers import CSVLoggerCB
 from fastswa.callbacks.swa_variants import PostHocEMACB
-from fastswa.checkpoint.archive import numbered
 from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.core import quiet
 from fastswa.files import written
 from fastswa.random_state import set_seed
 
 processes = multiprocessing.get_context('fork')      # so that each begins with everything imported
 
 
-def train(folder, pipe, background, every):
-    "In a new process: go on with the run in `folder`, and send its result"
-    sys.stdout = sys.stderr = open(os.devnull, 'w')
+def train(folder, background, every):
+    "Go on with the run in `folder`; returns its result"
     learn = killed_run.the_run()
     learn.dls = killed_run.Data(100)      # 4 batches
     learn.cbs += [PostHocEMACB(every='3ba', keep=6, folder=folder/'snapshots', apply=False), CSVLoggerCB(folder/'log.csv')]
@@ -38,12 +37,18 @@ def train(folder, pipe, background, every):
     learn.fit(2, cbs=checkpoints, resume=folder/'run')
     log = [row.rpartition(',')[0] for row in (folder/'log.csv').read_text().splitlines()]      # without the time
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob('*'))
-    pipe.send(dict(killed_run.result(learn), log=log, files=files))
+    return dict(killed_run.result(learn), log=log, files=files)
+
+
+def train_and_send(pipe, *args):
+    "In a new process"
+    sys.stdout = sys.stderr = open(os.devnull, 'w')
+    pipe.send(train(*args))
 
 
 def start(*args):
     here, there = processes.Pipe(duplex=False)
-    p = processes.Process(target=train, args=(args[0], there, *args[1:]))
+    p = processes.Process(target=train_and_send, args=(there, *args))
     p.start()
     there.close()
     return p, here
@@ -67,21 +72,24 @@ def differing_bits(a, b):
     return n
 
 
+def new_folder(path):
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    return path
+
+
 def killed_until_done(folder, whole, length, rnd, background, every, bar, most):
     "A run that is killed again and again; how often, and in how many bits its result differs"
     kills = 0
     while True:
         p, pipe = start(folder, background, every)
-        if kills < most:
-            p.join(rnd.uniform(0, length/3))
-            if p.exitcode is None:
-                p.kill()
-                kills += 1
-                bar.update()
-                p.join()
-                continue
-        res = result(p, pipe)
-        return kills, 1 if res is None else differing_bits(res, whole)
+        if kills == most or pipe.poll(rnd.uniform(0, length/3)):      # it came to its end
+            res = result(p, pipe)
+            return kills, 1 if res is None else differing_bits(res, whole)
+        p.kill()
+        p.join()
+        kills += 1
+        bar.update()
 
 
 def main():
@@ -97,17 +105,13 @@ def main():
     count = dict(kills=0, runs=0, differing_bits=0, wrong_runs=[])
     if count_file.exists(): count |= json.loads(count_file.read_text())
     with tqdm(total=args.kills, initial=count['kills'], unit=' kills') as bar:
-        folder = args.out/'whole'
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        with quiet(): train(new_folder(args.out/'imports'), False, args.every)      # what is imported on the way
         began = time.perf_counter()
-        whole = result(*start(folder, False, args.every))
+        whole = result(*start(new_folder(args.out/'whole'), False, args.every))
         length = time.perf_counter() - began
         while count['kills'] < args.kills:
             i = count['runs']
-            folder = args.out/f'run-{i}'
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            folder = new_folder(args.out/f'run-{i}')
             kills, bits = killed_until_done(folder, whole, length, random.Random(f'{args.seed}-{i}'), bool(i % 2),
                                             args.every, bar, args.kills - count['kills'])
             count['kills'] += kills

@@ -310,8 +310,10 @@ class CheckpointCB(Callback):
         trained = learn.will_train and learn.epochs and not self._signals.stopped
         try:
             if trained: self._write_at_end(learn)
-            self._writer.wait()
-            if trained and learn.error is None: wait_for_all()
+            if trained and learn.error is None:
+                learn.processes.main_does(self._writer.wait)
+                wait_for_all()
+            else: self._writer.wait()
         finally:
             learn.cbs[:] = [cb for cb in learn.cbs if cb is not self._boundary]
             self.whole = self._boundary = None

@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoint.py [--rounds 9] [--folder DIR]
 
-The writers take turns in one process, and each writes a new file. Written at once, against `torch.save` of the same tensors, with an
-fsync of file and folder on both sides; target: at most 1.3 x. In the background, what the step waits for, against a copy of the same
-tensors (`clone`); target: at most 1.1 x. Medians of the ratios, round by round, with the smallest and the largest.
+The writers take turns in one process, and each writes a new file. Written at once, against `torch.save` of the
+same tensors, with an fsync of file and folder on both sides; target: at most 1.3 x. In the background, what the
+step waits for, against a copy of the same tensors (`clone`); target: at most 1.1 x. Ratios are medians, round
+by round, with the smallest and the largest.
 """
 import os, statistics, tempfile
 from pathlib import Path

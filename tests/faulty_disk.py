@@ -1,7 +1,8 @@
 """A disk on which one operation fails, in the process itself: used by test_unkillable
 
-While `FaultyDisk` is entered, what Python does to files below a folder is counted. One operation can be chosen to fail: the process is
-killed there (`Killed` is raised, and no operation after it does anything), the power is cut, or an `OSError` is raised."""
+While `FaultyDisk` is entered, what Python does to files below a folder is counted. One operation can be chosen to fail:
+the process is killed there (`Killed` is raised, and no operation after it does anything), the power is cut, or an
+`OSError` is raised."""
 import builtins, errno, io, os, secrets, shutil, stat
 from contextlib import suppress
 from pathlib import Path
@@ -48,8 +49,8 @@ class FaultyDisk:
 
     def __enter__(self):
         self.graves.mkdir(exist_ok=True)
-        self.old = [(o, k, getattr(o, k)) for o, k in [*((os, k) for k in self.names), (builtins, 'open'), (io, 'open'),
-                                                        (os, 'rename'), (os, 'remove')]]
+        places = [(os, k) for k in (*self.names, 'rename', 'remove')] + [(builtins, 'open'), (io, 'open')]
+        self.old = [(o, k, getattr(o, k)) for o, k in places]
         for o, k, f in self.old: setattr(o, k, getattr(self, k) if hasattr(self, k) else self.forbidden(f))
         return self
 
@@ -97,7 +98,8 @@ class FaultyDisk:
 
     def open(self, path, mode='r', *args, **kwargs):
         real = next(f for o, k, f in self.old if (o, k) == (builtins, 'open'))
-        if not self.mine(path) or os.path.isdir(path) or not set(mode) & set('wxa+'): return real(path, mode, *args, **kwargs)
+        writes = set(mode) & set('wxa+') and not os.path.isdir(path)      # a file without a name is made in a folder
+        if not (writes and self.mine(path)): return real(path, mode, *args, **kwargs)
         assert mode == 'xb', f'{path} is written past the file layer'
         def create():
             file = _File(self, path)
@@ -107,8 +109,8 @@ class FaultyDisk:
 
     def fsync(self, fd):
         if stat.S_ISDIR(os.fstat(fd).st_mode):
-            def flush(): self.undo = [(p, f) for p, f in self.undo if os.stat(p).st_ino != os.fstat(fd).st_ino]
-            path = next(p for p in [self.folder, *self.folder.rglob('*')] if os.path.samestat(os.stat(p), os.fstat(fd)))
+            path = next(p for p in [self.folder, *self.folder.rglob('*')] if os.path.samestat(p.stat(), os.fstat(fd)))
+            def flush(): self.undo = [(p, f) for p, f in self.undo if p != path]
             return self.do('fsync of the folder', path, flush)
         def flush():
             if pair := self.dirty.pop(os.fstat(fd).st_ino, None): os.close(pair[0])

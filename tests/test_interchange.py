@@ -567,8 +567,8 @@ def test_while_applied_the_file_is_the_same(tmp_path):
     assert not torch.equal(a['0.weight'], net[0].weight)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint16,
-                                   torch.float8_e4m3fn])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64,
+                                   torch.uint16, torch.float8_e4m3fn])
 def test_the_bytes_are_those_of_the_library(dtype):
     "Scalars, empty ones and names beyond ASCII too"
     tensors = {k: torch.arange(6).reshape(shape).to(dtype) for k, shape in dict(b=(2, 3), a=(6,), ä=(1, 6)).items()}

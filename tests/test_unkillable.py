@@ -1,7 +1,9 @@
-"""Each operation on the disk fails once, in each way; then the program is started again, and all is as if nothing had happened
+"""Each operation on the disk fails once, in each way; then the program is started again, and all is as if nothing had
+happened
 
-Wrong: a part of a file under its name, a checkpoint removed before the next one is on the disk, a run that cannot be started again."""
-import re, warnings
+Wrong: a part of a file under its name, a checkpoint removed before the next one is on the disk, a run that cannot be
+started again."""
+import os, re, shutil, signal, threading, warnings
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -15,13 +17,14 @@ from torch import optim
 from fastswa.callbacks.loggers import CSVLoggerCB
 from fastswa.callbacks.swa import EMACB
 from fastswa.callbacks.swa_variants import PostHocEMACB
-from fastswa.checkpoint.archive import read_checkpoint
-from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.checkpoint.archive import read_checkpoint, write_checkpoint
+from fastswa.checkpoint.checkpoint import CheckpointCB, HostCopies
 from fastswa.compare.runs import compare
 from fastswa.core import quiet
+from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
 from faulty_disk import ERRORS, KILLS, FaultyDisk, Killed
-from helpers import linear, regression
+from helpers import AtEpoch, linear, regression
 from killed_run import result
 
 
@@ -159,3 +162,74 @@ def test_a_comparison(tmp_path):
         with quiet(): found = compare(make_learner, dict(ema=EMACB(0.5)), 2, 1, folder/'out', n_jobs=1)
         return found.table.to_csv()
     assert fail_everywhere(tmp_path, go, lambda folder: None) > 50
+
+
+# --- in the background
+
+
+class Later(Callback):
+    "Let the writer wait until training is two steps further"
+    order = 90
+    def __init__(self, monkeypatch):
+        self.go = threading.Event()
+        def waits(state, path): return self.go.wait(60) and write_checkpoint(state, path)
+        monkeypatch.setattr('fastswa.checkpoint.checkpoint.write_checkpoint', waits)
+    def before_batch(self, learn):
+        if learn.training and (learn.epoch, learn.iter) == (1, 1): self.go.set()
+
+
+def test_what_is_written_later_is_of_the_moment_of_the_save(tmp_path, monkeypatch):
+    "Wrong: weights, averages, momentum or history of a later step; or a step that waits for the disk, here for ever"
+    new_learner(CheckpointCB(tmp_path/'a', '2ba', keep=None)).fit(3)
+    new_learner(CheckpointCB(tmp_path/'b', '2ba', keep=None, background=True), Later(monkeypatch)).fit(3)
+    assert names(tmp_path/'a') == names(tmp_path/'b') == [f'step-{i:08}.pt' for i in (2, 4, 6)]
+    for name in names(tmp_path/'a'):
+        a, b = (read_checkpoint(tmp_path/o/name) for o in 'ab')
+        for state in a, b:
+            del state['made']
+            state['callbacks'] = [o for o in state['callbacks'] if o['name'] != 'Later']
+        assert str(a) == str(b), name
+
+
+@pytest.mark.filterwarnings('ignore:CheckpointCB.cleanup_fit failed too')
+def test_what_the_writer_could_not_write_is_raised(tmp_path):
+    "At the next save, or when the fit ends; then the learner is as it was, and can go on"
+    for at, steps in (0, 4), (2, 6):
+        gone = AtEpoch(at, lambda learn: (tmp_path/'run').rename(tmp_path/f'gone-{at}'))
+        learn = new_learner(CheckpointCB(tmp_path/'run', background=True), gone)
+        with pytest.raises(OSError, match='could not be written to .*run/step-'): learn.fit(3)
+        assert learn.opt_steps == steps
+        learn.cbs.remove(gone)
+        learn.fit(1)
+        assert names(tmp_path/'run') == [f'step-{steps + 2:08}.pt']
+        shutil.rmtree(tmp_path/'run')
+
+
+@pytest.mark.parametrize('error', ['Ctrl-C', ZeroDivisionError])
+def test_the_end_of_a_fit_waits_for_the_writer(tmp_path, monkeypatch, error):
+    class Ends(Callback):
+        def after_batch(self, learn):
+            if not learn.training or learn.epoch != 1: return
+            if error == 'Ctrl-C': os.kill(os.getpid(), signal.SIGINT)
+            else: raise error
+    learn = new_learner(CheckpointCB(tmp_path, background=True), Later(monkeypatch), Ends())
+    learn.cbs[2].go.set()
+    with pytest.raises(KeyboardInterrupt if error == 'Ctrl-C' else error): learn.fit(3)
+    left = dict.fromkeys(names(tmp_path))
+    assert [*left] == ['step-00000002.pt', 'step-00000003.pt'][:2 if error == 'Ctrl-C' else 1]
+    for name in left: read_checkpoint(tmp_path/name)
+
+
+def test_copies_share_what_the_originals_share():
+    "Wrong: tied weights become two; a slice, a transposed or an empty tensor becomes another"
+    t, copies = torch.arange(12.).reshape(3, 4), HostCopies()
+    state = dict(a=t, b=[t, t.T, t[1:, ::2]], c=(torch.empty(0, 3), torch.tensor(True), 'text', torch.ones(2).half()))
+    first = copies(state)
+    assert str(first) == str(state) and first['b'][1].stride() == (1, 4)
+    t += 1
+    assert first['a'][0, 0] == 0
+    first['a'][0, 0] = 5
+    assert all(o[0, 0] == 5 for o in first['b'][:2])
+    place = first['a'].data_ptr()
+    second = copies(state)
+    assert second['a'].data_ptr() == place and str(second) == str(state)

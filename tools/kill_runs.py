@@ -1,14 +1,16 @@
-"""Kill a training run with SIGKILL at random moments, resume it, and compare each bit with the run that nothing stopped.
+"""Kill a training run with SIGKILL at random moments, resume it, and compare each bit with the run that nothing
+stopped.
 
     python tools/kill_runs.py OUT [--kills 3000] [--seed 0] [--every 1ba]
 
-A run trains a small network with AdamW, one cycle, dropout, shuffling, augmentation, EMA, SWA, post-hoc snapshots in a folder and a CSV
-log, and writes a checkpoint after each batch; every second run writes them in the background. Its process is killed somewhere in the
-first third of its time, started again, killed, and so on until it comes to its end; then weights, averages, optimizer, history, random
-state, files and log are compared. What was done is counted in OUT/kills.json, from which the script goes on when it is started again.
-Exit status 1 if a bit differed; the folder of such a run stays.
+A run trains a small network with AdamW, one cycle, dropout, shuffling, augmentation, EMA, SWA, post-hoc
+snapshots in a folder and a CSV log, and writes a checkpoint after each batch; every second run writes them in
+the background. Its process is killed somewhere within the time that a whole run takes, started again, killed,
+and so on until it comes to its end. Then weights, averages, optimizer, history, random state, names of files
+and log are compared. What was done is counted in OUT/kills.json, from which the script goes on when it is
+started again. Exit status 1 if a bit differed; the folder of such a run stays.
 """
-import argparse, json, multiprocessing, os, random, shutil, sys, time
+import argparse, json, multiprocessing, os, random, shutil, sys, threading, time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]/d) for d in ('.', 'tests')]
@@ -31,7 +33,8 @@ def train(folder, background, every):
     "Go on with the run in `folder`; returns its result"
     learn = killed_run.the_run()
     learn.dls = killed_run.Data(100)      # 4 batches
-    learn.cbs += [PostHocEMACB(every='3ba', keep=6, folder=folder/'snapshots', apply=False), CSVLoggerCB(folder/'log.csv')]
+    learn.cbs += [PostHocEMACB(every='3ba', keep=6, folder=folder/'snapshots', apply=False),
+                  CSVLoggerCB(folder/'log.csv')]
     checkpoints = CheckpointCB(folder/'run', every, keep=2, best='ema/loss', keep_best=2, background=background)
     set_seed(1)
     learn.fit(2, cbs=checkpoints, resume=folder/'run')
@@ -83,7 +86,7 @@ def killed_until_done(folder, whole, length, rnd, background, every, bar, most):
     kills = 0
     while True:
         p, pipe = start(folder, background, every)
-        if kills == most or pipe.poll(rnd.uniform(0, length/3)):      # it came to its end
+        if kills == most or pipe.poll(rnd.uniform(0, length)):      # it came to its end
             res = result(p, pipe)
             return kills, 1 if res is None else differing_bits(res, whole)
         p.kill()
@@ -100,6 +103,7 @@ def main():
     options.add_argument('--every', default='1ba', help='how often a checkpoint is written')
     args = options.parse_args()
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())      # its own is shared by all processes, and one may be killed that holds it
     args.out.mkdir(parents=True, exist_ok=True)
     count_file = args.out/'kills.json'
     count = dict(kills=0, runs=0, differing_bits=0, wrong_runs=[])

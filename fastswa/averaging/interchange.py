@@ -296,7 +296,7 @@ def write_tensors(
     f, # a binary file
     metadata:dict, # text → text
 ):
-    """Write a safetensors file, tensor by tensor: what is on a GPU or not contiguous is copied to the host one at a time
+    """Write a safetensors file, tensor by tensor: what is on a GPU or not contiguous is copied to the host for it
 
     TypeError for a dtype that the format does not have."""
     tensors = {k.replace('_orig_mod.', ''): v.detach() for k, v in state.items() if torch.is_tensor(v)}

@@ -139,7 +139,8 @@ class WholePosition:
     def __init__(self, learn, **place):
         self.state = learner_state(learn)
         self.state['place'] |= place
-        self.versions = [(t, t._version) for t in map(local, tensors_in(self.state | dict(rng=None)))]      # that is a copy
+        own = {k: v for k, v in self.state.items() if k != 'rng'}      # which is a copy
+        self.versions = [(t, t._version) for t in map(local, tensors_in(own))]
 
     def is_valid(self, learn) -> bool:
         "Was there no step since, and was no tensor written to?"

@@ -9,7 +9,7 @@ __all__ = ['TrackedAverages', 'Averages']
 
 # %% ../../nbs/averaging/07_averages.ipynb #00000002
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -97,7 +97,7 @@ class TrackedAverages(Mapping):
 
     def add(self,
         name:str, # what the average is called in tables, files and `using`
-        rule=equal(), # a rule, or an `Average` of this model
+        rule:Callable|Average=equal(), # a rule, or an `Average` of this model
         start:str='0ba', # from when on, as in `'200ba'`, `'3ep'`, `'0.75dur'`
         every:str|None='1ba', # how often; below one step means every step; None: at each `take`, and only then
         *,

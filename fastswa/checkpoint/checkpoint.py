@@ -21,6 +21,8 @@ from ..batches import map_tensors, tensors_in
 from ..callbacks.watched import Watched
 from .archive import newest, numbered, step_of, write_checkpoint
 from .resume import check_loss, check_model, learner_state, match_callbacks, put_weights
+from .sharded import (
+    is_sharded, is_sharded_checkpoint, shapes_of, whole_state, with_parts, write_sharded)
 from ..clock import Every
 from ..core import check_whole, unwrap
 from ..files import (
@@ -43,12 +45,14 @@ def save(
     if learn.in_fit and learn.will_train and learn.training and not learn.between_batches:
         raise RuntimeError('a batch is half done: save in after_batch or before_epoch, '
                            'by a callback whose order is 90 or more, or use CheckpointCB')
+    if is_sharded(learn.model):
+        with learn.using('raw'): return write_sharded(learn.model, learner_state(learn, True), path, learn.processes)
     if not _writes(learn): return
     with nullcontext() if learn.weights == 'raw' else learn.using('raw'): write_checkpoint(learner_state(learn), path)
 
 def _writes(learn):
-    "Does this process write? The first one does, and each that holds a part of the model only"
-    return is_main_process() or any(hasattr(p, 'to_local') for p in learn.model.parameters())
+    "Does this process write? The first one does"
+    return is_main_process()
 
 def load(
     learn, # a `Learner` of the same model
@@ -59,7 +63,9 @@ def load(
     if learn.in_fit:
         raise RuntimeError('load() is for between the fits: fit(…, resume=path) goes on in the midst of one')
     path,state,_ = newest(path)
+    state = shapes_of(state)
     check_model(learn.model, state['weights']['raw'], path)
+    if is_sharded_checkpoint(path): state = with_parts(learn.model, path, learn.processes)
     if opt and state['opt']:
         changes = OptionChanges(learn.opt, KNOWN_OPTIONS)      # those of the file may be of the midst of a schedule
         try: load_opt_state(named_parameters(learn), learn.opt, state['opt'])
@@ -95,13 +101,16 @@ def export(
     """Write one set of weights as a safetensors file: plain names, contiguous, on the CPU
 
     What is on a GPU or not contiguous is copied to the host first, one tensor at a time."""
-    if not _writes(learn): return
+    if not _writes(learn) and not is_sharded(learn.model): return
     name = weights or learn.weights
     meta = dict(weights=name)
     if name in learn.averages:
         average = learn.averages[name]
         meta |= dict(n=str(average.n), rule=repr(average.rule))
-    with learn.using(name), written(path) as f: write_tensors(unwrap(learn.model).state_dict(), f, meta)
+    with learn.using(name):
+        state = whole_state(learn.model) if is_sharded(learn.model) else unwrap(learn.model).state_dict()
+        if not _writes(learn): return
+        with written(path) as f: write_tensors(state, f, meta)
 
 # %% ../../nbs/checkpoint/02_checkpoint.ipynb #8b0462f9
 class StopSignals:
@@ -223,7 +232,7 @@ class CheckpointCB(Callback):
         best:str|None=None, # a column such as `'accuracy'` or `'ema/loss'`: what was best by it stays as `best.pt`
         mode:str|None=None, # is `'min'` or `'max'` good? None: as names of losses, errors and scores tell
         keep_best:int=1, # how many stay, the best ones: more than one as `best-STEP.pt`
-        background:bool=False, # train on while a copy of the state is written?
+        background:bool=False, # train on while a copy is written? A model in parts (FSDP) is waited for
     ):
         self.path = as_path(path)
         self.when = Every(every)
@@ -252,6 +261,8 @@ class CheckpointCB(Callback):
         if learn is not self._learn: self.top,self.saved = [],[]
         self._learn,self._improved = learn,False
         if self.watched: self.watched.begin(learn)
+        if self.watched and is_sharded(learn.model):
+            raise ValueError(f'best={self.watched.name!r}: of weights that are divided no best.pt is kept')
         self.when.begin(learn.clock)
         learn.opt                 # is made, so that its state counts too
         learner_state(learn)      # says now, rather than in an hour, what cannot be saved
@@ -332,10 +343,19 @@ class CheckpointCB(Callback):
         together = learn.error is None      # after an error the others may be gone
         state = learner_state(learn, together)
         def write(): return self._write(state) if _writes(learn) else None
-        if together: learn.processes.main_does(write)
+        if is_sharded(learn.model): self._write_parts(learn, state, together)
+        elif together: learn.processes.main_does(write)
         else: write()
         self._improved = False
         if asked: self._signals.stop(asked)
+
+    def _write_parts(self, learn, state, together):
+        "All processes write, each what it holds; after an error they may not be there"
+        path = self._file(state['opt_steps']).with_suffix('')
+        if not together or path.exists(): return
+        write_sharded(learn.model, state, path, learn.processes)
+        self.saved.append(path)
+        if _writes(learn): self._remove_old()
 
     def _file(self, steps): return self.path/f'step-{steps:08}.pt'
 

@@ -6,9 +6,9 @@ stopped.
 A run trains a small network with AdamW, one cycle, dropout, shuffling, augmentation, EMA, SWA, post-hoc
 snapshots in a folder and a CSV log, and writes a checkpoint after each batch; every second run writes them in
 the background. Its process is killed somewhere within the time that a whole run takes, started again, killed,
-and so on until it comes to its end. Then weights, averages, optimizer, history, random state, names of files
-and log are compared. What was done is counted in OUT/kills.json, from which the script goes on when it is
-started again. Exit status 1 if a bit differed; the folder of such a run stays.
+later and later until it comes to its end. Then weights, averages, optimizer, history, random state, names of
+files and log are compared. What was done is counted in OUT/kills.json, from which the script goes on when it
+is started again. Exit status 1 if a bit differed; the folder of such a run stays.
 """
 import argparse, json, multiprocessing, os, random, shutil, sys, threading, time
 from pathlib import Path
@@ -86,7 +86,7 @@ def killed_until_done(folder, whole, length, rnd, background, every, bar, most):
     kills = 0
     while True:
         p, pipe = start(folder, background, every)
-        if kills == most or pipe.poll(rnd.uniform(0, length)):      # it came to its end
+        if kills == most or pipe.poll(rnd.uniform(0, length*(1 + kills/8))):      # its end
             res = result(p, pipe)
             return kills, 1 if res is None else differing_bits(res, whole)
         p.kill()
@@ -103,7 +103,9 @@ def main():
     options.add_argument('--every', default='1ba', help='how often a checkpoint is written')
     args = options.parse_args()
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())      # its own is shared by all processes, and one may be killed that holds it
+    # tqdm's lock is shared by all processes, and one may be killed that holds it; its thread does not outlive a fork
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     args.out.mkdir(parents=True, exist_ok=True)
     count_file = args.out/'kills.json'
     count = dict(kills=0, runs=0, differing_bits=0, wrong_runs=[])

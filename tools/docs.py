@@ -1,7 +1,7 @@
 """Builds the site in _docs/html from the notebooks and the pages in nbs/guides, without a network: `make docs`.
 
 Below an exported cell stand the signature, docstring and parameters of what it defines, its source folded. Sphinx makes
-HTML of the pages; `md/`, `llms.txt` and `llms-full.txt` hold the same as plain text."""
+HTML of the pages; `*.html.md`, `llms.txt` and `llms-full.txt` hold the same as plain text."""
 import ast, functools, importlib, inspect, os, re, shutil, sys
 
 from docutils import nodes
@@ -141,13 +141,13 @@ def plain(cells):
             if text.strip(): yield fence(text)
 
 def write_page(name, file, cells):
-    "Put a page into the folder that Sphinx reads, and its text into md/"
+    "Put a page into the folder that Sphinx reads, and its text beside the site's"
     for o in cells:
         if o.cell_type == 'markdown': o.source = linked(file, o.source)
     here = os.path.dirname(name)
-    text = re.sub(r'\]\(/([^)\s]+?)\.(?:ipynb|md)', lambda m: f'](' + os.path.relpath(m[1], here or '.') + '.md',
+    text = re.sub(r'\]\(/([^)\s]+?)\.(?:ipynb|md)', lambda m: f'](' + os.path.relpath(m[1], here or '.') + '.html.md',
                   '\n\n'.join(plain(cells)))
-    write(out/'md'/f'{name}.md', text + '\n')
+    write(out/f'{name}.html.md', text + '\n')
     for o in cells:
         if o.cell_type == 'markdown': o.source = crossed(o.source)
     to = work/f'{name}{file.suffix}'
@@ -164,7 +164,7 @@ def write(path, text):
 
 def heading(name):
     "The title of a page and the sentence below it"
-    text = (out/'md'/f'{name}.md').read_text(encoding='utf-8')
+    text = (out/f'{name}.html.md').read_text(encoding='utf-8')
     return re.search(r'^# (.*)', text, re.M)[1], (re.search(r'^> (.*)', text, re.M) or ['', ''])[1]
 
 def api_page():
@@ -189,14 +189,14 @@ def sections():
 
 def write_llms(parts):
     "llms.txt lists the pages; llms-full.txt holds all but the studies"
-    lines = ['# fastswa', '> ' + heading('index')[1], 'How to do what: md/guides/recipes.md. Every public name: '
-             'md/api.md. All pages but the studies in one file: llms-full.txt.']
+    lines = ['# fastswa', '> ' + heading('index')[1], 'How to do what: guides/recipes.html.md. Every public '
+             'name: api.html.md. All pages but the studies in one file: llms-full.txt.']
     for part, names in parts.items():
-        listed = ['- [{1}](md/{0}.md): {2}'.format(n, *heading(n)) for n in names]
+        listed = ['- [{1}]({0}.html.md): {2}'.format(n, *heading(n)) for n in names]
         lines.append(f'## {part}\n\n' + '\n'.join(listed))
     write(out/'llms.txt', '\n\n'.join(lines) + '\n')
     names = ['index'] + [n for part, names in parts.items() if part not in ('Studies', 'Project') for n in names]
-    write(out/'llms-full.txt', '\n\n'.join((out/'md'/f'{n}.md').read_text(encoding='utf-8') for n in names))
+    write(out/'llms-full.txt', '\n\n'.join((out/f'{n}.html.md').read_text(encoding='utf-8') for n in names))
 
 def mathml(self, node, block=False):
     tex = node.astext()
@@ -215,7 +215,7 @@ def main():
     with mock(['fastai', 'lightning', 'transformers', 'accelerate']):
         cells = {name: [*cells_of(file)] for name, file in pages().items()}
     for name, file in pages().items(): write_page(name, file, cells[name])
-    write(out/'md'/'api.md', '\n\n'.join(api_page()))
+    write(out/'api.html.md', '\n\n'.join(api_page()))
     write(work/'api.md', crossed('\n\n'.join(api_page())))
     shutil.copytree(root/'nbs'/'images', work/'images')
     parts = sections()

@@ -211,8 +211,9 @@ def quiet():
 
 # %% ../nbs/00_core.ipynb #00000043
 def is_quiet(learn=None) -> bool:
-    "Should what runs on this learner, or anywhere if there is none, print nothing?"
-    return _all_quiet or learn is not None and learn.quiet
+    "Should what runs on this learner, or anywhere if there is none, print nothing? Of several processes one prints"
+    processes = getattr(learn, 'processes', None)
+    return _all_quiet or learn is not None and learn.quiet or processes is not None and processes.rank > 0
 
 def progress_bar(
     items, # what is gone through

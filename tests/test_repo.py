@@ -47,7 +47,7 @@ def test_lines_are_short():
     assert [(o, l) for o, l in long if not re.match(r"(__all__ = \[| +)'\w+', ", l)] == []      # nbdev writes those
 
 @pytest.mark.parametrize('name', ['initializing', 'ktorch_mnist', 'weight_averaging', 'inside_averages', 'posthoc',
-                                  'anytime'])
+                                  'anytime', 'bench_averages'])
 def test_studies_use_names_that_exist(name):
     "They run for minutes, so seldom. Wrong: a NameError after a name has moved"
     cells = json.loads((root/'nbs'/'experiments'/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']
@@ -95,7 +95,7 @@ def test_one_version():
 # --- rooms: the order of imports
 
 ROOMS = dict(                                        # design: each room imports from those above it and from itself
-    core=['core', 'batches', 'random_state', 'clock', 'module_state', 'tables', 'files'],
+    core=['core', 'batches', 'random_state', 'clock', 'module_state', 'tables', 'files', 'processes'],
     plot=['plot'], averaging=['averaging'], data=['data'], nets=['nets'],
     training=['training'], callbacks=['callbacks'], checkpoint=['checkpoint'], integrations=['integrations'],
     compare=['compare'], cli=['cli', '__main__'], all=['all'])

@@ -61,6 +61,7 @@ class _Pool:
         self.n = self.inputs = 0
         self.mean = self.squares = 0.
         self.doubled = False      # was the last input given twice?
+        self.paused = False      # is what comes not to count?
 
     def before(self, layer, args, kwargs):
         "A forward pre-hook; one value per channel, which BatchNorm refuses in train mode, goes in twice"
@@ -68,8 +69,8 @@ class _Pool:
         own = hasattr(layer, 'stats_input')
         x = layer.stats_input(*args, **kwargs) if own else args[0] if args else next(iter(kwargs.values()))
         if not x.numel(): return None
-        self.add(layer, x.detach().to(torch.promote_types(x.dtype, torch.float32)))      # (N, C) or (N, C, …)
-        self.inputs += 1
+        # (N, C) or (N, C, …)
+        if not self.paused: self.count(layer, x.detach().to(torch.promote_types(x.dtype, torch.float32)))
         self.doubled = not own and x.numel() == x.shape[1]
         return ((torch.cat([x, x]),), {}) if self.doubled else None
 
@@ -77,13 +78,24 @@ class _Pool:
         "A forward hook; what comes of a value is what comes of it twice"
         return out[:1] if self.doubled else None
 
-    def add(self, layer, x):
+    def count(self, layer, x):
+        "An input of a layer"
+        self.add(*self.moments(layer, x), inputs=1)
+
+    def moments(self, layer, x):
+        "Count, mean, and sum of squared deviations"
         var,mean = map(_wide, torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=0))
         n = x.numel()//x.shape[1]
+        return n, mean, var*n
+
+    def add(self, n, mean, squares, inputs):
+        "Those of further inputs"
+        self.inputs += inputs
+        if not n: return
         total = self.n + n
         delta = mean - self.mean
         self.mean = self.mean + delta*(n/total)
-        self.squares = self.squares + var*n + delta**2*(self.n*n/total)
+        self.squares = self.squares + squares + delta**2*(self.n*n/total)
         self.n = total
 
     def var(self):
@@ -102,12 +114,17 @@ class _Pool:
 
 class _InstancePool(_Pool):
     "Count of samples, mean of their means, sum of their variances"
-    def add(self, layer, x):
+    def moments(self, layer, x):
         if x.ndim == layer._get_no_batch_dim(): x = x[None]
         var,mean = map(_wide, torch.var_mean(x, dim=[*range(2, x.ndim)]))      # (N, C)
-        total = self.n + len(x)
-        self.mean = self.mean*(self.n/total) + mean.sum(0)/total
-        self.squares = self.squares + var.sum(0)
+        return len(x), mean.mean(0), var.sum(0)
+
+    def add(self, n, mean, squares, inputs):
+        self.inputs += inputs
+        if not n: return
+        total = self.n + n
+        self.mean = self.mean*(self.n/total) + mean*(n/total)
+        self.squares = self.squares + squares
         self.n = total
 
     def var(self): return self.squares/self.n
@@ -149,6 +166,9 @@ def update_bn(
     eval mode within a module in train mode is frozen and left alone; of a module in eval mode every layer takes part.
     A layer that gets no input keeps what it has; where no layer takes part, the data is not read. Raises ValueError if
     there is no data, or inputs are not finite; whatever goes wrong, statistics and momenta are then as before.
+
+    Of several processes each may go through its part of the data: data with a method `gather(value)`, which returns a
+    list of what each process gave, has all of it counted. A batch of which its `n_samples(batch)` is 0 counts nothing.
 
     Without data: resets the statistics and sets momentum to None, so that each layer averages what it gets from now on;
     `update_bn(module, momenta=…)` ends that. (torch's InstanceNorm cannot do so: it is left alone.)"""
@@ -194,9 +214,21 @@ def _pools(model, layers, data, n_batches, forward, undo):
         if 'torch._dynamo' in sys.modules: undo.enter_context(torch.compiler.set_stance('force_eager'))
     n = 0
     for n, batch in enumerate(islice(batches, n_batches), 1):
+        for p in pools.values(): p.paused = hasattr(data, 'n_samples') and data.n_samples(batch) == 0
         with without_dropout: forward(model, batch)
     if n == 0: raise ValueError('there is no data: not one batch to take the statistics from')
+    if hasattr(data, 'gather'): _gather(pools, data.gather)
     return pools
+
+def _gather(pools, gather):
+    "What all processes have counted together, in the same order on each"
+    parts = gather({name: (p.n, p.mean, p.squares, p.inputs) for name, p in pools.items()})
+    for name, p in pools.items():
+        own = p.mean
+        p.n,p.inputs,p.mean,p.squares = 0,0,0.,0.
+        for n, mean, squares, inputs in (part[name] for part in parts):
+            if torch.is_tensor(mean) and torch.is_tensor(own): mean,squares = mean.to(own.device),squares.to(own.device)
+            p.add(n, mean, squares, inputs)
 
 def _reset(layers):
     layers = {name: m for name, m in layers.items() if not isinstance(m, _InstanceNorm)}      # for which None means 0

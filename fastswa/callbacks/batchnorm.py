@@ -12,9 +12,10 @@ from contextlib import closing, suppress
 from operator import length_hint
 
 from .progress import LogView, find_view
+from ..batches import batch_size
 from ..core import check_whole, is_quiet, progress_bar
 from ..training.events import Callback, CancelBatchException, Stage
-from ..training.sandbox import keep_learner, prepared_batches
+from ..training.sandbox import keep_learner, prepared_batches, share_of
 
 # %% ../../nbs/callbacks/02_batchnorm.ipynb #0000000b
 class BNUpdateCB(Callback):
@@ -48,12 +49,20 @@ class TrainingBatches:
     def __iter__(self):
         learn = self.learn
         with keep_learner(learn, self.cbs):
-            dl = learn.dls.train
+            dl = self.part = share_of(learn, learn.dls.train)
             learn.own_cbs.evaluation.check(learn, dl, self.cbs, training=True)
             total = min(filter(None, (length_hint(dl), learn.averages.bn_batches)), default=None)
             hidden = is_quiet(learn) or type(find_view()) is LogView
             with closing(prepared_batches(learn, dl, cbs=self.cbs)) as batches:
                 yield from progress_bar(batches, 'BatchNorm statistics', total, hidden, unit='ba')
+
+    def n_samples(self, batch):
+        "How many samples of the batch at hand count"
+        return batch_size(batch, self.part)
+
+    def gather(self, value):
+        "What each process has that goes through a part of the data"
+        return self.learn.processes.gather(value)
 
     def predict(self, model, batch):
         "A forward pass of the plain model, as the learner makes it"

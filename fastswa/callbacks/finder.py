@@ -104,7 +104,8 @@ class LRFinderCB(Callback):
 
     def after_loss(self, learn):
         if not learn.training: return
-        loss = float(learn.loss.detach())
+        loss,n = learn.processes.sums(float(learn.loss.detach()), 1)
+        loss /= n      # over the processes
         if not math.isfinite(loss): raise CancelFitException
         self.lrs.append(self.lr)
         self.losses.append(loss)

@@ -54,6 +54,7 @@ def _cat(
 class CapturePreds(Callback):
     "Keep predictions and targets (and inputs) of all batches on the CPU, as `all_preds`, `all_targs`, `all_inps`"
     order,role = Stage.measure + 10,'measures'
+    undivided = True # each of several processes goes through all batches
     def __init__(self,
         inps:bool=False, # keep the inputs too?
     ): self.inps = inps

@@ -95,7 +95,8 @@ class LogCB(RowsCB):
         meter,self._meter,self._due = self._meter,LossMeter(),False
         self._log(learn, {'train/loss': meter.compute(), **{k: float(v) for k, v in self._lrs.items()}})
 
-    def _log(self, learn, values): self.logger.log({**values, 'epoch': learn.epoch, 'step': learn.opt_steps})
+    def _log(self, learn, values):
+        if learn.processes.rank == 0: self.logger.log({**values, 'epoch': learn.epoch, 'step': learn.opt_steps})
 
 # %% ../../nbs/callbacks/10_loggers.ipynb #00000011
 class TensorBoardCB(LogCB):

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..averaging.kernels import all_finite
 from ..batches import batch_size
-from ..core import check_number, check_whole
+from ..core import check_number, check_whole, local
 from ..training.events import Callback, CancelBatchException, CancelStepException, Stage
 from ..training.learner import MomentumLearner
 from ..training.opt_steps import hooked_optimizers
@@ -96,7 +96,7 @@ class GradAccumCB(Callback):
         if weight != 1: learn.loss.register_hook(lambda g: g*weight)
 
     def _count(self, learn):
-        if self.weight is None: return batch_size(learn.batch, learn.dl)
+        if self.weight is None: return getattr(learn.dl, 'now', (0, None))[1] or batch_size(learn.batch, learn.dl)
         weight = self.weight(learn.batch)
         try: weight = float(weight)
         except (TypeError, ValueError): pass      # what it is, is said below
@@ -171,17 +171,17 @@ class NaNGuardCB(Callback):
         self._before = [(d, k, d[k], d[k] if d[k] is None else d[k].clone()) for d, k in places]
 
     def after_loss(self, learn):
-        if not learn.training or torch.isfinite(learn.loss.detach()).all(): return
+        if not learn.training or not learn.processes.any(not learn.loss.detach().isfinite().all()): return
         self._skip('the loss')
         raise CancelBatchException
 
     def after_backward(self, learn):
         grads = gradients(learn)
-        if not grads or all_finite(grads):
+        if not learn.processes.any(grads and not all_finite([*map(local, grads)])):
             self._in_a_row = 0
             return
         with_grad = {n: p for n, p in named_parameters(learn).items() if p.grad is not None}
-        names = [n for n, p in with_grad.items() if not _dense(p).isfinite().all()]
+        names = [n for n, p in with_grad.items() if not local(_dense(p)).isfinite().all()] or ['another process']
         learn.zero_grad()
         more = f' and {len(names) - 5} more' if len(names) > 5 else ''
         self._skip(f'the gradient of {", ".join(names[:5])}{more}')

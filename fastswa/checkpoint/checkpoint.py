@@ -116,9 +116,11 @@ class StopSignals:
         if again: self.stop()
         print('stopping: a checkpoint is written when the batch is over (once more: at once)', file=sys.stderr)
 
-    def stop(self):
+    def stop(self,
+        sig=None, # what another process was asked
+    ):
         "Now what was asked for takes effect"
-        sig,self.asked,self.stopped = self.asked,None,True
+        sig,self.asked,self.stopped = self.asked or sig,None,True
         self.remove()
         raise KeyboardInterrupt if sig == signal.SIGINT else SystemExit(128 + sig)
 
@@ -172,6 +174,11 @@ class CheckpointCB(Callback):
     def best(self): return self.top[0][0] if self.top else None
 
     @property
+    def stop_asked(self) -> int|None:
+        "The signal that asks to stop; of several processes each is told what others were asked at the end of a batch"
+        return self._signals.asked
+
+    @property
     def best_epoch(self): return self.top[0][1] if self.top else None
 
     def before_fit(self, learn):
@@ -182,7 +189,7 @@ class CheckpointCB(Callback):
         self.when.begin(learn.clock)
         learn.opt                 # is made, so that its state counts too
         learner_state(learn)      # says now, rather than in an hour, what cannot be saved
-        if _writes(learn): self._prepare(learn)
+        learn.processes.main_does(lambda: self._prepare(learn) if _writes(learn) else None)
         self._boundary = _Boundary(self)
         learn.cbs.append(self._boundary)
         self._signals.install()
@@ -238,9 +245,15 @@ class CheckpointCB(Callback):
             self._signals.remove()
 
     def _write_if(self, learn, due):
-        if not (due or self._signals.asked) or learn.own_cbs.position.place(learn) is None: return
-        if _writes(learn): self._write(learner_state(learn))
-        if self._signals.asked: self._signals.stop()
+        asked = self._signals.asked if learn.processes.alone else learn.processes.asked
+        if not (due or asked) or learn.own_cbs.position.place(learn) is None: return
+        together = learn.error is None      # after an error the others may be gone
+        state = learner_state(learn, together)
+        def write(): return self._write(state) if _writes(learn) else None
+        if together: learn.processes.main_does(write)
+        else: write()
+        self._improved = False
+        if asked: self._signals.stop(asked)
 
     def _write(self, state):
         path = self.path/f'step-{state["opt_steps"]:08}.pt'

@@ -30,7 +30,7 @@ from ..training.sandbox import generators, takes_part
 # %% ../../nbs/checkpoint/01_resume.ipynb #00000005
 def _data(learn):
     "What tells the training data from others, as far as can be seen; 0 where a length is not known"
-    dl = learn.dls.train
+    dl = getattr(learn.dls.train, 'undivided', learn.dls.train)      # several processes may share it
     samples = length_hint(getattr(dl, 'dataset', None))
     return dict(batches=length_hint(dl), samples=samples, batch_size=getattr(dl, 'batch_size', None))
 
@@ -56,14 +56,23 @@ def _optional(cb):
 
 def _matters(cb): return not _optional(cb) and (cb.role in ('schedules', 'averages') or takes_part(cb))
 
+def _saved_cbs(learn): return [cb for cb in by_order(learn.cbs) if _has_state(cb) or _matters(cb)]
+
+def _of_processes(learn):
+    "What each of several processes has for itself: random state, now and at the epoch's beginning, and partial sums"
+    sums = {i: cb.state_dict() for i, cb in enumerate(_saved_cbs(learn)) if cb.role == 'measures' and _has_state(cb)}
+    return learn.processes.gather(dict(rng=get_rng_state(generators(learn)), epoch=learn.own_cbs.position.rng,
+                                       meter=learn.own_cbs.loss.meter.state_dict(), sums=sums))
+
 def learner_state(
     learn, # a learner that holds its raw weights
+    together:bool=False, # do all processes of the run call this now? Then what each has for itself is in it
 ) -> dict: # plain; its tensors are the learner's own, not copies
     "All that the rest of a run depends on; TypeError for what cannot be saved"
     model = unwrap(learn.model)
     weights = model.state_dict()
     callbacks = [dict(name=_called(cb), optional=_optional(cb), state=cb.state_dict() if _has_state(cb) else None)
-                 for cb in by_order(learn.cbs) if _has_state(cb) or _matters(cb)]
+                 for cb in _saved_cbs(learn)]
     return plain(dict(
         model=type(model).__name__,
         weights=dict(raw=weights),
@@ -80,6 +89,8 @@ def learner_state(
         total_steps=learn.clock.total_steps,
         data=_data(learn),
         place=_place(learn),
+        processes=learn.processes.size,
+        of_processes=_of_processes(learn) if together and not learn.processes.alone else [],
         rng=get_rng_state(generators(learn))))
 
 # %% ../../nbs/checkpoint/01_resume.ipynb #00000007
@@ -149,6 +160,16 @@ def _set_rng(state, generators):
     set_rng_state(state, generators)
 
 # %% ../../nbs/checkpoint/01_resume.ipynb #4890bc00
+def _of_this_process(state, learn):
+    "A checkpoint with what this process had for itself; of other processes, each draws on with its own random state"
+    p,saved,place = learn.processes,state.get('of_processes', []),state['place']
+    if p.rank == 0 or not place: return state
+    if len(saved) != p.size: return dict(state, rng=dict(get_rng_state(), generators=state['rng']['generators']))
+    own = saved[p.rank]
+    if place['batch']: place = dict(place, rng=own['epoch'], meter=own['meter'])
+    callbacks = [dict(cb, state=own['sums'].get(i, cb['state'])) for i, cb in enumerate(state['callbacks'])]
+    return dict(state, rng=own['rng'], place=place, callbacks=callbacks)
+
 class ResumeCB(Callback):
     "Makes a fit resume from a checkpoint; ValueError, with nothing changed, if it cannot"
     order,role = math.inf,'watches'
@@ -158,6 +179,7 @@ class ResumeCB(Callback):
         path, # where it was
         damaged=(), # newer checkpoints that could not be read
     ):
+        state = _of_this_process(state, learn)
         self.state,self.path,self.damaged = state,path,damaged
         self.place = state['place']
         if not self.place:
@@ -188,6 +210,10 @@ class ResumeCB(Callback):
         here = _data(learn)
         words = [f'{v} {k.replace("_", " ")}, here {here[k]}' for k, v in self.state['data'].items() if v != here[k]]
         if words: raise ValueError(f'{self.path} is of a run on other data: {"; ".join(words)}')
+        were,are = self.state.get('processes', 1),learn.processes.size
+        if were != are and self.place['batch']:
+            raise ValueError(f'{self.path} was saved in the midst of an epoch by {were} processes, and here are {are}, '
+                             'whose batches are others: resume from a checkpoint of the end of an epoch')
         if self.epoch + (self.place['batch'] > 0) > learn.epochs.stop:
             raise ValueError(f'{self.path} has done {self.epoch} epochs and {self.place["batch"]} batches; '
                              f'n_epochs, which counts them too, must be more; got {learn.n_epochs}')
@@ -282,6 +308,9 @@ def go_on_from(
 ):
     "A fit goes on from a checkpoint, or from the newest of a folder that can be read; a folder may have none yet"
     path = as_path(path)
+    seen = [p.name for p in (numbered(path) if path.is_dir() else [path]) if p.exists()]
+    found = f'{", ".join(seen[-3:]) or "nothing"} in {path}'
+    learn.processes.check_same(**{'what they see where all should find the same checkpoints': found})
     if path.suffix != '.pt' and not path.is_file() and not numbered(path):
         if not is_quiet(learn): print(f'no checkpoint in {path}: the fit starts from the beginning')
         return

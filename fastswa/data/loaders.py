@@ -93,30 +93,45 @@ class BatchLoader:
         self.batch_size = int(check_whole('bs', bs))
         self.dataset, self.tfm = TensorDataset(x, y), tfm
         self.shuffle, self.generator, self.drop_last, self.sampler = shuffle, generator, drop_last, sampler
-        if not len(self): raise ValueError(f'{self._n()} samples with bs={bs} and drop_last={drop_last} give no batch')
+        if not len(self):
+            raise ValueError(f'{self.n_items} samples with bs={bs} and drop_last={drop_last} give no batch')
 
     def __repr__(self):
         x,_ = self.dataset.tensors
         order = ', shuffled' if self.shuffle else ''
         return f'BatchLoader({len(x):,} images {tuple(x.shape[1:])} on {x.device}, bs={self.batch_size}{order})'
 
-    def _n(self): return len(self.dataset if self.sampler is None else self.sampler)
+    @property
+    def n_items(self) -> int:
+        "How many samples an iteration goes through, but for a rest that is left out"
+        return len(self.dataset if self.sampler is None else self.sampler)
 
     def __len__(self):
-        n = self._n()
+        n = self.n_items
         return n // self.batch_size if self.drop_last else math.ceil(n/self.batch_size)
 
-    def __iter__(self):
-        x, y = self.dataset.tensors
+    def __iter__(self): return self.load(self.parts())
+
+    def parts(self) -> list: # tensors of indices
+        "Which samples go into each batch, in a new order if it shuffles"
+        x, _ = self.dataset.tensors
         order = torch.arange(len(x), device=x.device)        # drawn here, not when the first batch is asked for
         if self.sampler is not None: order = torch.tensor([*self.sampler], device=x.device)
         elif self.shuffle:
             g = self.generator
             if g is None: g = torch.Generator().manual_seed(torch.empty((), dtype=torch.int64).random_().item())
             order = torch.randperm(len(x), generator=g, device=g.device).to(x.device)
-        return (self._batch(x, y, part) for part in order.split(self.batch_size)[:len(self)])
+        return order.split(self.batch_size)[:len(self)]
 
-    def _batch(self, x, y, part):
+    def load(self,
+        parts, # tensors of indices
+    ):
+        "The batch of each"
+        return map(self._batch, parts)
+
+    def _batch(self, part):
+        x, y = self.dataset.tensors
+        part = part.to(x.device)
         xb, yb = (o.index_select(0, part) for o in (x, y))   # several times faster than x[part], and always a copy
         xb = xb.to(torch.float32).div_(255)
         return (xb if self.tfm is None else self.tfm(xb)), yb

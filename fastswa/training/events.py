@@ -18,6 +18,7 @@ from operator import attrgetter
 from os import PathLike
 
 from ..clock import Time
+from ..processes import ALONE, Processes
 
 # %% ../../nbs/training/00_events.ipynb #00000005
 class CancelFitException(Exception): "Raised by a callback: the fit ends here; `after_fit` is skipped"
@@ -77,6 +78,11 @@ class CallbackRunner:
     "Something with callbacks: it calls them, and cleans up after them"
     cbs,error = (),None
     own_cbs = () # what takes part in everything that runs, beside `cbs`
+
+    @property
+    def processes(self) -> Processes:
+        "The processes that run this together, as one of its callbacks knows them; `ALONE` if none does"
+        return next((cb.processes for cb in self.cbs if hasattr(cb, 'processes')), ALONE)
 
     def callback(self,
         method_nm:str, # an event

@@ -16,7 +16,7 @@ from readme import fence, in_order, printed
 
 base = root/'_docs'
 work, out = base/'source', base/'html'
-GUIDES = ['start', 'averaging', 'recipes', 'learner', 'callbacks', 'init', 'promises', 'coming_from', 'cluster',
+GUIDES = ['start', 'averaging', 'recipes', 'callbacks', 'learner', 'init', 'promises', 'coming_from', 'cluster',
           'benchmarks']
 STUDIES = ['weight_averaging', 'anytime', 'inside_averages', 'posthoc', 'initializing', 'ktorch_mnist']
 HOUSE = ['averaging', 'callbacks', 'training', 'nets', 'data', 'checkpoint', 'integrations', 'compare']

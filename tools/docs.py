@@ -116,8 +116,10 @@ def cells_of(file):
             if exported and not re.search(r'^(def|class|@|\w+ *=)', cell.source, re.M): continue      # only imports
             if 'export' in exported: yield from described(cell, module)
             tags = ['hide-input'] if exported else ['remove-input'] if has.get('echo') == 'false' else []
-            cell.metadata,cell.outputs = dict(tags=tags),in_order(cell.outputs)
+            cell.metadata,cell.outputs = dict(tags=tags),[o for o in in_order(cell.outputs) if not is_bar(o)]
         yield cell
+
+def is_bar(output): return output.get('name') == 'stderr' and '%|' in ''.join(output['text'])
 
 def linked(file, md):
     "Markdown with its links as the site has them"

@@ -8,6 +8,7 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from fastcore.docments import docments
 from fastcore.nbio import mk_cell, read_nb, write_nb
+from PIL import Image
 from sphinx.application import Sphinx
 from sphinx.ext.autodoc.mock import mock
 
@@ -22,11 +23,14 @@ STUDIES = ['weight_averaging', 'anytime', 'inside_averages', 'posthoc', 'initial
 HOUSE = ['averaging', 'callbacks', 'training', 'nets', 'data', 'checkpoint', 'integrations', 'compare']
 CONF = dict(project='fastswa', html_title='fastswa', extensions=['myst_nb', 'sphinx_copybutton', 'docs'],
             html_theme='furo', html_static_path=[str(root/'tools'/'docs.css')], html_css_files=['docs.css'],
-            html_math_renderer='mathml', html_show_sphinx=False, html_copy_source=False, html_show_copyright=False,
+            html_favicon='favicon.svg', html_math_renderer='mathml', html_show_sphinx=False, html_copy_source=False,
             nb_execution_mode='off', nb_ipywidgets_js={}, nb_merge_streams=True, nb_code_prompt_show='Source',
             nb_code_prompt_hide='Source', myst_enable_extensions=['dollarmath'], myst_heading_anchors=4,
-            add_module_names=False, toc_object_entries_show_parents='hide',
+            html_show_copyright=False, add_module_names=False, toc_object_entries_show_parents='hide',
             suppress_warnings=['misc.highlighting_failure'])
+
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" fill="none" stroke-width="3">
+<path d="M2 8l5 16 5-14 5 12 5-9 5 6 3-4" stroke="#999"/><path d="M2 8c6 9 14 8 28 7" stroke="#0072B2"/></svg>"""
 
 # --- what a module defines
 
@@ -212,6 +216,13 @@ def setup(app):
     "Formulas as MathML, which browsers show without a script"
     app.add_html_math_renderer('mathml', (mathml, None), (functools.partial(mathml, block=True), None))
 
+def shrink(png):
+    "A picture in 256 colours on white: a third of the bytes, and nobody sees it"
+    im = Image.open(png).convert('RGBA')
+    white = Image.new('RGBA', im.size, 'white')
+    white.alpha_composite(im)
+    white.convert('RGB').quantize(256, dither=Image.Dither.NONE).save(png, optimize=True)
+
 def main():
     if found := problems(): sys.exit('\n'.join(found))
     shutil.rmtree(base, ignore_errors=True)
@@ -221,6 +232,7 @@ def main():
     write(out/'api.html.md', '\n\n'.join(api_page()))
     write(work/'api.md', crossed('\n\n'.join(api_page())))
     shutil.copytree(root/'nbs'/'images', work/'images')
+    write(work/'favicon.svg', ICON)
     parts = sections()
     write_llms(parts)
     nb = read_nb(work/'index.ipynb')
@@ -230,6 +242,7 @@ def main():
     write_nb(nb, work/'index.ipynb')
     app = Sphinx(work, None, out, base/'doctrees', 'html', CONF, status=None, warningiserror=True)
     app.build()
+    for o in (out/'_images').glob('*.png'): shrink(o)
     sys.exit(app.statuscode)
 
 if __name__ == '__main__': main()

@@ -17,8 +17,8 @@ from readme import fence, in_order, printed
 
 base = root/'_docs'
 work, out = base/'source', base/'html'
-GUIDES = ['start', 'averaging', 'recipes', 'callbacks', 'learner', 'init', 'promises', 'coming_from', 'cluster',
-          'benchmarks']
+GUIDES = ['start', 'averaging', 'recipes', 'callbacks', 'learner', 'init', 'promises', 'coming_from', 'loops',
+          'cluster', 'benchmarks']
 STUDIES = ['weight_averaging', 'anytime', 'inside_averages', 'posthoc', 'initializing', 'ktorch_mnist']
 HOUSE = ['averaging', 'callbacks', 'training', 'nets', 'data', 'checkpoint', 'integrations', 'compare']
 CONF = dict(project='fastswa', html_title='fastswa', extensions=['myst_nb', 'sphinx_copybutton', 'docs'],

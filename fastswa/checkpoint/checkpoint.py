@@ -17,6 +17,8 @@ from ..batches import tensors_in
 from ..callbacks.watched import Watched
 from .archive import newest, numbered, step_of, write_checkpoint
 from .resume import check_loss, check_model, learner_state, match_callbacks, put_weights
+from .sharded import (
+    is_sharded, is_sharded_checkpoint, shapes_of, whole_state, with_parts, write_sharded)
 from ..clock import Every
 from ..core import check_whole, unwrap
 from ..files import as_path, check_folder, is_main_process, wait_for_all, written
@@ -38,12 +40,14 @@ def save(
     if learn.in_fit and learn.will_train and learn.training and not learn.between_batches:
         raise RuntimeError('a batch is half done: save in after_batch or before_epoch, '
                            'by a callback whose order is 90 or more, or use CheckpointCB')
+    if is_sharded(learn.model):
+        with learn.using('raw'): return write_sharded(learn.model, learner_state(learn, True), path, learn.processes)
     if not _writes(learn): return
     with nullcontext() if learn.weights == 'raw' else learn.using('raw'): write_checkpoint(learner_state(learn), path)
 
 def _writes(learn):
-    "Does this process write? The first one does, and each that holds a part of the model only"
-    return is_main_process() or any(hasattr(p, 'to_local') for p in learn.model.parameters())
+    "Does this process write? The first one does"
+    return is_main_process()
 
 def load(
     learn, # a `Learner` of the same model
@@ -54,7 +58,9 @@ def load(
     if learn.in_fit:
         raise RuntimeError('load() is for between the fits: fit(…, resume=path) goes on in the midst of one')
     path,state,_ = newest(path)
+    state = shapes_of(state)
     check_model(learn.model, state['weights']['raw'], path)
+    if is_sharded_checkpoint(path): state = with_parts(learn.model, path, learn.processes)
     if opt and state['opt']:
         changes = OptionChanges(learn.opt, KNOWN_OPTIONS)      # those of the file may be of the midst of a schedule
         try: load_opt_state(named_parameters(learn), learn.opt, state['opt'])
@@ -90,13 +96,15 @@ def export(
     """Write one set of weights as a safetensors file: plain names, contiguous, on the CPU
 
     What is on a GPU, tied or not contiguous is copied to the host first, all of it at once."""
-    if not _writes(learn): return
+    if not _writes(learn) and not is_sharded(learn.model): return
     name = weights or learn.weights
     meta = dict(weights=name)
     if name in learn.averages:
         average = learn.averages[name]
         meta |= dict(n=str(average.n), rule=repr(average.rule))
-    with learn.using(name): write_tensors(unwrap(learn.model).state_dict(), path, meta)
+    with learn.using(name):
+        state = whole_state(learn.model) if is_sharded(learn.model) else unwrap(learn.model).state_dict()
+        if _writes(learn): write_tensors(state, path, meta)
 
 # %% ../../nbs/checkpoint/02_checkpoint.ipynb #8b0462f9
 class StopSignals:
@@ -186,6 +194,8 @@ class CheckpointCB(Callback):
         if learn is not self._learn: self.top,self.saved = [],[]
         self._learn,self._improved = learn,False
         if self.watched: self.watched.begin(learn)
+        if self.watched and is_sharded(learn.model):
+            raise ValueError(f'best={self.watched.name!r}: of weights that are divided no best.pt is kept')
         self.when.begin(learn.clock)
         learn.opt                 # is made, so that its state counts too
         learner_state(learn)      # says now, rather than in an hour, what cannot be saved
@@ -250,10 +260,21 @@ class CheckpointCB(Callback):
         together = learn.error is None      # after an error the others may be gone
         state = learner_state(learn, together)
         def write(): return self._write(state) if _writes(learn) else None
-        if together: learn.processes.main_does(write)
+        if is_sharded(learn.model): self._write_parts(learn, state, together)
+        elif together: learn.processes.main_does(write)
         else: write()
         self._improved = False
         if asked: self._signals.stop(asked)
+
+    def _write_parts(self, learn, state, together):
+        "All processes write, each what it holds; after an error they may not be there"
+        path = self.path/f'step-{state["opt_steps"]:08}'
+        if not together or path.exists(): return
+        write_sharded(learn.model, state, path, learn.processes)
+        self.saved = [*self.saved, path]
+        while self.keep and len(self.saved) > self.keep:
+            old = self.saved.pop(0)
+            if _writes(learn): shutil.rmtree(old, ignore_errors=True)
 
     def _write(self, state):
         path = self.path/f'step-{state["opt_steps"]:08}.pt'

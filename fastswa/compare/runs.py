@@ -155,7 +155,7 @@ def _finished(f, tasks, n_jobs):
 def compare(
     make_learner, # called with a seed; returns the baseline's learner
     variants:dict, # name → an averaging callback, which watches the baseline's run, or a function like that
-    seeds=5, # how many, or which
+    seeds:int|Iterable[int]=5, # how many, or which
     epochs:int=5, # in each run
     out=None, # a folder for the finished runs, from which an interrupted comparison goes on; None: in memory
     metric:str|None=None, # by which column to compare; None: the first metric there is, else the loss

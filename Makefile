@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Where Fashion-MNIST is not at hand and cannot be fetched, the script says so and $FASTSWA_DATA stays unset.
 with_data = FASTSWA_DATA=$$(sh tools/get-data.sh) && export FASTSWA_DATA || unset FASTSWA_DATA
 
-.PHONY: help demo test setup data export readme docs serve-docs docs-test bench clean
+.PHONY: help demo test setup data export types readme docs serve-docs docs-test bench clean
 
 help:    ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile
@@ -18,7 +18,8 @@ demo: $(STAMP)    ## train on Fashion-MNIST with SWA and EMA; results in runs/de
 		echo '*** No Fashion-MNIST: neither its Debian package nor the Hugging Face hub can be reached.' >&2; \
 		echo '*** This run trains on TOY DATA. Set FASTSWA_DATA to the folder of the IDX files for the real one.' >&2; \
 	fi; \
-	$(BIN)/fastswa train --data $$data --epochs 5 --out runs/demo --overwrite
+	$(BIN)/fastswa train --data $$data --epochs 5 --out runs/demo --overwrite && \
+	echo '(. $(BIN)/activate puts fastswa on the path)'
 
 test: $(STAMP)    ## run every test: the notebooks, then pytest
 	@$(with_data); status=0; $(BIN)/nbdev-test || status=1; $(BIN)/pytest -n 2 --dist loadfile || status=1; exit $$status
@@ -30,6 +31,10 @@ data:    ## fetch Fashion-MNIST where Debian's packages can be had; print its fo
 
 export: $(STAMP)    ## write fastswa/ from the notebooks, and clean the notebooks
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
+
+types: $(STAMP)    ## check the types of the public names, in tests/typed_client.py
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[types]'
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 readme: $(STAMP)    ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
@@ -47,9 +52,9 @@ docs-test: docs    ## build the site and look at every page in Chromium
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[browser]'
 	$(BIN)/pytest -q -m browser tests/test_site.py
 
-# The others of benchmarks/ are for single questions and run by hand.
+# Of other libraries those that are installed: `pip install -c constraints.txt -e '.[bench]'`, see CONTRIBUTING.
 bench: $(STAMP)    ## measure averaging, step, epoch, data, checkpoint (10 minutes at most); tables in benchmarks/results
-	@$(with_data); $(BIN)/python -m pip install -qq -c constraints.txt -e '.[bench]' || true; \
+	@$(with_data); \
 	for part in 'averaging --rounds 9' 'step --rounds 7' 'epoch --rounds 5' 'data --rounds 5' 'checkpoint --rounds 5'; do \
 		set -- $$part; script=$$1; shift; $(BIN)/python benchmarks/$$script.py "$$@" --write $(BENCH) || exit 1; echo; \
 	done

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 
 # %% ../nbs/00_core.ipynb #0000000e
-def unwrap(module):
+def unwrap(
+    module:torch.nn.Module, # compiled or wrapped, or neither
+) -> torch.nn.Module:
     "The plain model inside what `torch.compile`, DataParallel and DistributedDataParallel return"
     parallel = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
     while True:
@@ -187,7 +189,8 @@ def plain(
     if isinstance(value, (torch.Tensor, np.ndarray)) and not tensors:
         return value.item() if math.prod(value.shape) == 1 else value.tolist()
     if isinstance(value, np.generic): return value.item()
-    if type(value) in _PLAIN: return value.detach() if isinstance(value, torch.Tensor) else value
+    kept = type(value) in _PLAIN or hasattr(value, 'to_local')
+    if kept: return value.detach() if isinstance(value, torch.Tensor) else value
     if isinstance(value, np.ndarray) and value.dtype.kind in 'biuf':
         return torch.from_numpy(value.astype(np.int64) if value.dtype.kind == 'u' else value.copy())
     def convert(item, key): return plain(item, f'{name}.{key}' if name else str(key), tensors=tensors, strict=strict)

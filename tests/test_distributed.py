@@ -19,9 +19,11 @@ from torch import nn, optim
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 from torcheval.metrics import MulticlassAccuracy
 
+from accelerate import Accelerator
+
 from fastswa.all import (
-    BNUpdateCB, CSVLoggerCB, Callback, CheckpointCB, DistributedCB, EMACB, EarlyStoppingCB, GradAccumCB, LogCB,
-    MetricsCB, NaNGuardCB, SWACB, TrainLearner)
+    AccelerateCB, BNUpdateCB, CSVLoggerCB, Callback, CheckpointCB, DistributedCB, EMACB, EarlyStoppingCB, GradAccumCB,
+    Learner, LogCB, MetricsCB, NaNGuardCB, SWACB, TrainLearner)
 from fastswa.data.loaders import BatchLoader
 from helpers import Hits, copied, end_ranks, errors_of, start_ranks
 
@@ -367,6 +369,33 @@ def test_in_two_processes(case, results):
         file = results/f'{case}.{r}'
         if not file.exists(): pytest.fail(f'process {r} did not come to it: {errors_of(results, 2)}')
         assert file.read_text() == '', f'process {r}: {file.read_text()}'
+
+
+# --- with accelerate
+
+
+def accelerated():
+    "Wrong: a sample seen by both, a step counted twice, a model that stays wrapped"
+    warnings.simplefilter('ignore')
+    cb = AccelerateCB(accelerator=Accelerator(cpu=True), timeout=30)
+    def run(cls, *cbs, bs=4):
+        learn = cls(net(), loaders(37, bs), F.cross_entropy, 0.1, [*cbs, EMACB(decay=0.9, apply=False), metrics()], sgd)
+        learn.fit(1)
+        learn.fit(2)
+        return learn
+    two, one = run(Learner, cb), run(TrainLearner, bs=8)
+    assert two.opt_steps == two.averages['ema'].n == one.opt_steps == 15 and type(two.model) is nn.Sequential
+    close(two.model.state_dict(), one.model.state_dict())
+    close(two.averages['ema'].weights, one.averages['ema'].weights)
+    same_rows(one.history, two.history)
+    assert len(two.lr_find(show=False, max_steps=5).losses) == 5
+    with pytest.raises(RuntimeError, match='accelerate runs these processes already'): DistributedCB()
+    print('all of it')
+
+
+def test_accelerate(tmp_path):
+    end_ranks(start_ranks(2, accelerated, folder=tmp_path), LIMIT)
+    assert errors_of(tmp_path, 2) == ['', ''] and 'all of it' in (tmp_path/'out.1').read_text()
 
 
 # --- those that lose a process

@@ -9,6 +9,7 @@ __all__ = ['Average', 'detached_copy', 'update_all']
 
 # %% ../../nbs/averaging/05_average.ipynb #00000002
 import warnings
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from types import CellType, FunctionType, MethodType
 from numbers import Integral, Real
@@ -31,7 +32,7 @@ class Average(CountedSnapshots):
     fitted = False # do the BatchNorm statistics in it fit its weights?
     def __init__(self,
         module:nn.Module, # the model whose weights are averaged
-        rule=equal(), # weight of the newest snapshot, as a function of the number before it
+        rule:Callable=equal(), # weight of the newest snapshot, as a function of the number before it
         *,
         dtype:torch.dtype|None=None, # of the average; None: fp32, or that of the weights if it is wider
         device=None, # of the average; None: that of each weight
@@ -223,8 +224,8 @@ def _check_state(state):
 # %% ../../nbs/averaging/05_average.ipynb #00000019
 @locked
 def update_all(
-    averages, # `Average`s, of one model or of several
-    steps=1, # steps since the last update, one number or one for each average
+    averages:Iterable[Average], # of one model or of several
+    steps:int|Iterable[int]=1, # steps since the last update, one number or one for each average
 ):
     """Take a snapshot for several averages; those of the same weights share reading and checking them.
 

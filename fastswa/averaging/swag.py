@@ -9,6 +9,7 @@ __all__ = ['SWAG']
 
 # %% ../../nbs/averaging/09_swag.ipynb #00000002
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -105,7 +106,7 @@ class SWAG(KeepsSnapshots):
         generator:torch.Generator|None=None, # to draw from; None: the global one, which is put back afterwards
         bn_data=None, # batches for BatchNorm's statistics, gone through for each sample
         forward=None, # called with module and batch as it comes, for models that take other inputs
-        activation=nn.Softmax(dim=1), # of the outputs, where axis 1 is the classes; `nn.Identity()` for regression
+        activation:Callable=nn.Softmax(dim=1), # of the outputs, with classes on axis 1; `nn.Identity()` for regression
     ) -> torch.Tensor: # (N, …) on the CPU
         "The mean of what `n` sampled models predict, in eval mode; module and random state are afterwards as before"
         check_whole('n', n)

@@ -9,6 +9,7 @@ __all__ = ['HooksCallback', 'StatsRow', 'is_leaf', 'ActivationStats']
 
 # %% ../../nbs/callbacks/11_activations.ipynb #00000002
 import math, warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ class HooksCallback(Callback):
     no hooks: in the batches that they are for, a compiled model runs without compilation"""
     def __init__(self,
         hookfunc, # called as by `Hook`
-        mod_filter=noop, # called with each module of the model: is it watched?
+        mod_filter:Callable=noop, # called with each module of the model: is it watched?
         on_train:bool=True, # in training?
         on_valid:bool=False, # in validation?
         mods=None, # modules to watch, instead of those that `mod_filter` selects
@@ -203,7 +204,7 @@ def is_leaf(
 class ActivationStats(_StatsCharts, HooksCallback):
     "Statistics of the outputs of modules in training, and of the gradients that come back to them"
     def __init__(self,
-        mod_filter=is_leaf, # called with each module of the model: is it watched?
+        mod_filter:Callable=is_leaf, # called with each module of the model: is it watched?
         every:int=16, # read every how many-th training batch?
         grads:bool=False, # read the gradients of the outputs too? With the loss scale, if there is one
         dead:float=1e-6, # an output that is no larger counts as zero

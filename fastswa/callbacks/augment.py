@@ -9,6 +9,7 @@ __all__ = ['AugmentCB', 'MixUpCB', 'CutMixCB', 'log_mean_probs', 'tta_views', 'T
 
 # %% ../../nbs/callbacks/12_augment.ipynb #00000002
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -97,7 +98,7 @@ class TTA(nn.Module):
     def __init__(self,
         model, # the other model
         tfms=None, # functions of the input, one for each view; None: `tta_views()`
-        average=log_mean_probs, # of all outputs, (V, N, …); `partial(torch.mean, dim=0)` if they are no class scores
+        average:Callable=log_mean_probs, # of all outputs, (V, N, …); `partial(torch.mean, dim=0)` for no classes
     ):
         super().__init__()
         self.model, self.average = model, average
@@ -110,7 +111,7 @@ def tta(
     learn, # a learner
     tfms=None, # functions of the inputs, one for each view; None: `tta_views()`
     weights:str|None=None, # `'raw'` or the name of an average; None: those the model holds
-    average=log_mean_probs, # see `TTA`
+    average:Callable=log_mean_probs, # see `TTA`
 ) -> tuple: # predictions and targets
     "As `learn.get_preds` of the validation set, with test-time augmentation; on the CPU"
     with learn.using(weights or learn.weights), sandbox(learn):

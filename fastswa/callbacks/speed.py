@@ -28,7 +28,7 @@ class MixedPrecisionCB(Callback):
     "Predictions and loss in half precision; fp16 scales the loss and skips steps whose gradients overflow"
     order,role = Stage.step + 1,'steps'
     def __init__(self,
-        dtype='bf16', # or `'fp16'`, or the torch.dtype
+        dtype:str|torch.dtype='bf16', # or `'fp16'`, or the torch.dtype
         init_scale:float=2.**16, # fp16: scale of the loss at the start
         growth_interval:int=2000, # fp16: steps without overflow after which the scale doubles
     ):

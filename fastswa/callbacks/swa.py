@@ -9,6 +9,7 @@ __all__ = ['AverageCB', 'LowestRate', 'EMACB', 'SWACB', 'LAWACB']
 
 # %% ../../nbs/callbacks/03_swa.ipynb #00000002
 import difflib, math, warnings
+from collections.abc import Callable
 from functools import wraps
 from inspect import signature
 
@@ -46,7 +47,7 @@ class AverageCB(Callback):
     order,role = Stage.average,'averages'
     changes_run = False # would the raw weights be others without it?
     def __init__(self,
-        rule=equal(), # weight of the newest snapshot by the number before it; see `fastswa.averaging.rules`
+        rule:Callable=equal(), # weight of the newest snapshot by the number before it; see `fastswa.averaging.rules`
         start:str='0ba', # from when on, as in `'0ba'`, `'3ep'`, `'0.75dur'`
         every:str='1ba', # how often; below one step means every step
         *,

@@ -29,7 +29,7 @@ def write_checkpoint(
     made = dict(platform=platform.platform(), python=platform.python_version(), torch=str(torch.__version__),
                 numpy=np.__version__, fastswa=__version__, time=time.strftime('%Y-%m-%d %H:%M:%S%z'))
     try:
-        with written(path) as tmp: torch.save(dict(format=_FORMAT, version=_VERSION, made=made, **state), tmp)
+        with written(path) as f: torch.save(dict(format=_FORMAT, version=_VERSION, made=made, **state), f)
     except (OSError, RuntimeError) as e:
         kind = type(e) if isinstance(e, OSError) else OSError
         why = getattr(e, 'strerror', None) or str(e).split('\n')[0]
@@ -62,17 +62,21 @@ def step_of(path): return int(path.stem.removeprefix('step-'))
 
 def numbered(folder) -> list:
     "The checkpoints in a folder, the oldest first"
-    return sorted(Path(folder).glob('step-*.pt'), key=step_of)
+    return sorted((p for p in Path(folder).glob('step-*') if p.suffix == '.pt' or _is_folder(p)), key=step_of)
+
+def _is_folder(path): return (path/'.metadata').is_file()      # that several processes have written, see `sharded`
+
+def _read(path): return read_checkpoint(path/'run.pt' if _is_folder(path) else path)
 
 def newest(
     path, # a checkpoint, or a folder of them
 ) -> tuple: # its path, what is in it, and paths of newer ones that are damaged
     "The checkpoint, or the newest of a folder that can be read, with a warning about those that cannot"
     path = as_path(path)
-    files = numbered(path)[::-1] if path.is_dir() else [path]
+    files = numbered(path)[::-1] if path.is_dir() and not _is_folder(path) else [path]
     if not files: raise FileNotFoundError(f'there is no checkpoint in {path}')
     for i, file in enumerate(files):
-        try: return file, read_checkpoint(file), files[:i]
+        try: return file, _read(file), files[:i]
         except ValueError as e:
             if file is files[-1]: raise
             warnings.warn(f'{e}; {files[i + 1].name}, which is older, is used instead')

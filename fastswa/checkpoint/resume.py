@@ -17,6 +17,7 @@ import torch
 
 from ..averaging.tensors import some_names
 from .archive import newest, numbered
+from .sharded import is_sharded_checkpoint, shapes_of, with_parts
 from ..random_state import get_rng_state, set_rng_state
 from ..core import is_quiet, plain, unwrap
 from ..files import as_path
@@ -262,6 +263,9 @@ class ResumeCB(Callback):
 
     def _load(self, learn):
         self._loaded = True
+        if is_sharded_checkpoint(self.path):
+            self.state = _of_this_process(with_parts(learn.model, self.path, learn.processes), learn)
+            self.pairs = match_callbacks(learn, self.state['callbacks'])[0]
         for cb, state in self.pairs: cb.load_state_dict(state)
         load_opt_state(named_parameters(learn), learn.opt, self.state['opt'])
         put_weights(learn, self.state)
@@ -311,11 +315,14 @@ def go_on_from(
     seen = [p.name for p in (numbered(path) if path.is_dir() else [path]) if p.exists()]
     found = f'{", ".join(seen[-3:]) or "nothing"} in {path}'
     learn.processes.check_same(**{'what they see where all should find the same checkpoints': found})
-    if path.suffix != '.pt' and not path.is_file() and not numbered(path):
+    empty = not path.is_file() and not numbered(path) and not is_sharded_checkpoint(path)
+    if path.suffix != '.pt' and empty:
         if not is_quiet(learn): print(f'no checkpoint in {path}: the fit starts from the beginning')
+        stack.callback(setattr, learn, 'restarting', False)
+        learn.restarting = path.is_dir()      # a run had begun, and was killed before its first checkpoint
         return
     file,state,damaged = newest(path)
-    cb = ResumeCB(learn, state, file, damaged)
+    cb = ResumeCB(learn, shapes_of(state), file, damaged)
     done = f'{cb.epoch}/{learn.n_epochs} epochs and {cb.place["batch"]} batches, {state["opt_steps"]} steps'
     if cb.finished: done,learn.n_epochs = f'all {cb.epoch} epochs are done, nothing is left to train',cb.epoch
     if not is_quiet(learn): print(f'resuming from {file}: {done}')

@@ -9,6 +9,7 @@ __all__ = ['ActStats', 'act_stats', 'gain', 'init_weights', 'zero_init_residual'
 
 # %% ../../nbs/nets/05_init.ipynb #00000002
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -115,7 +116,7 @@ def fixup(
     model:nn.Module, # without norms, in place; with `ResBlock`s whose `act` is a ReLU, or `branches` given
     branches=None, # the layers of each residual branch, in order; None: those of the `ResBlock`s
     head:nn.Module|None=None, # the classification layer; None: the last one in order of definition
-    act=nn.ReLU, # the activation between the layers, as in `gain`
+    act:Callable=nn.ReLU, # the activation between the layers, as in `gain`
 ) -> list: # names of the modules that are zero now
     """Draw every layer anew by `init_weights`, with biases 0, as Fixup does: arXiv 1901.09321, rules 1 and 2.
     Raises ValueError if branches have norms; use `zero_init_residual` then"""

@@ -8,6 +8,7 @@ Docs: https://fastswa.github.io/fastswa/nets/layers.html.md"""
 __all__ = ['act_gr', 'GeneralRelu', 'conv', 'get_model', 'ResBlock']
 
 # %% ../../nbs/nets/01_layers.ipynb #00000002
+from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ def conv(
     nf:int, # channels out
     ks:int=3, # kernel size
     stride:int=2, # 2 halves height and width
-    act=nn.ReLU, # makes the activation; None: no activation
+    act:Callable|None=nn.ReLU, # makes the activation; None: no activation
     norm=None, # makes the norm, called with `nf`; None: no norm
     bias:bool|None=None, # bias in the convolution? None: unless the norm has a shift of its own
 ) -> nn.Sequential: # (N, ni, H, W) to (N, nf, H/stride, W/stride), rounded up for an odd `ks`
@@ -63,7 +64,7 @@ def conv(
 
 # %% ../../nbs/nets/01_layers.ipynb #0000000f
 def get_model(
-    act=nn.ReLU, # makes the activations
+    act:Callable|None=nn.ReLU, # makes the activations
     nfs:list|None=None, # channels: of the images, then of each layer; [1, 8, 16, 32, 64] if None
     norm=None, # makes the norms
 ) -> nn.Sequential: # (N, nfs[0], H, W) to (N, 10), for H and W up to 2**len(nfs)
@@ -82,7 +83,7 @@ class ResBlock(nn.Module):
         nf:int, # channels out
         stride:int=1, # of the second convolution
         ks:int=3, # kernel size, odd
-        act=act_gr, # makes the activations
+        act:Callable=act_gr, # makes the activations
         norm=None, # makes the norms
         bias:bool|None=True, # biases in the convolutions? None: unless the norm has a shift of its own
     ):

@@ -77,7 +77,7 @@ class BatchNorm(nn.Module):
         momentum:float|None=0.1, # weight of a batch in the running statistics; None: all since the reset count alike
         eps:float=1e-5, # added to the variance
         affine:bool=True, # with a weight and a shift for each channel?
-        mom=..., # short for `momentum`
+        mom:float|None=..., # short for `momentum`
     ):
         super().__init__()
         self.nf, self.eps = check_whole('nf', nf), eps

@@ -8,6 +8,7 @@ Docs: https://fastswa.github.io/fastswa/training/learner.html.md"""
 __all__ = ['HasWeights', 'Learner', 'TrainCB', 'TrainLearner', 'MomentumLearner']
 
 # %% ../../nbs/training/08_learner.ipynb #00000002
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from inspect import signature
 from typing import TYPE_CHECKING
@@ -103,6 +104,7 @@ class HasWeights:
         from fastswa.callbacks.schedule import fit_one_cycle
         from fastswa.callbacks.inspection import capture_preds, show_image_batch, summary
         from fastswa.checkpoint.checkpoint import export, load, save
+        from fastswa.checkpoint.hub import push_to_hub
     else:
         capture_preds = later('callbacks.inspection', 'capture_preds')
         summary = later('callbacks.inspection', 'summary')
@@ -112,6 +114,7 @@ class HasWeights:
         save = later('checkpoint.checkpoint', 'save')
         load = later('checkpoint.checkpoint', 'load')
         export = later('checkpoint.checkpoint', 'export')
+        push_to_hub = later('checkpoint.hub', 'push_to_hub')
     _go_on_from = later('checkpoint.resume', 'go_on_from')
 
 # %% ../../nbs/training/08_learner.ipynb #0000000e
@@ -153,10 +156,10 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
     def __init__(self,
         model:nn.Module, # the model to train
         dls=(0,), # an object with loaders `train` and `valid`, such as `DataLoaders`
-        loss_func=F.mse_loss, # called with predictions and targets; returns a scalar
+        loss_func:Callable=F.mse_loss, # called with predictions and targets; returns a scalar
         lr:float=0.1, # learning rate of every fit that is not given its own
         cbs=None, # a callback or several, for every fit
-        opt_func=optim.SGD, # called with parameters and learning rate; returns anything with `step` and `zero_grad`
+        opt_func:Callable=optim.SGD, # called with parameters and rate; returns anything with `step` and `zero_grad`
     ):
         self.model,self.dls,self.loss_func,self.lr,self.opt_func = model,dls,loss_func,lr,opt_func
         self.cbs,self.own_cbs,self.history = as_list(cbs),essentials(),[]
@@ -164,7 +167,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         self.n_epochs = self.epoch = self.iter = 0
         self.training = self.will_train = self.in_fit = self.quiet = False
         self.epochs,self.completed,self.between_batches,self.clock = range(0),0,True,Clock()
-        self.resuming = None
+        self.resuming,self.restarting = None,False
         super().__init__()
 
     def fit(self,
@@ -319,7 +322,8 @@ class TrainLearner(Learner):
 # %% ../../nbs/training/08_learner.ipynb #0000001e
 class MomentumLearner(TrainLearner):
     "A `TrainLearner` whose gradients fade by `mom` after each step, which is momentum"
-    def __init__(self, model, dls=(0,), loss_func=F.mse_loss, lr=0.1, cbs=None, opt_func=optim.SGD,
+    def __init__(self, model, dls=(0,), loss_func:Callable=F.mse_loss, lr:float=0.1,
+        cbs=None, opt_func:Callable=optim.SGD,
         mom:float=0.85, # what is left of a gradient after a step, from 0 to 1
     ):
         if not 0 <= mom <= 1: raise ValueError(f'mom must be between 0 and 1; got {mom}')

@@ -169,6 +169,7 @@ def bench_averages(
 ) -> 'AveragesBenchmark':
     "How many steps averages save on each workload; writes config.json, saved.csv, scores.csv, saved.png, about.json"
     config = check_settings(settings(size) if config is None else config)
+    for w in config['workloads'].values(): about_data(w)      # which is not at hand, perhaps
     out = _check_out(check_folder(out), config)
     comparisons,rates = {},{}
     for name, w in config['workloads'].items():

@@ -11,7 +11,6 @@ __all__ = ['train', 'compare', 'lr_find', 'export']
 import json, sys
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -40,9 +39,9 @@ def _options_named(options, device):
 
 def _png(draw):
     "What writes the figure that `draw` makes"
-    def write(path):
+    def write(f):
         with plot_style(): draw()
-        plt.savefig(path, dpi=150, bbox_inches='tight')
+        plt.savefig(f, format='png', dpi=150, bbox_inches='tight')
         plt.close()
     return write
 
@@ -79,7 +78,7 @@ def train(options):
                    for name, v in plain_module(learn, k, options.seed).state_dict().items()}
         folder.write({
             'history.csv': partial(write_csv, learn.history),
-            'weights.safetensors': lambda path: write_tensors(weights, path, settings),
+            'weights.safetensors': lambda f: write_tensors(weights, f, settings),
             'curves.png': _png(lambda: plot_history(learn.history))})
     best = max(last, key=lambda name: last[name]['accuracy'])
     _say_next({'the best weights as one file': command_line('export', str(folder.path), weights=best),
@@ -123,8 +122,8 @@ def compare(options):
         summary = result.summary()
         _report_comparison(result, summary)
         folder.write({
-            'comparison.csv': lambda path: result.table.to_csv(path, index=False),
-            'summary.csv': lambda path: summary.to_csv(path, index_label='weights'),
+            'comparison.csv': lambda f: f.write(result.table.to_csv(index=False).encode()),
+            'summary.csv': lambda f: f.write(summary.to_csv(index_label='weights').encode()),
             'comparison.png': _png(result.plot)})
     return dict(out=str(folder.path), epochs=options.epochs, seeds=result.seeds, device=device, metric=result.metric,
                 machine=result.machine, results=summary.to_dict('index'))
@@ -199,8 +198,9 @@ def _export_module(checkpoint, settings, options, device, file):
     whole = torch.nn.Sequential(learn.dls.valid.tfm, module).cpu().eval()
     images = torch.rand(2, *learn.dls.valid.dataset.tensors[0].shape[1:])
     program = torch.export.export(whole, (images,), dynamic_shapes=({0: torch.export.Dim('n')},))
-    with written(file) as tmp, open(tmp, 'wb') as f: torch.export.save(program, f)
+    with written(file) as f: torch.export.save(program, f)
 
 def _write_state(state, options, file):
-    if options.format == 'safetensors': return write_tensors(state, file, dict(weights=options.weights))
-    with written(file) as tmp: torch.save({k: v.cpu().contiguous() for k, v in state.items()}, tmp)
+    with written(file) as f:
+        if options.format == 'safetensors': write_tensors(state, f, dict(weights=options.weights))
+        else: torch.save({k: v.cpu().contiguous() for k, v in state.items()}, f)

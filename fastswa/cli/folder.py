@@ -10,11 +10,12 @@ __all__ = ['SETTINGS', 'read_settings', 'RunFolder', 'write_csv']
 # %% ../../nbs/cli/01_folder.ipynb #ef80a04d
 import csv, json
 from contextlib import ExitStack, contextmanager
+from io import StringIO
 from types import SimpleNamespace
 
 from .. import __version__
 from .options import COMMANDS, command_line, filled
-from ..files import check_folder, written
+from ..files import check_folder, remove, written
 
 # %% ../../nbs/cli/01_folder.ipynb #52c055f2
 SETTINGS = 'settings.json'
@@ -81,9 +82,9 @@ class RunFolder:
     @contextmanager
     def running(self):
         "A block in which the run goes on: an earlier one has been removed, and Ctrl-C says how to go on with this one"
-        for file in self.replaced: file.unlink(missing_ok=True)
+        for file in self.replaced: remove(file)
         settings = dict(command=self.options.command, fastswa=__version__, settings=self.settings)
-        with written(self.path/SETTINGS) as tmp: tmp.write_text(json.dumps(settings, indent=1), encoding='utf-8')
+        with written(self.path/SETTINGS) as f: f.write(json.dumps(settings, indent=1).encode())
         try: yield self
         except KeyboardInterrupt:
             if not self.can_resume: raise
@@ -91,7 +92,7 @@ class RunFolder:
             raise KeyboardInterrupt(f'what was computed is kept, and goes on with: {command}') from None
 
     def write(self,
-        writers:dict, # name of a file → function that writes to a path
+        writers:dict, # name of a file → function that writes to a binary file
     ):
         "Write files, all of them or none"
         with ExitStack() as stack:
@@ -100,11 +101,11 @@ class RunFolder:
 
 def write_csv(
     rows:list, # dicts
-    path, # the file
+    f, # a binary file
 ):
     "Write a table with the columns of all rows"
-    columns = dict.fromkeys(k for row in rows for k in row)
-    with open(path, 'w', newline='', encoding='utf-8') as f:
-        table = csv.DictWriter(f, columns)
-        table.writeheader()
-        table.writerows(rows)
+    text = StringIO(newline='')
+    table = csv.DictWriter(text, dict.fromkeys(k for row in rows for k in row))
+    table.writeheader()
+    table.writerows(rows)
+    f.write(text.getvalue().encode())

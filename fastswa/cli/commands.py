@@ -11,7 +11,6 @@ __all__ = ['train', 'compare', 'bench_averages', 'lr_find', 'export']
 import json, sys
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from shutil import get_terminal_size
 
 import matplotlib.pyplot as plt

@@ -31,7 +31,7 @@ def learner(*cbs, n_train=2):
     return TrainLearner(model, data(n_train), F.cross_entropy, 0.1, cbs, partial(optim.SGD, momentum=0.9))
 
 
-def watched(): return learner(EMACB(half_life='2ba', apply=False), BNUpdateCB(valid_batches=2))
+def watched(): return learner(EMACB(half_life='2ba', apply=False), BNUpdateCB(valid_batches=1))
 
 
 def state(model): return [t.clone() for t in model.parameters()], [t.clone() for t in model.buffers()]

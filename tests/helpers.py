@@ -1,10 +1,14 @@
 "What test files share: toy data, small nets, learners on them, copies of tensors, memory, Ctrl-C anywhere, processes"
 import io
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+import traceback
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -277,3 +281,55 @@ def in_new_process(script, env=None):
                          cwd=os.path.dirname(__file__), env=env)
     assert res.returncode == 0, res.stderr
     return res.stdout
+
+
+# --- several processes that train one model
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def _as_rank(f, args, rank, size, port, folder, threads):
+    "In a new process: what torchrun does for one, then `f`; an exception is written down"
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=str(port), OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
+    torch.set_num_threads(threads)
+    sys.stdout = open(folder/f'out.{rank}', 'w')
+    sys.stderr = open(folder/f'err.{rank}', 'w')
+    try: f(*args)
+    except BaseException:
+        (folder/f'error.{rank}').write_text(traceback.format_exc())
+        sys.stdout.flush()
+        os._exit(1)                                            # as a script that fails: the others see it at once
+    sys.stdout.flush()
+
+
+def start_ranks(size, f, *args, folder, port=None, threads=1):
+    "Processes that each call `f` as one of `size` ranks; they are forked from one that has imported torch once"
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload(['torch', 'torch.distributed.fsdp', 'fastswa.all', 'helpers'])
+    port = free_port() if port is None else port
+    folder.mkdir(exist_ok=True)
+    ps = [ctx.Process(target=_as_rank, args=(f, args, r, size, port, folder, threads)) for r in range(size)]
+    for p in ps: p.start()
+    return ps
+
+
+def end_ranks(processes, seconds):
+    "Exit codes, None for one that did not end in time and is killed"
+    end = time.monotonic() + seconds
+    for p in processes: p.join(max(0, end - time.monotonic()))
+    codes = [p.exitcode for p in processes]
+    for p in processes:
+        if p.exitcode is None: p.kill()
+        p.join()
+    return codes
+
+
+def errors_of(folder, size):
+    "What each rank has failed with; '' where it has not"
+    files = [folder/f'error.{r}' for r in range(size)]
+    return [f.read_text() if f.exists() else '' for f in files]

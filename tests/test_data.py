@@ -112,7 +112,7 @@ def test_hub_served_closed_and_cached(tmp_path):
 def test_a_hub_that_never_answers():
     "Without a limit it would be waited for for ever"
     with socket.create_server(('127.0.0.1', 0)) as silent:
-        assert not sources._answers(f'http://127.0.0.1:{silent.getsockname()[1]}', seconds=0.5)
+        assert not sources.hub_answers(f'http://127.0.0.1:{silent.getsockname()[1]}', seconds=0.5)
 
 # --- broken files
 

@@ -47,7 +47,7 @@ def test_lines_are_short():
     assert [(o, l) for o, l in long if not re.match(r"(__all__ = \[| +)'\w+', ", l)] == []      # nbdev writes those
 
 @pytest.mark.parametrize('name', ['initializing', 'ktorch_mnist', 'weight_averaging', 'inside_averages', 'posthoc',
-                                  'anytime'])
+                                  'anytime', 'bench_averages'])
 def test_studies_use_names_that_exist(name):
     "They run for minutes, so seldom. Wrong: a NameError after a name has moved"
     cells = json.loads((root/'nbs'/'experiments'/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']
@@ -92,10 +92,19 @@ def test_one_version():
     newest = re.search(r'^## (\S+)', (root/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)[1]
     assert fastswa.__version__ == ini['DEFAULT']['version'] == newest, 'after a change: `make setup`'
 
+def test_all_is_written_by_the_file_layer():
+    "Wrong: a file that a full disk or a killed process leaves half-written. TensorBoard's are TensorBoard's own"
+    past = (r'\.(write_text|write_bytes|touch|unlink|mkdir|rmdir|rename)\(|\bsave_file\(|\bto_csv\([^)i]|'
+            r'\bos\.(fsync|replace|rename|link|unlink|remove|mkdir|makedirs|rmdir)\(|'
+            r"""\bopen\([^)]*['"][rb]*[wax]|\btorch\.save\((?!.*, f\))|\bsavefig\((?!f,|c,|png,)""")
+    found = {f'{m}: {line.strip()}' for m in modules() if m != 'fastswa.files'
+             for line in file_of(m).read_text(encoding='utf-8').splitlines() if re.search(past, line)}
+    assert found == set()
+
 # --- rooms: the order of imports
 
 ROOMS = dict(                                        # design: each room imports from those above it and from itself
-    core=['core', 'batches', 'random_state', 'clock', 'module_state', 'tables', 'files'],
+    core=['core', 'batches', 'random_state', 'clock', 'module_state', 'tables', 'files', 'processes'],
     plot=['plot'], averaging=['averaging'], data=['data'], nets=['nets'],
     training=['training'], callbacks=['callbacks'], checkpoint=['checkpoint'], integrations=['integrations'],
     compare=['compare'], cli=['cli', '__main__'], all=['all'])
@@ -106,6 +115,10 @@ def modules():
     trees = {'.'.join(k[:-1] if k[-1] == '__init__' else k): ast.parse(o.read_text(encoding='utf-8'))
              for k, o in files.items()}
     return {k: v for k, v in trees.items() if k.split('.')[-1] not in ('fastswa', '_modidx', '_testing')}
+
+def file_of(module):
+    path = root/module.replace('.', '/')
+    return path/'__init__.py' if path.is_dir() else path.with_suffix('.py')
 
 def room(module): return next((r for r, names in ROOMS.items() if module.split('.')[1] in names), None)
 

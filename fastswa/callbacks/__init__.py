@@ -3,6 +3,7 @@ from .activations import ActivationStats, HooksCallback, StatsRow, is_leaf
 from .augment import AugmentCB, CutMixCB, MixUpCB, TTA, log_mean_probs, tta, tta_views
 from .basics import BatchTransformCB, DeviceCB, HasLearnCB, RecorderCB, SingleBatchCB
 from .batchnorm import BNUpdateCB
+from .distributed import AccelerateCB, DistributedCB
 from .early_stopping import EarlyStoppingCB
 from .finder import LRFinderCB, LRFound, lr_find, suggest_lr
 from .inspection import CapturePreds, capture_preds, show_image_batch, summary
@@ -18,12 +19,12 @@ from .teacher import TeacherCB
 from .watched import Watched
 
 __all__ = [
-    'ActivationStats', 'AugmentCB', 'AverageCB', 'BEMACB', 'BNUpdateCB', 'BaseSchedCB', 'BatchSchedCB',
-    'BatchTransformCB', 'CSVLoggerCB', 'CapturePreds', 'ChannelsLastCB', 'ClosureCB', 'CompileCB', 'CutMixCB',
-    'DeviceCB', 'EMACB', 'EarlyStoppingCB', 'EpochSchedCB', 'FunctionMetric', 'GradAccumCB', 'GradClipCB', 'HasLearnCB',
-    'HooksCallback', 'LAWACB', 'LRFinderCB', 'LRFound', 'LogCB', 'LogView', 'MetricsCB', 'MixUpCB', 'MixedPrecision',
-    'MixedPrecisionCB', 'NaNGuardCB', 'NotebookView', 'OneCycleCB', 'PostHocEMACB', 'ProgressCB', 'RecorderCB', 'SWACB',
-    'SWADCB', 'SWAGCB', 'ScheduleFreeCB', 'SingleBatchCB', 'StatsRow', 'SwitchEMACB', 'TTA', 'TeacherCB',
-    'TensorBoardCB', 'TerminalView', 'View', 'WarmupStableDecayCB', 'Watched', 'capture_preds', 'gradients', 'is_leaf',
-    'log_mean_probs', 'lr_find', 'plot_sched', 'sched_rates', 'show_image_batch', 'suggest_lr', 'summary', 'tta',
-    'tta_views']
+    'AccelerateCB', 'ActivationStats', 'AugmentCB', 'AverageCB', 'BEMACB', 'BNUpdateCB', 'BaseSchedCB',
+    'BatchSchedCB', 'BatchTransformCB', 'CSVLoggerCB', 'CapturePreds', 'ChannelsLastCB', 'ClosureCB', 'CompileCB',
+    'CutMixCB', 'DeviceCB', 'DistributedCB', 'EMACB', 'EarlyStoppingCB', 'EpochSchedCB', 'FunctionMetric',
+    'GradAccumCB', 'GradClipCB', 'HasLearnCB', 'HooksCallback', 'LAWACB', 'LRFinderCB', 'LRFound', 'LogCB',
+    'LogView', 'MetricsCB', 'MixUpCB', 'MixedPrecision', 'MixedPrecisionCB', 'NaNGuardCB', 'NotebookView',
+    'OneCycleCB', 'PostHocEMACB', 'ProgressCB', 'RecorderCB', 'SWACB', 'SWADCB', 'SWAGCB', 'ScheduleFreeCB',
+    'SingleBatchCB', 'StatsRow', 'SwitchEMACB', 'TTA', 'TeacherCB', 'TensorBoardCB', 'TerminalView', 'View',
+    'WarmupStableDecayCB', 'Watched', 'capture_preds', 'gradients', 'is_leaf', 'log_mean_probs', 'lr_find',
+    'plot_sched', 'sched_rates', 'show_image_batch', 'suggest_lr', 'summary', 'tta', 'tta_views']

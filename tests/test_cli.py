@@ -21,7 +21,7 @@ import fastswa.data.sources
 from fastswa.callbacks.swa import EMACB
 from fastswa.cli import main
 from fastswa.cli.recipe import Normalize, fast_cbs
-from fastswa.data.loaders import BatchLoader, DataLoaders
+from fastswa.data.loaders import DataLoaders
 from fastswa.data.sources import toy_images
 from fastswa.nets.layers import act_gr, get_model
 from helpers import in_new_process, quick
@@ -215,13 +215,13 @@ def test_the_folder_of_another_command(demo, command, capsys):
 @pytest.fixture
 def interrupted(tmp_path, monkeypatch, capsys):
     "The folder of a run in whose second epoch Ctrl-C was pressed"
-    def press_in_the_second(self, x, y, part):
-        seen.append(len(part))
-        if sum(seen) > 900: signal.raise_signal(signal.SIGINT)
-        return batch(self, x, y, part)
-    batch, seen = BatchLoader._batch, []
+    def press_in_the_second(self, x):
+        seen.append(len(x))
+        if sum(seen) > 1100: signal.raise_signal(signal.SIGINT)
+        return forward(self, x)
+    forward, seen = Normalize.forward, []
     with monkeypatch.context() as m:
-        m.setattr(BatchLoader, '_batch', press_in_the_second)
+        m.setattr(Normalize, 'forward', press_in_the_second)
         assert main(f'train {SMALL} --averages none --out {tmp_path}'.split()) == 130
     assert f'is kept, and goes on with: fastswa train --resume --out {tmp_path}' in capsys.readouterr().err
     assert results(tmp_path) == ['settings.json'] and len([*tmp_path.glob('checkpoints/*.pt')]) == 1

@@ -11,7 +11,6 @@ __all__ = ['train', 'compare', 'lr_find', 'export']
 import json, sys
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch

@@ -69,7 +69,7 @@ class AveragesCallback(Adapter, TrainerCallback):
         if self.averages.held != 'raw':      # by somebody, in the midst of a run
             with self.averages.using('raw'): self.trainer.save_model(str(folder))
         if not args.should_save: return
-        with written(folder/FILE) as tmp: torch.save(self.state_dict(), tmp)
+        with written(folder/FILE) as f: torch.save(self.state_dict(), f)
 
     def on_train_end(self, args, state, control, **kwargs):
         """The model holds the average that `apply` names; without it, what `load_best_model_at_end` found best: the

@@ -27,7 +27,7 @@ from ..training.events import short
 # %% ../../nbs/compare/04_benchmark.ipynb #1f8a7cf3
 _RATES = dict(
     images=dict(annealed=[0.2, 0.4, 0.8], constant=[0.2, 0.4, 0.8], schedule_free=[1., 2., 4.]),
-    text=dict(annealed=[0.002, 0.004, 0.008], constant=[0.002, 0.004, 0.008], schedule_free=[0.004, 0.008, 0.016]),
+    text=dict(annealed=[0.004, 0.008, 0.016], constant=[0.004, 0.008, 0.016], schedule_free=[0.008, 0.016, 0.032]),
     finetuning=dict(annealed=[0.002, 0.004, 0.008], constant=[0.001, 0.002, 0.004],
                     schedule_free=[0.004, 0.008, 0.016]))
 
@@ -40,7 +40,7 @@ def settings(
     check_choice('size', size, ['full', 'quick', 'tiny'])
     if schedule_free is None: schedule_free = find_spec('schedulefree') is not None
     images = dict(kind='images', opt='sgd', bs=512, steps=800, every=25)
-    text = dict(kind='text', opt='adamw', bs=32, steps=1000, every=25, length=64, width=64, layers=2)
+    text = dict(kind='text', opt='adamw', bs=32, steps=1200, every=30, length=64, width=64, layers=2)
     tuned = dict(kind='finetuning', opt='adamw', bs=64, steps=480, every=15, n=2000, before=300)
     seeds,tuning = 5,2
     if size == 'quick':

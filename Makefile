@@ -57,10 +57,10 @@ bench: $(STAMP)    ## measure averaging, step, epoch, data, checkpoint (10 minut
 	@$(with_data); \
 	for part in 'averaging --rounds 9' 'step --rounds 7' 'epoch --rounds 5' 'data --rounds 5' 'checkpoint --rounds 5'; do \
 		set -- $$part; script=$$1; shift; $(BIN)/python benchmarks/$$script.py "$$@" --write $(BENCH) || exit 1; echo; \
-	done
+	done; $(BIN)/python tools/bench_page.py
 
 bench-gpu: $(STAMP)    ## the same on a GPU, 6 minutes at most
-	@$(with_data); $(BIN)/python benchmarks/gpu.py --write
+	@$(with_data); $(BIN)/python benchmarks/gpu.py --write; $(BIN)/python tools/bench_page.py
 
 clean:    ## remove what was built; runs/ and the data stay
 	rm -rf $(VENV) _docs build dist *.egg-info .pytest_cache .hypothesis

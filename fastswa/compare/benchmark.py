@@ -41,7 +41,7 @@ def settings(
     if schedule_free is None: schedule_free = find_spec('schedulefree') is not None
     images = dict(kind='images', opt='sgd', bs=512, steps=800, every=25)
     text = dict(kind='text', opt='adamw', bs=32, steps=1200, every=30, length=64, width=64, layers=2)
-    tuned = dict(kind='finetuning', opt='adamw', bs=64, steps=480, every=15, n=2000, before=300)
+    tuned = dict(kind='finetuning', opt='adamw', bs=64, steps=480, every=15, n=6000, before=300)
     seeds,tuning = 5,2
     if size == 'quick':
         images,text,tuned = images | dict(steps=200, every=10),text | dict(steps=240, every=12),tuned | dict(steps=240)

@@ -18,7 +18,7 @@ from fastswa.all import (
     Average, BNUpdateCB, Callback, CheckpointCB, DistributedCB, EMACB, GradClipCB, MetricsCB, NaNGuardCB, SWACB,
     TrainLearner, ema)
 from fastswa.averaging.average import update_all
-from fastswa.checkpoint.sharded import _as_part, load_torchtitan_ema
+from fastswa.checkpoint.sharded import _as_part, load_torchtitan_checkpoint
 from helpers import end_ranks, errors_of, start_ranks
 
 fsdp = pytest.importorskip('torch.distributed.fsdp')
@@ -142,7 +142,7 @@ def torchtitan(folder):
     weights = learn.model.state_dict()
     save({f'ema_optimizer.state.{k}.ema_params': v*2 for k, v in weights.items()}, checkpoint_id=folder/'titan')
     average = Average(learn.model, ema(decay=0.9))
-    load_torchtitan_ema(average, folder/'titan', 9)
+    load_torchtitan_checkpoint(average, folder/'titan', 9)
     assert average.n == 9
     for k, v in weights.items(): assert torch.equal(average.weights[k], v.to_local()*2)
 

@@ -18,7 +18,8 @@ demo: $(STAMP)    ## train on Fashion-MNIST with SWA and EMA; results in runs/de
 		echo '*** No Fashion-MNIST: neither its Debian package nor the Hugging Face hub can be reached.' >&2; \
 		echo '*** This run trains on TOY DATA. Set FASTSWA_DATA to the folder of the IDX files for the real one.' >&2; \
 	fi; \
-	$(BIN)/fastswa train --data $$data --epochs 5 --out runs/demo --overwrite
+	$(BIN)/fastswa train --data $$data --epochs 5 --out runs/demo --overwrite && \
+	echo '(. $(BIN)/activate puts fastswa on the path)'
 
 test: $(STAMP)    ## run every test: the notebooks, then pytest
 	@$(with_data); status=0; $(BIN)/nbdev-test || status=1; $(BIN)/pytest -n 2 --dist loadfile || status=1; exit $$status

@@ -1,4 +1,4 @@
-"The same script in one process or many: python, torchrun, srun; the commands are in the guide 'From a laptop to a cluster'"
+"One script for one process or many; the commands are in the guide From a laptop to a cluster"
 import argparse
 
 import torch

@@ -19,8 +19,8 @@ model = get_peft_model(base, LoraConfig(r=4, target_modules=['c_attn'], fan_in_f
 
 args = TrainingArguments(folder, num_train_epochs=2, per_device_train_batch_size=8, learning_rate=0.02,
                          eval_strategy='epoch', save_strategy='no', report_to='none', disable_tqdm=True)
-trainer = Trainer(model, args, train_dataset=data[:128], eval_dataset=data[128:])
-callback = AveragesCallback(ema=ema(half_life='0.05dur')).add_to(trainer)
+callback = AveragesCallback(ema=ema(half_life='0.05dur'))
+trainer = Trainer(model, args, train_dataset=data[:128], eval_dataset=data[128:], callbacks=[callback])
 trainer.train()
 
 averaged = callback.averages['ema'].weights

@@ -18,8 +18,8 @@ args = TrainingArguments(
     folder, num_train_epochs=3, per_device_train_batch_size=8, learning_rate=0.02, eval_strategy='epoch',
     save_strategy='epoch', save_total_limit=1, report_to='none', disable_tqdm=True,
     load_best_model_at_end=True, metric_for_best_model='eval_ema_loss')
-trainer = Trainer(model, args, train_dataset=data[:128], eval_dataset=data[128:])
-callback = AveragesCallback(ema=ema(half_life='0.05dur'), swa=dict(rule=equal(), start='0.5dur')).add_to(trainer)
+callback = AveragesCallback(ema=ema(half_life='0.05dur'), swa=dict(rule=equal(), start='0.5dur'))
+trainer = Trainer(model, args, train_dataset=data[:128], eval_dataset=data[128:], callbacks=[callback])
 trainer.train()      # resume_from_checkpoint=True goes on from the newest checkpoint, averages too
 
 print(callback.averages)                       # the model holds its 'ema' weights of the best evaluation

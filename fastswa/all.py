@@ -5,7 +5,7 @@ from fastswa.callbacks import *
 from fastswa.checkpoint import *
 from fastswa.clock import Clock, Every, Time
 from fastswa.compare import *
-from fastswa.core import clean_ipython_hist, clean_mem, clean_tb, quiet, unwrap
+from fastswa.core import clean_ipython_hist, clean_mem, clean_tb, imports_without, quiet, unwrap
 from fastswa.data import *
 from fastswa.module_state import keep_modes
 from fastswa.nets import *
@@ -15,4 +15,7 @@ from fastswa.random_state import get_rng_state, keep_rng, set_rng_state, set_see
 from fastswa.tables import Report, Table
 from fastswa.training import *
 
+with imports_without('.torch.jit.script'): from torcheval import metrics as _metrics  # a later import of it is silent
+
+del imports_without
 del gain, gradients, merge, sandbox, summary      # names that a notebook is likely to have for something of its own

@@ -1,5 +1,6 @@
 "Averages in a loop of accelerate: steps that were taken, several optimizers, what save_state and load_state do"
 import importlib
+import os
 import runpy
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,20 @@ from fastswa.averaging.averages import Averages
 from fastswa.averaging.rules import ema, equal
 
 pytest.importorskip('accelerate')
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator, debug_launcher, skip_first_batches
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 
 import fastswa.integrations.accelerate as ours
 from fastswa.integrations.accelerate import track
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    "Of accelerate, which has one for each process: the precision of an Accelerator would be that of all later ones"
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 def net(norm=False, dropout=0.1):
@@ -33,12 +43,12 @@ def batches(n=40): return DataLoader(torch.randn(n, 3, generator=torch.Generator
 class Run:
     "A loop as in the documentation of accelerate: 10 batches an epoch"
     def __init__(self, averaged=True, model=None, opt=partial(optim.SGD, lr=0.1, momentum=0.9), scaler=None, factor=1,
-                 **kw):
+                 clip=False, **kw):
         order = DataLoaderConfiguration(use_seedable_sampler=True)
         self.accelerator = acc = Accelerator(cpu=True, dataloader_config=order, **kw)
         if scaler: acc.scaler = scaler
-        self.factor, model = factor, model or net()
-        self.model, self.opt, self.dl = acc.prepare(model, opt(model.parameters()), batches())
+        self.factor, self.clip, self.plain = factor, clip, model or net()
+        self.model, self.opt, self.dl = acc.prepare(self.plain, opt(self.plain.parameters()), batches())
         self.averages, self.noted, self.step = None, [], lambda: None
         if averaged:
             self.averages = Averages(self.model, len(self.dl), 2)
@@ -56,10 +66,12 @@ class Run:
                 if i == stop: return self
                 with self.accelerator.accumulate(self.model):
                     self.accelerator.backward(self.factor*self.model.train()(x).pow(2).mean())
+                    if self.clip and self.accelerator.sync_gradients:
+                        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.)
                     self.opt.step()
                     self.opt.zero_grad()
                 self.step()
-                self.noted.append(self.model[0].weight.detach().clone())
+                self.noted.append(self.plain[0].weight.detach().clone())
                 if i in look and self.averages:
                     with self.averages.using('ema', quick=True) as m: m.eval()(x)
         return self
@@ -97,6 +109,35 @@ def test_steps_that_mixed_precision_skips_do_not_count(fused):
     run = Run(opt=partial(optim.SGD, lr=1e-24, fused=fused), scaler=scaler, factor=1e22)()
     changed = sum(not torch.equal(a, w) for a, w in zip([net()[0].weight, *run.noted], run.noted))
     assert 0 < changed < 20 and run.averages['ema'].n == changed and run.averages.clock.batches == 20
+
+
+@pytest.mark.parametrize('kw', [dict(mixed_precision='bf16'), dict(dynamo_backend='eager'),
+                                dict(clip=True, gradient_accumulation_steps=3)], ids=['bf16', 'compiled', 'clipped'])
+def test_other_ways_to_train(kw):
+    "The run as without; the average by the names of the plain model"
+    a, b = Run(False, **kw)(stop=6), Run(**kw)(stop=6, look=[3])
+    assert same(a.plain.state_dict(), b.plain.state_dict()) and '0.weight' in b.averages['ema'].weights
+    assert b.averages['ema'].n == (2 if 'clip' in kw else 6)
+
+
+def in_two_processes(folder):
+    AcceleratorState._reset_state(True)
+    run = Run(model=net(norm=True))(look=[3])
+    ours = torch.cat([run.averages['ema'].weights[k].flatten() for k, _ in run.plain.named_parameters()])
+    one, other = run.accelerator.gather(ours).view(2, -1)
+    assert (run.accelerator.num_processes, len(run.dl), run.averages['ema'].n) == (2, 5, 10) and torch.equal(one, other)
+    run.averages.apply('ema')
+    run.accelerator.save_state(folder)
+    run.accelerator.wait_for_everyone()
+    run.accelerator.load_state(folder)
+    assert run.averages.held == 'raw' and run.averages['ema'].n == 10
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
+def test_two_processes(tmp_path):
+    "DDP: 5 batches an epoch for each; the same average in both"
+    debug_launcher(in_two_processes, (str(tmp_path),), 2)
+    assert (tmp_path/'custom_checkpoint_0.pkl').exists()
 
 
 def test_several_optimizers_that_take_turns():
@@ -148,7 +189,10 @@ def test_errors(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match='accelerator.prepare returned; got SGD'):
         track(Averages(run.model), run.accelerator, optim.SGD(run.model.parameters(), 0.1))
     with pytest.raises(TypeError, match='got none'): track(Averages(run.model), run.accelerator)
+    with pytest.raises(ValueError, match='n_epochs'): Averages(run.model, 10).add('swa', equal(), start='0.5dur')
     run().accelerator.save_state(str(tmp_path))
+    with pytest.raises(RuntimeError, match='Error.* in loading'):      # torch's own
+        Run(model=nn.Sequential(nn.Linear(3, 1))).accelerator.load_state(str(tmp_path))
     other = Run()
     other.averages.remove('swa')
     other.averages.add('lawa', equal())

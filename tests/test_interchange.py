@@ -1,10 +1,12 @@
 "Averages in and out: parity with torch, timm, torch-ema and ema-pytorch (these three optional); dicts averaged by hand"
 import copy
 import importlib.util
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -15,7 +17,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 from fastswa.averaging.average import Average
 from fastswa.averaging.rules import ema, equal, power
 from fastswa.averaging.interchange import (avg_params, copy_params, from_averaged_model, load_ema_pytorch,
-    load_timm_ema, load_torch_ema, save_safetensors, to_averaged_model)
+    load_timm_ema, load_torch_ema, save_safetensors, to_averaged_model, write_tensors)
 
 
 class Net(nn.Module):
@@ -565,14 +567,35 @@ def test_while_applied_the_file_is_the_same(tmp_path):
     assert not torch.equal(a['0.weight'], net[0].weight)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64,
+                                   torch.uint16, torch.float8_e4m3fn])
+def test_the_bytes_are_those_of_the_library(dtype):
+    "Scalars, empty ones and names beyond ASCII too"
+    tensors = {k: torch.arange(6).reshape(shape).to(dtype) for k, shape in dict(b=(2, 3), a=(6,), ä=(1, 6)).items()}
+    tensors |= dict(scalar=torch.ones(()).to(dtype), empty=torch.zeros(0, 2).to(dtype))
+    f = io.BytesIO()
+    write_tensors(tensors, f, {})
+    assert f.getvalue() == safetensors.torch.save(tensors, dict(format='pt'))      # of several it mixes the order
+
+
+def test_dtypes_side_by_side(tmp_path):
+    "Each at a place that its element size divides"
+    tensors = dict(a=torch.arange(3, dtype=torch.uint8), b=torch.randn(2), c=torch.arange(2), d=torch.ones(3).half())
+    with open(tmp_path/'a', 'wb') as f: write_tensors(tensors, f, {})
+    found = load_file(tmp_path/'a')
+    assert found.keys() == tensors.keys() and all(torch.equal(v, found[k]) for k, v in tensors.items())
+    with pytest.raises(TypeError, match='z is torch.complex128, which a safetensors file cannot hold'):
+        write_tensors(dict(z=torch.zeros(1, dtype=torch.complex128)), io.BytesIO(), {})
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     average = Average(plain_net())
     average.update()
     save_safetensors(average, tmp_path/'a.safetensors')
     was = (tmp_path/'a.safetensors').read_bytes()
-    def fails(tensors, path, metadata):
-        Path(path).write_bytes(b'half a file')
+    def fails(state, f, metadata):
+        f.write(b'half a file')
         raise KeyboardInterrupt
-    monkeypatch.setattr('fastswa.averaging.interchange.save_file', fails)
+    monkeypatch.setattr('fastswa.averaging.interchange.write_tensors', fails)
     with pytest.raises(KeyboardInterrupt): save_safetensors(average, tmp_path/'a.safetensors')
     assert [(o.name, o.read_bytes()) for o in tmp_path.iterdir()] == [('a.safetensors', was)]

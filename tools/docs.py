@@ -1,13 +1,14 @@
 """Builds the site in _docs/html from the notebooks and the pages in nbs/guides, without a network: `make docs`.
 
 Below an exported cell stand the signature, docstring and parameters of what it defines, its source folded. Sphinx makes
-HTML of the pages; `md/`, `llms.txt` and `llms-full.txt` hold the same as plain text."""
+HTML of the pages; `*.html.md`, `llms.txt` and `llms-full.txt` hold the same as plain text."""
 import ast, functools, importlib, inspect, os, re, shutil, sys
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from fastcore.docments import docments
 from fastcore.nbio import mk_cell, read_nb, write_nb
+from PIL import Image
 from sphinx.application import Sphinx
 from sphinx.ext.autodoc.mock import mock
 
@@ -16,17 +17,20 @@ from readme import fence, in_order, printed
 
 base = root/'_docs'
 work, out = base/'source', base/'html'
-GUIDES = ['start', 'averaging', 'recipes', 'learner', 'callbacks', 'init', 'promises', 'coming_from', 'cluster',
-          'benchmarks']
+GUIDES = ['start', 'averaging', 'recipes', 'callbacks', 'learner', 'init', 'promises', 'coming_from', 'loops',
+          'cluster', 'benchmarks']
 STUDIES = ['weight_averaging', 'anytime', 'inside_averages', 'posthoc', 'initializing', 'ktorch_mnist']
 HOUSE = ['averaging', 'callbacks', 'training', 'nets', 'data', 'checkpoint', 'integrations', 'compare']
 CONF = dict(project='fastswa', html_title='fastswa', extensions=['myst_nb', 'sphinx_copybutton', 'docs'],
             html_theme='furo', html_static_path=[str(root/'tools'/'docs.css')], html_css_files=['docs.css'],
-            html_math_renderer='mathml', html_show_sphinx=False, html_copy_source=False, html_show_copyright=False,
+            html_favicon='favicon.svg', html_math_renderer='mathml', html_show_sphinx=False, html_copy_source=False,
             nb_execution_mode='off', nb_ipywidgets_js={}, nb_merge_streams=True, nb_code_prompt_show='Source',
             nb_code_prompt_hide='Source', myst_enable_extensions=['dollarmath'], myst_heading_anchors=4,
-            add_module_names=False, toc_object_entries_show_parents='hide',
+            html_show_copyright=False, add_module_names=False, toc_object_entries_show_parents='hide',
             suppress_warnings=['misc.highlighting_failure'])
+
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" fill="none" stroke-width="3">
+<path d="M2 8l5 16 5-14 5 12 5-9 5 6 3-4" stroke="#999"/><path d="M2 8c6 9 14 8 28 7" stroke="#0072B2"/></svg>"""
 
 # --- what a module defines
 
@@ -116,8 +120,10 @@ def cells_of(file):
             if exported and not re.search(r'^(def|class|@|\w+ *=)', cell.source, re.M): continue      # only imports
             if 'export' in exported: yield from described(cell, module)
             tags = ['hide-input'] if exported else ['remove-input'] if has.get('echo') == 'false' else []
-            cell.metadata,cell.outputs = dict(tags=tags),in_order(cell.outputs)
+            cell.metadata,cell.outputs = dict(tags=tags),[o for o in in_order(cell.outputs) if not is_bar(o)]
         yield cell
+
+def is_bar(output): return output.get('name') == 'stderr' and '%|' in ''.join(output['text'])
 
 def linked(file, md):
     "Markdown with its links as the site has them"
@@ -142,13 +148,13 @@ def plain(cells):
             if text.strip(): yield fence(text)
 
 def write_page(name, file, cells):
-    "Put a page into the folder that Sphinx reads, and its text into md/"
+    "Put a page into the folder that Sphinx reads, and its text beside the site's"
     for o in cells:
         if o.cell_type == 'markdown': o.source = linked(file, o.source)
     here = os.path.dirname(name)
-    text = re.sub(r'\]\(/([^)\s]+?)\.(?:ipynb|md)', lambda m: f'](' + os.path.relpath(m[1], here or '.') + '.md',
+    text = re.sub(r'\]\(/([^)\s]+?)\.(?:ipynb|md)', lambda m: f'](' + os.path.relpath(m[1], here or '.') + '.html.md',
                   '\n\n'.join(plain(cells)))
-    write(out/'md'/f'{name}.md', text + '\n')
+    write(out/f'{name}.html.md', text + '\n')
     for o in cells:
         if o.cell_type == 'markdown': o.source = crossed(o.source)
     to = work/f'{name}{file.suffix}'
@@ -165,7 +171,7 @@ def write(path, text):
 
 def heading(name):
     "The title of a page and the sentence below it"
-    text = (out/'md'/f'{name}.md').read_text(encoding='utf-8')
+    text = (out/f'{name}.html.md').read_text(encoding='utf-8')
     return re.search(r'^# (.*)', text, re.M)[1], (re.search(r'^> (.*)', text, re.M) or ['', ''])[1]
 
 def api_page():
@@ -190,14 +196,14 @@ def sections():
 
 def write_llms(parts):
     "llms.txt lists the pages; llms-full.txt holds all but the studies"
-    lines = ['# fastswa', '> ' + heading('index')[1], 'How to do what: md/guides/recipes.md. Every public name: '
-             'md/api.md. All pages but the studies in one file: llms-full.txt.']
+    lines = ['# fastswa', '> ' + heading('index')[1], 'How to do what: guides/recipes.html.md. Every public '
+             'name: api.html.md. All pages but the studies in one file: llms-full.txt.']
     for part, names in parts.items():
-        listed = ['- [{1}](md/{0}.md): {2}'.format(n, *heading(n)) for n in names]
+        listed = ['- [{1}]({0}.html.md): {2}'.format(n, *heading(n)) for n in names]
         lines.append(f'## {part}\n\n' + '\n'.join(listed))
     write(out/'llms.txt', '\n\n'.join(lines) + '\n')
     names = ['index'] + [n for part, names in parts.items() if part not in ('Studies', 'Project') for n in names]
-    write(out/'llms-full.txt', '\n\n'.join((out/'md'/f'{n}.md').read_text(encoding='utf-8') for n in names))
+    write(out/'llms-full.txt', '\n\n'.join((out/f'{n}.html.md').read_text(encoding='utf-8') for n in names))
 
 def mathml(self, node, block=False):
     tex = node.astext()
@@ -210,15 +216,23 @@ def setup(app):
     "Formulas as MathML, which browsers show without a script"
     app.add_html_math_renderer('mathml', (mathml, None), (functools.partial(mathml, block=True), None))
 
+def shrink(png):
+    "A picture in 256 colours on white: a third of the bytes, and nobody sees it"
+    im = Image.open(png).convert('RGBA')
+    white = Image.new('RGBA', im.size, 'white')
+    white.alpha_composite(im)
+    white.convert('RGB').quantize(256, dither=Image.Dither.NONE).save(png, optimize=True)
+
 def main():
     if found := problems(): sys.exit('\n'.join(found))
     shutil.rmtree(base, ignore_errors=True)
     with mock(['fastai', 'lightning', 'transformers', 'accelerate']):
         cells = {name: [*cells_of(file)] for name, file in pages().items()}
     for name, file in pages().items(): write_page(name, file, cells[name])
-    write(out/'md'/'api.md', '\n\n'.join(api_page()))
+    write(out/'api.html.md', '\n\n'.join(api_page()))
     write(work/'api.md', crossed('\n\n'.join(api_page())))
     shutil.copytree(root/'nbs'/'images', work/'images')
+    write(work/'favicon.svg', ICON)
     parts = sections()
     write_llms(parts)
     nb = read_nb(work/'index.ipynb')
@@ -228,6 +242,7 @@ def main():
     write_nb(nb, work/'index.ipynb')
     app = Sphinx(work, None, out, base/'doctrees', 'html', CONF, status=None, warningiserror=True)
     app.build()
+    for o in (out/'_images').glob('*.png'): shrink(o)
     sys.exit(app.statuscode)
 
 if __name__ == '__main__': main()

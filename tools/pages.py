@@ -28,7 +28,7 @@ def pages():
 def read(file):
     "The Markdown and the code of a page"
     text = file.read_text(encoding='utf-8')
-    if file.suffix == '.md': return text, '\n'.join(code for _, code in blocks(text))
+    if file.suffix == '.md': return text, '\n'.join(code for _, code in blocks(text, 'python(?: elsewhere)?'))
     cells = [(o['cell_type'], ''.join(o['source'])) for o in json.loads(text)['cells']]
     return tuple('\n\n'.join(s for k, s in cells if k == kind) for kind in ('markdown', 'code'))
 
@@ -45,7 +45,7 @@ def link(file, target):
     elif to.startswith(REPO): file,to = root/'README.md',to.removeprefix(REPO)
     elif not to or re.match(r'\w+:', to): return target
     path = (file.parent/unquote(to)).resolve()
-    if path in pages().values(): return f'/{page_name(path)}{path.suffix}{anchor}'
+    if path in pages().values() or path == root/'nbs'/'api.md': return f'/{page_name(path)}{path.suffix}{anchor}'
     if not path.exists(): return
     return REPO + path.relative_to(root).as_posix() + anchor
 

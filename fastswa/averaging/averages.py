@@ -97,7 +97,7 @@ class TrackedAverages(Mapping):
 
     def add(self,
         name:str, # what the average is called in tables, files and `using`
-        rule:Callable|Average=equal(), # a rule, or an `Average` of this model
+        rule:Callable|Average|type[Average]=equal(), # a rule, an `Average` of this model, or a kind of average
         start:str='0ba', # from when on, as in `'200ba'`, `'3ep'`, `'0.75dur'`
         every:str|None='1ba', # how often; below one step means every step; None: at each `take`, and only then
         *,
@@ -105,14 +105,16 @@ class TrackedAverages(Mapping):
         restart:bool=False, # does it begin anew in each run?
         phase:str='run', # multiples of `every` count from the beginning of the `'run'` or from `'start'`
         now:bool=True, # does it take snapshots from now on? If not, from the beginning of the next run
-        **options, # for `Average`: `dtype`, `device`, `include`, `exclude`, `check_finite`
+        **options, # for the average: `dtype`, `device`, `include`, `exclude`, `check_finite`, …
     ) -> Average:
         "Add an average, which takes part from now on; ValueError if the name is taken"
         if not isinstance(name, str) or name in ('', 'raw', 'train') or '/' in name:
             raise ValueError("an average needs a name without '/', other than 'raw' and 'train' "
                              f"(in tables and logs 'train' is the training); got {name!r}")
         if name in self._tracked: raise ValueError(f'two averages are called {name!r}: give one of them another name=')
-        average = rule if isinstance(rule, Average) else Average(self.model, rule, **options)
+        if isinstance(rule, Average): average = rule
+        elif isinstance(rule, type) and issubclass(rule, Average): average = rule(self.model, **options)
+        else: average = Average(self.model, rule, **options)
         if average.source is not self.model: raise ValueError(f'{name!r} is an average of another model')
         tracked = Tracked(average, None if every is None else Every(every, start, phase), valid, restart)
         if now: tracked.begin(self.clock, reset=False)

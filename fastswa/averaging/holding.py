@@ -231,7 +231,7 @@ def raw_values(
             raw |= {(id(d), k): v for (d, k), v in zip((*h.places, *h.buffers), h.kept)}
     return [raw.get((id(d), k), d[k]) for d, k in places]
 
-_LARGE = 2**20 # elements: frozen weights of this size, as adapters are trained beside, no forward pass writes to
+_LARGE = 2**16 # elements: frozen weights of this size, as adapters are trained beside, no forward pass writes to
 
 def holding(
     module:nn.Module, # a model, compiled or wrapped ones too

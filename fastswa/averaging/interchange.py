@@ -10,11 +10,10 @@ __all__ = ['copy_params', 'avg_params', 'to_averaged_model', 'from_averaged_mode
            'write_tensors', 'save_safetensors']
 
 # %% ../../nbs/averaging/11_interchange.ipynb #00000002
-import warnings
+import json, warnings
 from functools import partial
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -286,24 +285,36 @@ def _with_untrained(tensors, average):
     return {name: d[k] for name, (d, k) in find_tensors(average.source).items() if not d[k].requires_grad} | tensors
 
 # %% ../../nbs/averaging/11_interchange.ipynb #00000029
+_DTYPES = {getattr(torch, name): code for name, code in dict(
+    float64='F64', float32='F32', float16='F16', bfloat16='BF16', complex64='C64', bool='BOOL',
+    int64='I64', int32='I32', int16='I16', int8='I8', uint64='U64', uint32='U32', uint16='U16', uint8='U8',
+    float8_e4m3fn='F8_E4M3', float8_e5m2='F8_E5M2', float8_e4m3fnuz='F8_E4M3FNUZ', float8_e5m2fnuz='F8_E5M2FNUZ',
+).items()}
+
 def write_tensors(
     state:dict, # name → tensor; other things, which a module may add, are left out
-    path, # the file; it is replaced as a whole or not at all
+    f, # a binary file
     metadata:dict, # text → text
 ):
-    """Write a safetensors file; what lies on the CPU, contiguous and with memory of its own, is not copied for it
+    """Write a safetensors file, tensor by tensor: what is on a GPU or not contiguous is copied to the host for it
 
-    All else is, to the host, and stays there until the file is written, as safetensors takes all tensors at once:
-    a model on a GPU needs as much memory on the host."""
-    tensors,seen = {},set()
-    for k, v in state.items():
-        if not torch.is_tensor(v): continue
-        t,storage = v.detach(),v.untyped_storage().data_ptr()
-        if storage in seen or t.device.type != 'cpu' or not t.is_contiguous():
-            t = t.to('cpu', copy=True, memory_format=torch.contiguous_format)
-        seen.add(storage)
-        tensors[k.replace('_orig_mod.', '')] = t
-    with written(path) as tmp: save_file(tensors, tmp, dict(metadata, format='pt'))
+    TypeError for a dtype that the format does not have."""
+    tensors = {k.replace('_orig_mod.', ''): v.detach() for k, v in state.items() if torch.is_tensor(v)}
+    # large elements first, as the library does: so each tensor lies where a multiple of its element size is
+    tensors = dict(sorted(tensors.items(), key=lambda kv: (-kv[1].element_size(), kv[0])))
+    f.write(_header(tensors, dict(metadata, format='pt')))
+    for t in tensors.values(): f.write(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+def _header(tensors, metadata):
+    "What comes first in a safetensors file: the length of a JSON text in 8 bytes, and this, which says where each is"
+    entries,end = dict(__metadata__=metadata),0
+    for name, t in tensors.items():
+        if t.dtype not in _DTYPES: raise TypeError(f'{name} is {t.dtype}, which a safetensors file cannot hold')
+        start,end = end,end + t.numel()*t.element_size()
+        entries[name] = dict(dtype=_DTYPES[t.dtype], shape=[*t.shape], data_offsets=[start, end])
+    text = json.dumps(entries, ensure_ascii=False, separators=(',', ':')).encode()
+    text += b' '*(-len(text) % 8)
+    return len(text).to_bytes(8, 'little') + text
 
 @locked
 def save_safetensors(
@@ -313,8 +324,8 @@ def save_safetensors(
     """Write the module's `state_dict` with the average in it, in the average's dtype, and its `n` and rule as metadata.
 
     BatchNorm statistics are the averaged ones; where they were recomputed, the model that holds them is to be saved.
-    What is on a GPU, tied or not contiguous is copied to the host first, all of it at once."""
+    What is on a GPU or not contiguous is copied to the host first, one tensor at a time."""
     if average.sharded:
         raise RuntimeError('no process holds the whole of a sharded model: gather the weights, then save them')
     state = {k.replace('_orig_mod.', ''): v for k, v in average.source.state_dict().items()} | average.weights
-    write_tensors(state, path, dict(n=str(average.n), rule=repr(average.rule)))
+    with written(path) as f: write_tensors(state, f, dict(n=str(average.n), rule=repr(average.rule)))

@@ -21,7 +21,7 @@ from .holding import holding
 from .rules import power
 from .tensors import locked
 from ..core import check_whole, later
-from ..files import as_path, written
+from ..files import as_path, check_folder, remove, remove_unfinished, written
 
 # %% ../../nbs/averaging/10_posthoc.ipynb #00000005
 def shares(gammas, first, last):
@@ -115,7 +115,7 @@ class StoresSnapshots(Average):
         self._others = [Average(module, rule, **kwargs) for rule in rules[1:]]
         super().__init__(module, rules[0], **kwargs)
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            check_folder(self.folder)
             self._stored = self._checked(self._files())
 
     @property
@@ -186,17 +186,25 @@ class StoresSnapshots(Average):
             weights = [self._copies(self._selection.in_order(w), device='cpu') for w in now['weights']]
             self._stored[self.n] = dict(now, weights=[self._selection.by_name(v) for v in weights])
         else: self._write(now, left_out)
-        for step in left_out:
-            stored,_ = self._stored.pop(step),self._numbers.pop(step)
-            if isinstance(stored, Path): stored.unlink()
+        for step in left_out: del self._stored[step], self._numbers[step]
+        if self.folder is not None: self._remove_others()
 
     def _write(self, now, left_out):
-        for step, p in self._files().items():
-            if step not in self._stored: p.unlink()      # of a run that went on from an earlier state once more
         path = self.folder/f'ema-{self.n:08}.pt'
         steps = [s for s in (*self._stored, self.n) if s not in left_out]
-        with written(path) as tmp: torch.save(dict(now, steps=steps), tmp)
+        with written(path) as f: torch.save(dict(now, steps=steps), f)
         self._stored[self.n] = path
+
+    def _remove_others(self):
+        "Remove the files of snapshots that are left out, and of a run that went on from an earlier state once more"
+        for step, p in self._files().items():
+            if step not in self._stored: remove(p)
+        remove_unfinished(self.folder, 'ema-*')
+
+    def forget(self):
+        "Begin anew, without a snapshot, and with none in the folder"
+        self.reset()
+        if self.folder is not None: self._remove_others()
 
     def _surplus(self):
         "Which snapshots to leave out when the present one is stored; the first and the newest stay"

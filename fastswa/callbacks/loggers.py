@@ -161,7 +161,8 @@ class CSVLoggerCB(RowsCB):
         if self.path.exists() and not self.path.is_file():
             raise OSError(f'the log must be a file; {self.path} is something else')
         check_folder(self.path.parent)
-        self._ours = not self.path.exists() or self.path.read_bytes() in (b'', self._text.encode())
+        mine = b'', self._text.encode()
+        self._ours = learn.restarting or not self.path.exists() or self.path.read_bytes() in mine
         if not learn.resuming: self._check_ours()
 
     def _check_ours(self):
@@ -188,12 +189,12 @@ class CSVLoggerCB(RowsCB):
         if not is_main_process(): return
         rows = [{**r, 'time': r.get('time', t)} for r, t in zip(rows, self._times)]
         columns = dict.fromkeys(k for r in rows for k in r if k != 'time')
-        f = StringIO(newline='')
-        writer = csv.DictWriter(f, [*columns, 'time'])
+        text = StringIO(newline='')
+        writer = csv.DictWriter(text, [*columns, 'time'])
         writer.writeheader()
         writer.writerows(rows)
-        with written(self.path) as tmp: tmp.write_text(f.getvalue(), encoding='utf-8', newline='')
-        self._text = f.getvalue()
+        with written(self.path) as f: f.write(text.getvalue().encode())
+        self._text = text.getvalue()
 
     def state_dict(self): return dict(path=str(self.path), times=list(self._times))
 

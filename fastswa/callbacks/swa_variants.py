@@ -97,6 +97,7 @@ class PostHocEMACB(_NowAndThen, AverageCB):
 
     def before_fit(self, learn):
         super().before_fit(learn)
+        if learn.restarting: self.average.forget()
         if learn.will_train and not learn.resuming: self.average.check_new()
 
     def act(self): self.average.store()

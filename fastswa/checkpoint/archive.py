@@ -29,7 +29,7 @@ def write_checkpoint(
     made = dict(platform=platform.platform(), python=platform.python_version(), torch=str(torch.__version__),
                 numpy=np.__version__, fastswa=__version__, time=time.strftime('%Y-%m-%d %H:%M:%S%z'))
     try:
-        with written(path) as tmp: torch.save(dict(format=_FORMAT, version=_VERSION, made=made, **state), tmp)
+        with written(path) as f: torch.save(dict(format=_FORMAT, version=_VERSION, made=made, **state), f)
     except (OSError, RuntimeError) as e:
         kind = type(e) if isinstance(e, OSError) else OSError
         why = getattr(e, 'strerror', None) or str(e).split('\n')[0]

@@ -25,7 +25,7 @@ from .checkpoint import export
 from .resume import check_model
 from ..core import check_choice, quiet, unwrap
 from ..data.sources import hub_answers
-from ..files import as_path, check_folder, is_main_process
+from ..files import as_path, check_folder, is_main_process, written
 from ..tables import format_value
 
 # %% ../../nbs/checkpoint/03_hub.ipynb #6f1c0006
@@ -47,7 +47,7 @@ def write_model(
     for name, d in sets.items(): export(learn, Path(folder)/d['file'], name)
     about = dict(format=_FORMAT, version=_VERSION, fastswa=__version__, model=type(unwrap(learn.model)).__name__,
                  weights=weights, sets=sets)
-    (Path(folder)/_ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding='utf-8')
+    with written(Path(folder)/_ABOUT) as f: f.write(json.dumps(about, indent=2, ensure_ascii=False).encode())
     return sets
 
 # %% ../../nbs/checkpoint/03_hub.ipynb #6f1c0011
@@ -207,7 +207,7 @@ def push_to_hub(
     try:
         sets = write_model(learn, folder, weights)
         card = model_card(learn, repo, sets, weights, comparison, data)
-        (folder/'README.md').write_text(card, encoding='utf-8')
+        with written(folder/'README.md') as f: f.write(card.encode())
         url = _upload(hub, folder, repo, private, token)
     except Exception as e:
         kind = next((k for k in (PermissionError, ConnectionError, OSError) if isinstance(e, k)), RuntimeError)

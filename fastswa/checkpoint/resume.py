@@ -320,6 +320,8 @@ def go_on_from(
     empty = not path.is_file() and not numbered(path) and not is_sharded_checkpoint(path)
     if path.suffix != '.pt' and empty:
         if not is_quiet(learn): print(f'no checkpoint in {path}: the fit starts from the beginning')
+        stack.callback(setattr, learn, 'restarting', False)
+        learn.restarting = path.is_dir()      # a run had begun, and was killed before its first checkpoint
         return
     file,state,damaged = newest(path)
     cb = ResumeCB(learn, shapes_of(state), file, damaged)

@@ -9,7 +9,7 @@ __all__ = ['is_sharded', 'is_sharded_checkpoint', 'write_sharded', 'shapes_of', 
            'load_torchtitan_checkpoint']
 
 # %% ../../nbs/checkpoint/03_sharded.ipynb #09e8a393
-import os, secrets, shutil
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ..averaging.average import Average
 from ..averaging.interchange import load_torchtitan_ema
 from ..core import local, unwrap
-from ..files import as_path
+from ..files import as_path, publish, remove_unfinished, temporary_name
 from .archive import read_checkpoint, write_checkpoint
 
 # %% ../../nbs/checkpoint/03_sharded.ipynb #d4f68984
@@ -84,15 +84,15 @@ def write_sharded(
     rest,tensors = _split(state, unwrap(model).state_dict())
     # where a part is empty, nothing tells that two tensors are one
     tensors = {k: tensors[k] for k in processes.from_main([*tensors])}
-    tmp = folder.with_name(processes.from_main(f'.{folder.name}-{secrets.token_hex(4)}'))
+    tmp = processes.from_main(temporary_name(folder))
     try:
         save(tensors, checkpoint_id=tmp, process_group=processes.patient, no_dist=not dist.is_initialized())
-        def publish():
+        def finish():
             write_checkpoint(rest, tmp/_RUN)
-            os.replace(tmp, folder)
-        processes.main_does(publish)
+            publish(tmp, folder)
+        processes.main_does(finish)
     finally:
-        if processes.rank == 0: shutil.rmtree(tmp, ignore_errors=True)
+        if processes.rank == 0: remove_unfinished(folder.parent, escape(folder.name))
 
 # %% ../../nbs/checkpoint/03_sharded.ipynb #85d0c4ce
 def shapes_of(

@@ -19,7 +19,7 @@ from .runs import compare
 from .statistics import paired_difference
 from .workloads import ABOUT, SHAPES, about_data, averages, make_learner, metric_of
 from ..core import check_choice, check_whole, is_quiet
-from ..files import check_folder, written
+from ..files import check_folder, remove_unfinished, written
 from ..plot import COLORS, GREY, plot_style, subplots
 from ..tables import Table
 from ..training.events import short
@@ -182,6 +182,7 @@ def bench_averages(
 
 def _check_out(out, config):
     "The folder, with the configuration in it; ValueError if it is of another one"
+    remove_unfinished(out, '*.json')
     file = out/'config.json'
     if file.exists():
         try: saved = json.loads(file.read_text(encoding='utf-8'))
@@ -189,7 +190,7 @@ def _check_out(out, config):
         if saved != config: raise ValueError(f'{out} is of another benchmark: give another folder, or remove this one; '
                                              f'or go on with it, by its own {file.name}')
     elif any(out.iterdir()): raise FileExistsError(f'{out} holds something else than a benchmark: give another folder')
-    with written(file) as tmp: tmp.write_text(json.dumps(config, indent=1), encoding='utf-8')
+    with written(file) as f: f.write(json.dumps(config, indent=1).encode())
     return out
 
 # %% ../../nbs/compare/04_benchmark.ipynb #b7435a4f
@@ -301,11 +302,11 @@ class AveragesBenchmark:
         scores = pd.concat({name: c.table for name, c in self.comparisons.items()}, names=['workload']).droplevel(1)
         about = dict(notes=self.notes(), averages=ABOUT, data=self.data, rates=self.rates, config=self.config)
         self.plot()
-        with written(folder/'saved.csv') as tmp: self.table.to_csv(tmp, index=False)
-        with written(folder/'scores.csv') as tmp: scores.to_csv(tmp)
-        with written(folder/'saved.md') as tmp: tmp.write_text(self.markdown(), encoding='utf-8')
-        with written(folder/'about.json') as tmp: tmp.write_text(json.dumps(about, indent=1), encoding='utf-8')
-        with written(folder/'saved.png') as tmp: plt.savefig(tmp, dpi=120)
+        texts = {'saved.csv': self.table.to_csv(index=False), 'scores.csv': scores.to_csv(),
+                 'saved.md': self.markdown(), 'about.json': json.dumps(about, indent=1)}
+        for name, text in texts.items():
+            with written(folder/name) as f: f.write(text.encode())
+        with written(folder/'saved.png') as f: plt.savefig(f, format='png', dpi=120)
         plt.close()
 
 def _interval(mean, low, high, digits):

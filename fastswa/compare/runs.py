@@ -26,7 +26,7 @@ from .descriptions import describe
 from .statistics import paired_difference, sampling_error
 from ..core import check_choice, check_whole, is_quiet, plain, quiet
 from ..random_state import keep_rng, seed_generator, set_seed
-from ..files import as_path, check_folder, written
+from ..files import as_path, check_folder, remove_unfinished, written
 from ..plot import GREY, plot_style, subplots, weight_styles
 from ..training.learner import Learner
 from ..training.sandbox import generators
@@ -100,6 +100,7 @@ class _Folder:
     def __init__(self, path, experiment):
         self.path = path and check_folder(path)
         if self.path is None: return
+        remove_unfinished(self.path, '*.json')
         file = self.path/'experiment.json'
         if file.exists():
             saved = _read(file, experiment, 'give another folder, or remove this one')
@@ -115,7 +116,7 @@ class _Folder:
                          'folder, or remove this one')
 
     def _write(self, file, value):
-        with written(file) as tmp: tmp.write_text(json.dumps(value, indent=1), encoding='utf-8')
+        with written(file) as f: f.write(json.dumps(value, indent=1).encode())
 
     def file(self, name, seed): return self.path/f'{name}-{seed}.json'
 

@@ -80,6 +80,7 @@ def inplace(f):
 # %% ../../nbs/data/01_loaders.ipynb #0000000b
 class BatchLoader:
     "Batches `(xb, yb)` of images in memory: `xb` float32 from 0 to 1, (N, C, H, W), then through `tfm`"
+    batch_sampler = None # Lightning asks whatever has a `sampler` for it
     def __init__(self,
         x, # uint8 images, (N, C, H, W)
         y, # labels, (N,), on the same device

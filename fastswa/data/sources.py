@@ -15,7 +15,7 @@ import torch
 import numpy as np, pyarrow as pa
 import torch.nn.functional as F
 
-from ..core import imports_without
+from ..core import imports_without, is_quiet
 from ..files import as_path
 
 with imports_without('IProgress not found'):      # of tqdm, in a notebook without ipywidgets
@@ -186,7 +186,8 @@ def toy_images(
     seed:int=0, # another seed draws other classes
 ) -> DatasetDict: # `train` and `test`, with columns `image` (28×28, grey) and `label` (ten classes)
     "Ten classes of images made by this package, on which averaging weights helps; for tests and demos without data"
-    print(f'toy data: {n_train} + {n_test} images made up by fastswa; results on them say nothing about real data')
+    if not is_quiet():
+        print(f'toy data: {n_train} + {n_test} images made up by fastswa; results on them say nothing about real data')
     g_patterns, *g_splits = (torch.Generator().manual_seed(3*seed + i) for i in range(3))
     coarse = torch.randn(10, 1, 5, 5, generator=g_patterns)
     patterns = F.interpolate(coarse, (28, 28), mode='bicubic', align_corners=True)

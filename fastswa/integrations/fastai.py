@@ -10,10 +10,12 @@ __all__ = ['AveragesCallback']
 # %% ../../nbs/integrations/05_fastai.ipynb #a1b931ee
 from copy import deepcopy
 
-from fastai.callback.core import Callback
-
 from ..batches import to_device
-from .common import Adapter
+from .common import Adapter, require
+
+require('fastai', '2.7')
+
+from fastai.callback.core import Callback
 
 # %% ../../nbs/integrations/05_fastai.ipynb #c418c35c
 class AveragesCallback(Adapter, Callback):

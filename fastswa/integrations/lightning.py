@@ -9,62 +9,38 @@ __all__ = ['AveragesCallback']
 
 # %% ../../nbs/integrations/01_lightning.ipynb #0b199497
 import sys
+from collections import OrderedDict
 from contextlib import contextmanager
 from copy import copy
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from inspect import signature
 from itertools import islice
 
 import torch
 
-from .common import Adapter, Reread, raised_as
-from ..module_state import snapshot, undo_all
+from .common import Adapter, Reread, StepsTaken, raised_as, raw_state_dict, require
 from ..random_state import generators_in, keep_rng
 
 # %% ../../nbs/integrations/01_lightning.ipynb #0403147b
-_PACKAGES = 'lightning.pytorch','pytorch_lightning'
-
-def _loaded():
-    "The packages that are loaded; where none is, one that is installed"
-    names = [p for p in _PACKAGES if p in sys.modules] or [p for p in _PACKAGES if find_spec(p.partition('.')[0])][:1]
+def _packages():
+    "Those that are imported; where none is, one that is installed"
+    names = 'lightning.pytorch','pytorch_lightning'
+    names = [p for p in names if p in sys.modules] or [p for p in names if find_spec(p.partition('.')[0])][:1]
     if not names: raise ImportError('AveragesCallback needs Lightning: pip install lightning')
-    return names
+    for p in names: require(p.partition('.')[0], '2.5')
+    return map(import_module, names)
 
 @cache
-def _as_callback(cls, *packages):
-    "The class as a callback of these packages"
-    bases = (import_module(p).Callback for p in packages)
-    return type(cls.__name__, (cls, *bases), dict(__module__=cls.__module__, __qualname__=cls.__qualname__))
-
-def _of(trainer, *modules):
-    "The package that a trainer is from, or a module of it"
-    names = (c.__module__.removesuffix('.trainer.trainer') for c in type(trainer).__mro__)
-    return import_module('.'.join([next(n for n in names if n in _PACKAGES), *modules]))
-
-def _error(trainer): return _of(trainer, 'utilities', 'exceptions').MisconfigurationException
+def _class_for(cls, *packages):
+    "The class as a callback of these packages, with their kind of error"
+    errors = tuple(p.utilities.exceptions.MisconfigurationException for p in packages)
+    kinds = 'DeepSpeedStrategy','FSDPStrategy','ModelParallelStrategy'
+    sharded = tuple(getattr(p.strategies, k) for p in packages for k in kinds)
+    names = dict(__module__=cls.__module__, __qualname__=cls.__qualname__, error=type(errors[0].__name__, errors, {}))
+    return type(cls.__name__, (cls, *(p.Callback for p in packages)), names | dict(sharded=sharded))
 
 # %% ../../nbs/integrations/01_lightning.ipynb #399597d9
-def _combined(trainer, loaders, mode): return _of(trainer, 'utilities', 'combined_loader').CombinedLoader(loaders, mode)
-
-def _batches(trainer, combined, limits, *loaders):
-    "Batch, its number and that of its loader, where `loaders` take the place of those in `combined`"
-    combined = copy(combined)
-    combined.flattened,combined.limits = [*loaders],limits
-    owner,data = trainer.lightning_module,trainer.datamodule
-    is_overridden = _of(trainer, 'utilities', 'model_helpers').is_overridden
-    if data is not None and is_overridden('on_before_batch_transfer', data): owner = data
-    for batch, i, k in combined:
-        batch = owner.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), k)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=k), i, k
-
-def _step(trainer, kind, batch, i, *k):
-    "Call the module's step of this kind"
-    takes = _of(trainer, 'utilities', 'signature_utils').is_param_in_hook_signature
-    takes_i = takes(getattr(trainer.lightning_module, kind), 'batch_idx', min_args=2)
-    return getattr(trainer.strategy, kind)(batch, *([i, *k] if takes_i else k))
-
 @contextmanager
 def _log_to(module, log):
     "What the module logs goes to this function"
@@ -72,57 +48,43 @@ def _log_to(module, log):
     try: yield
     finally: del module.log
 
+def _validate(trainer, average):
+    "Validate what the module holds, and log it under names that begin with that; returns the number of batches"
+    module,epoch_loop,others = trainer.lightning_module,trainer.fit_loop.epoch_loop,trainer.callbacks
+    before,log = epoch_loop.val_loop,module.log
+    loop = type(before)(trainer, before._trainer_fn, before._stage, before.verbose, before.inference_mode)
+    for k in '_data_source', '_combined_loader', '_max_batches', '_last_val_dl_reload_epoch':
+        setattr(loop, k, getattr(before, k))
+    def renamed(name, *args, **kwargs): log(f'{average}/{name}', *args, **kwargs)
+    epoch_loop.val_loop,trainer.callbacks = loop,[]
+    try:
+        with keep_rng(*generators_in(*loop._combined_loader.flattened)), _log_to(module, renamed): loop.run()
+    finally: epoch_loop.val_loop,trainer.callbacks = before,others
+    return loop.batch_progress.current.ready
+
+def _training_batches(trainer, n):
+    "`n()` batches, as the training step gets them, from loaders of their own"
+    combined,module = trainer.fit_loop._combined_loader,trainer.lightning_module
+    def read(*loaders):
+        again = copy(combined)
+        again.flattened = [*loaders]
+        for batch, *_ in islice(again, n()):
+            batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+            yield trainer.strategy.batch_to_device(batch)
+    return Reread(read, *combined.flattened)
+
 def _forward(trainer, module, batch):
     "That of training, for BatchNorm statistics"
-    with _log_to(module, lambda *args, **kwargs: None): _step(trainer, 'training_step', batch, 0)
-
-# %% ../../nbs/integrations/01_lightning.ipynb #fe21700b
-class _Logged:
-    "What a module logs while it holds an average: arguments for `log`, with names that begin with the average's"
-    def __init__(self, module, name, batch_size):
-        self.module,self.name,self.batch_size,self.signature = module,name,batch_size,signature(module.log)
-        self.values,self.metrics,self.batch,self.suffix = [],{},None,''
-
-    def __call__(self, *args, **kwargs):
-        a = self.signature.bind(*args, **kwargs).arguments
-        if a.get('on_epoch') is False: return      # there is no such step in the run
-        suffix = self.suffix if a.get('add_dataloader_idx', True) else ''
-        a |= dict(name=f'{self.name}/{a["name"]}{suffix}', on_step=False, on_epoch=True, add_dataloader_idx=False)
-        if hasattr(a['value'], 'compute'): self.metrics[a['name']] = a
-        else:
-            mean = a.get('reduce_fx', 'mean') in ('mean', 'avg', torch.mean)
-            if mean and self.batch is not None and a.get('batch_size') is None:
-                a['batch_size'] = self.batch_size(self.batch)
-            if isinstance(a['value'], torch.Tensor): a['value'] = a['value'].detach().clone()
-            self.values.append(a)
-
-    def all(self):
-        "What is to be logged; called before the module's metrics are put back"
-        return self.values + [a | dict(value=a['value'].compute()) for a in self.metrics.values()]
-
-# %% ../../nbs/integrations/01_lightning.ipynb #d999b154
-def _validated(trainer, name):
-    "One validation epoch of what the module holds: its hooks and steps, no other callback's; returns what it logged"
-    module,several = trainer.lightning_module,len(trainer.num_val_batches) > 1
-    combined = _combined(trainer, trainer.val_dataloaders, 'sequential')
-    logged,n = _Logged(module, name, _of(trainer, 'utilities', 'data').extract_batch_size),0
-    with keep_rng(*generators_in(*combined.flattened)), _log_to(module, logged):
-        module.on_validation_epoch_start()
-        for batch, i, k in _batches(trainer, combined, trainer.num_val_batches, *combined.flattened):
-            args,n = (batch, i, k) if several else (batch, i),n + 1
-            logged.batch,logged.suffix = batch,f'/dataloader_idx_{k}' if several else ''
-            module.on_validation_batch_start(*args)
-            out = _step(trainer, 'validation_step', *args)
-            module.on_validation_batch_end(out, *args)
-        logged.batch,logged.suffix = None,''
-        module.on_validation_epoch_end()
-        return logged.all(),n
+    args = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, 0).values()
+    with _log_to(module, lambda *args, **kwargs: None): trainer.strategy.training_step(*args)
 
 # %% ../../nbs/integrations/01_lightning.ipynb #d7af3d4a
 class AveragesCallback(Adapter):
     "Averages of a LightningModule's weights: their metrics, BatchNorm statistics and checkpoints, and one at the end"
     def __new__(cls, *args, **kwargs):
-        return object.__new__(cls if hasattr(cls, 'state_key') else _as_callback(cls, *_loaded()))
+        return object.__new__(cls if hasattr(cls, 'state_key') else _class_for(cls, *_packages()))
+
+    def __reduce__(self): return AveragesCallback.__new__, (AveragesCallback,), vars(self)
 
     def __init__(self, *,
         apply:str|None=None, # which average the model is to hold after training and in a test; None: its raw weights
@@ -130,87 +92,74 @@ class AveragesCallback(Adapter):
         **averages, # name → a rule, or a dict of arguments of `Averages.add`
     ):
         super().__init__(apply, bn_batches, averages)
-        self._as_begun,self._hooks = None,[]
 
     def setup(self, trainer, pl_module, stage):
-        version = _of(trainer).__version__
-        if tuple(map(int, version.split('.')[:2])) < (2, 5):
-            raise _error(trainer)(f'AveragesCallback needs Lightning 2.5 or newer; this is {version}')
+        if isinstance(trainer.strategy, self.sharded):
+            raise self.error(f'AveragesCallback does not support {type(trainer.strategy).__name__}, which spreads '
+                                'the weights over processes; DDP and strategies of one device are supported')
+        trainer.callbacks.sort(key=lambda cb: cb is not self)      # the first, so that others see its metrics
 
     def on_train_start(self, trainer, pl_module):
-        combined = _combined(trainer, trainer.train_dataloader, 'max_size_cycle')
-        def read(*loaders):
-            # of an endless loader as many as the run has seen
-            n = _known(trainer.num_training_batches) or self.averages.clock.batches
-            return (batch for batch, *_ in islice(_batches(trainer, combined, None, *loaders), n))
-        with raised_as(_error(trainer)):
-            self.attach(pl_module, Reread(read, *combined.flattened))
+        # of an endless loader as many as the run has seen
+        data = _training_batches(trainer, lambda: _known(trainer.num_training_batches) or self.averages.clock.batches)
+        with raised_as(self.error):
+            self.attach(pl_module, data)
             if self.bn_forward is None and pl_module.automatic_optimization:
                 self.averages.bn_forward = partial(_forward, trainer)
             self.begin(**_length(trainer, resumed=bool(self._saved)))
-        self._unhook()
-        self._hooks = [o.register_step_post_hook(self._note_step) for o in trainer.optimizers]
-        self._stepped = False
+        self.steps = StepsTaken(trainer.optimizers)
 
-    def _note_step(self, opt, *_):
-        # there are none where training_step returned None
-        self._stepped = self._stepped or any(p.grad is not None for g in opt.param_groups for p in g['params'])
-
-    def _unhook(self):
-        for hook in self._hooks: hook.remove()
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        stepped,self._stepped = self._stepped,False
-        self.averages.step(stepped)
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx): self.averages.step(self.steps.any())
 
     def on_train_epoch_end(self, trainer, pl_module): self.epoch_over()
 
     def on_train_end(self, trainer, pl_module):
-        self._unhook()
+        self.steps.remove()
         self.hold_applied()
 
-    def on_validation_epoch_start(self, trainer, pl_module):
-        look = trainer.state.fn == 'fit' and not trainer.sanity_checking
-        self._as_begun = snapshot(*pl_module.modules(), places=()) if look and self.rows() else None
-        self._n_batches = 0
-
-    def on_validation_batch_end(self, *args): self._n_batches += 1
-
-    def on_validation_epoch_end(self, trainer, pl_module):
-        if self._as_begun is None or trainer.barebones: return
-        for name in self.rows():
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.state.fn != 'fit' or trainer.sanity_checking: return
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        n,raw = loop.batch_progress.current.ready,_figures(loop)
+        for name in self.averages.rows(empty=True)[1:]:
+            if not self.averages[name].n:
+                trainer.callback_metrics.update({f'{name}/{k}': v for k, v in raw.items()})
+                continue
             with self.averages.using(name, quick=True):
-                undo_all(self._as_begun())
-                logged,n = _validated(trainer, name)
-            if n != self._n_batches:
-                raise _error(trainer)(f'the validation had {self._n_batches} batches, and {n} when its loaders were '
-                                      f'read again for {name!r}: give loaders that can be read twice in a row')
-            for a in logged: pl_module.log(**a)
+                loop._results.reset()      # the module's metrics begin anew; they are put back after it
+                found = _validate(trainer, name)
+            if found != n:
+                raise self.error(f'the validation had {n} batches, and {found} when its loaders were read again '
+                                    f'for {name!r}: give loaders that can be read twice in a row')
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-        if self.averages is None or self.averages.held == 'raw': return
-        with self.averages.using('raw'):
-            state = trainer.strategy.lightning_module_state_dict()
-            checkpoint['state_dict'] = {k: v.clone() if torch.is_tensor(v) else v for k, v in state.items()}
+        if self.averages is not None and self.averages.held != 'raw':
+            checkpoint['state_dict'] = raw_state_dict(self.averages, pl_module)
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint):
         # it was loaded into the model, whatever that held
         if self.averages is not None and self.averages.model is pl_module: self.averages.keep()
 
     @torch.inference_mode(False)
-    def _hold_saved(self, trainer, pl_module):
+    def on_test_start(self, trainer, pl_module):
+        "The average of a file to test, validate or predict with"
         if trainer.state.fn == 'fit' or self._saved is None: return
-        with raised_as(_error(trainer)):
+        with raised_as(self.error):
             self.attach(pl_module)
             self.take_up()
         self.hold_applied()
 
-    def on_validation_start(self, trainer, pl_module): self._hold_saved(trainer, pl_module)
-    def on_test_start(self, trainer, pl_module): self._hold_saved(trainer, pl_module)
-    def on_predict_start(self, trainer, pl_module): self._hold_saved(trainer, pl_module)
+    on_validation_start = on_predict_start = on_test_start
 
 # %% ../../nbs/integrations/01_lightning.ipynb #135e3d28
 def _known(n): return None if n is None or n < 0 or n == float('inf') else n
+
+def _figures(loop):
+    "What a validation has logged, by the names that callbacks know"
+    found = {}
+    for loop._results.dataloader_idx in (*range(loop.num_dataloaders), None):
+        found |= loop._results.metrics(False)['callback']
+    return found
 
 def _length(trainer, resumed):
     "That of the run as `begin` takes it: from here on, or in all where a file says how far it had come"

@@ -8,113 +8,83 @@ Docs: https://fastswa.github.io/fastswa/integrations/transformers.html.md"""
 __all__ = ['AveragesCallback']
 
 # %% ../../nbs/integrations/04_transformers.ipynb #f75fb473
-import warnings
-from contextlib import nullcontext
+import sys, warnings
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
-from transformers.utils.versions import require_version
 
 from ..files import written
-from .accelerate import StepsTaken
-from .common import Adapter
+from .common import Adapter, StepsTaken, require
 from ..random_state import generators_in, keep_rng
 
-require_version('transformers>=5.0', 'AveragesCallback of fastswa needs it: pip install -U transformers')
+require('transformers', '5.0')
+
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 # %% ../../nbs/integrations/04_transformers.ipynb #86242c62
 class AveragesCallback(Adapter, TrainerCallback):
     "Averages of the weights that a `Trainer` trains, which are evaluated, saved and resumed with it"
+    trainer = steps = None # the latest one that called; steps that it takes while it trains
     def __init__(self, *,
         apply:str|None=None, # which average the model is to hold after training; None: see `on_train_end`
         bn_batches:int|None=None, # training batches for BatchNorm statistics; None: all, 20 in an evaluation; 0: none
         **averages, # name → a rule, or a dict of arguments of `Averages.add`
     ):
         super().__init__(apply, bn_batches, averages)
-        self.trainer,self._running = None,False
-
-    def add_to(self,
-        trainer, # a `Trainer`, or an object of a class derived from it
-    ):
-        """Take part in what this trainer trains from now on; returns the callback
-
-        It comes before the other callbacks, so that early stopping sees its metrics. ValueError if there is one."""
-        others = [cb for cb in trainer.callback_handler.callbacks if cb is not self]
-        if any(isinstance(cb, AveragesCallback) for cb in others):
-            raise ValueError('the trainer has an AveragesCallback already: give one of them all averages, as in '
-                             "AveragesCallback(ema=ema(half_life='0.05dur'), swa=dict(start='0.75dur'))")
-        trainer.callback_handler.callbacks[:] = self, *others
-        self.trainer = trainer
-        return self
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
-        if self.trainer is None:
-            raise ValueError('the AveragesCallback needs the trainer, to evaluate and to save with it: callback.add_to('
-                             'trainer), and not Trainer(callbacks=…)')
-        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
-            raise ValueError('the AveragesCallback cannot save averages of weights that are spread over processes, as '
-                             'those of FSDP and DeepSpeed are')
+        call = _caller()
+        self.trainer = _checked(call['self'])
+        # the first, so that others see its metrics
+        self.trainer.callback_handler.callbacks.sort(key=lambda cb: cb is not self)
         n = len(train_dataloader) if has_length(train_dataloader) else None
         self.attach(model, self._batches)
-        if state.global_step: self._load(Path(args.resume_from_checkpoint or ''), *_folders(args, state))
+        if state.global_step: self._load(call.get('resume_from_checkpoint'))
         self.begin(n, n and state.num_train_epochs, state.max_steps, args.gradient_accumulation_steps)
-        self._steps,self._running = StepsTaken([optimizer]),True
+        self.steps = StepsTaken([optimizer.optimizer])
 
-    def on_substep_end(self, args, state, control, **kwargs): self.averages.step(stepped=False)
-
-    def on_step_end(self, args, state, control, **kwargs): self.averages.step(stepped=self._steps.any())
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.averages.clock.epoch_batches is not None: return
-        self.averages.clock.epochs += 1      # without a length it is known only now that the epoch is over
-        self.averages.update_due()
+    def on_substep_end(self, *args, **kwargs): self.averages.step(stepped=False)
+    def on_step_end(self, *args, **kwargs): self.averages.step(stepped=self.steps.any())
+    def on_epoch_end(self, *args, **kwargs): self.epoch_over()
 
     def on_evaluate(self, args, state, control, metrics=None, eval_dataloader=None, **kwargs):
-        if not self._running: return
-        prefix = next((k.removesuffix('_runtime') for k in metrics if k.endswith('_runtime')), 'eval')
-        raw = {k: v for k, v in metrics.items() if k.startswith(prefix)}
+        if self.steps is None: return      # not in training
+        call,raw = _caller(),dict(metrics)
+        prefix,best = call.get('metric_key_prefix', 'eval'),self._of_metric(args)
         for name in self.rows():
             with self.averages.using(name, quick=True), keep_rng(*generators_in(eval_dataloader)):
                 found = self.trainer.evaluation_loop(
                     eval_dataloader, 'Evaluation', True if self.trainer.compute_metrics is None else None,
-                    metric_key_prefix=_with_name(prefix, name)).metrics
+                    call.get('ignore_keys'), _with_name(prefix, name)).metrics
             self.trainer.log(found)
             metrics.update(found)
-        best = self._of_metric(args)      # until its first snapshot an average stands for the raw weights
-        if best is not None and not self.averages[best].n:
-            metrics.update({_with_name(prefix, best) + k.removeprefix(prefix): v for k, v in raw.items()})
+        if best is not None and not self.averages[best].n:      # until then it stands for the raw weights
+            metrics.update({_with_name(prefix, best) + k.removeprefix(prefix): v for k, v in raw.items()
+                            if k.startswith(prefix)})
 
     def on_save(self, args, state, control, **kwargs):
-        folder,applied = next(iter(_folders(args, state)), None),self.averages.held != 'raw'
-        with self.averages.using('raw') if applied else nullcontext():
-            if applied: self.trainer.save_model(str(folder))      # by somebody, in the midst of a run
-            if not args.should_save: return
-            with written(folder/FILE) as tmp: torch.save(dict(self.state_dict(), mark=_mark(self.averages.model)), tmp)
+        run = self.trainer._get_output_dir(_caller().get('trial'))
+        folder = Path(run)/f'{PREFIX_CHECKPOINT_DIR}-{state.global_step}'
+        if self.averages.held != 'raw':      # by somebody, in the midst of a run
+            with self.averages.using('raw'): self.trainer.save_model(str(folder))
+        if not args.should_save: return
+        with written(folder/FILE) as f: torch.save(self.state_dict(), f)
 
     def on_train_end(self, args, state, control, **kwargs):
         """The model holds the average that `apply` names; without it, what `load_best_model_at_end` found best: the
         average that `metric_for_best_model` is of, as it was then, or the raw weights"""
-        self._steps.remove()
-        self._running = False
+        self.steps = self.steps.remove()
         best = args.load_best_model_at_end and state.best_model_checkpoint
-        if best: self._load(Path(best))
+        if best: self._load(best)
         self.take_up()
         self.hold_applied(self._of_metric(args) if best else None)
 
-    def _load(self, *folders):
-        "Take up the averages of the first of these checkpoints that has some; ValueError if they are of other weights"
-        file = next((o/FILE for o in folders if (o/FILE).exists()), None)
-        if file is None:
-            return warnings.warn(f'the checkpoint has no {FILE}, so the averages begin anew; looked for it in '
-                                 f'{", ".join(map(str, folders))}. Of a checkpoint that lies elsewhere, '
-                                 'TrainingArguments(resume_from_checkpoint=…) is to say where')
-        state = torch.load(file, map_location='cpu', weights_only=True)
-        if not torch.equal(state.pop('mark'), _mark(self.averages.model)):
-            raise ValueError(f'the averages in {file} are of other weights than the model has: does the checkpoint lie '
-                             'elsewhere? Then say so by TrainingArguments(resume_from_checkpoint=…)')
-        self.load_state_dict(state)
+    def _load(self, checkpoint):
+        "Take up the averages of a checkpoint; a warning if it has none"
+        file = Path(checkpoint or '')/FILE
+        if file.exists(): self.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
+        else: warnings.warn(f'the averages begin anew: the checkpoint {checkpoint} has no {FILE}')
 
     def _batches(self):
         "Those of training, from a loader of its own"
@@ -124,21 +94,27 @@ class AveragesCallback(Adapter, TrainerCallback):
     def _of_metric(self, args):
         "The average that `metric_for_best_model` is of, or None"
         metric = (args.metric_for_best_model or '').removeprefix('eval_')
-        return max((name for name in self.adders if metric.startswith(f'{name}_')), key=len, default=None)
+        return max((name for name in self.words if metric.startswith(f'{name}_')), key=len, default=None)
 
 # %% ../../nbs/integrations/04_transformers.ipynb #eb46d0db
 FILE = 'averages.pt' # beside the model in each checkpoint
+
+def _caller():
+    "The local variables of the trainer's method that calls back"
+    frame = sys._getframe()
+    while not isinstance(frame.f_locals.get('self'), Trainer): frame = frame.f_back
+    return frame.f_locals
+
+def _checked(trainer):
+    if sum(isinstance(cb, AveragesCallback) for cb in trainer.callback_handler.callbacks) > 1:
+        raise ValueError('the trainer has two AveragesCallbacks: give one of them all averages, as in '
+                         "AveragesCallback(ema=ema(half_life='0.05dur'), swa=dict(start='0.75dur'))")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError('the AveragesCallback cannot save averages of weights that are spread over processes, as '
+                         'those of FSDP and DeepSpeed are')
+    return trainer
 
 def _with_name(prefix, name):
     "As `evaluate` names a further set of weights: 'eval' becomes 'eval_ema', and 'eval_news' 'eval_ema_news'"
     head,_,rest = prefix.partition('_')
     return '_'.join(filter(None, (head, name, rest)))
-
-def _folders(args, state):
-    "Checkpoints of this step, the newest first; in a search of hyperparameters each run has a folder"
-    name,root = f'{PREFIX_CHECKPOINT_DIR}-{state.global_step}',Path(args.output_dir)
-    return sorted([*root.glob(name), *root.glob(f'*/{name}')], key=lambda o: o.stat().st_mtime, reverse=True)
-
-def _mark(model):
-    "The first few of each of the weights that are trained: tells those of another run"
-    return torch.cat([p.detach().flatten()[:4].float().cpu() for p in model.parameters() if p.requires_grad])

@@ -167,7 +167,7 @@ class Learner(HasOptimizer, HasWeights, CallbackRunner):
         self.n_epochs = self.epoch = self.iter = 0
         self.training = self.will_train = self.in_fit = self.quiet = False
         self.epochs,self.completed,self.between_batches,self.clock = range(0),0,True,Clock()
-        self.resuming = None
+        self.resuming,self.restarting = None,False
         super().__init__()
 
     def fit(self,

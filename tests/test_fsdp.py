@@ -203,7 +203,7 @@ def one_epoch_more(folder, n_epochs):
 
 @pytest.mark.parametrize('sizes', [(2, 1), pytest.param((4, 2, 1, 3), marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on(sizes, tmp_path):
-    "Weights, both averages and the optimizer, bit for bit; 7 rows are divided by none of these numbers"
+    "Weights, both averages and the optimizer, bit for bit; 7 rows do not divide by 2, 3 or 4"
     for n_epochs, size in enumerate(sizes, 1):
         folder = tmp_path/f'{size}'
         codes = end_ranks(start_ranks(size, one_epoch_more, tmp_path, n_epochs, folder=folder), LIMIT)

@@ -19,19 +19,19 @@ from helpers import CORE, Hits, ctrl_c, image_learner, moments
 FILES = 'fastswa/averaging/', 'fastswa/training/', 'fastswa/callbacks/', *CORE, '/contextlib.py'
 
 
-def data(n_train=4):
+def data(n_train=2):
     g = torch.Generator().manual_seed(0)
-    batches = [(torch.randn(8, 3, generator=g), torch.randint(2, (8,), generator=g)) for _ in range(4)]
-    return SimpleNamespace(train=batches[:n_train], valid=batches[:2])
+    batches = [(torch.randn(8, 3, generator=g), torch.randint(2, (8,), generator=g)) for _ in range(2)]
+    return SimpleNamespace(train=batches[:n_train], valid=batches[:1])
 
 
-def learner(*cbs, n_train=4):
+def learner(*cbs, n_train=2):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
     return TrainLearner(model, data(n_train), F.cross_entropy, 0.1, cbs, partial(optim.SGD, momentum=0.9))
 
 
-def watched(): return learner(EMACB(half_life='2ba', apply=False), BNUpdateCB(valid_batches=2))
+def watched(): return learner(EMACB(half_life='2ba', apply=False), BNUpdateCB(valid_batches=1))
 
 
 def state(model): return [t.clone() for t in model.parameters()], [t.clone() for t in model.buffers()]
@@ -52,7 +52,7 @@ def is_of_the_run(now, run):
 def raw_run():
     "The weights of a run without averages, before the first step and after each"
     states = [state(learner().model)]
-    for n in range(1, 5):
+    for n in range(1, 3):
         learn = learner(n_train=n)
         learn.fit(1, valid=False)
         states.append(state(learn.model))

@@ -40,7 +40,7 @@ readme: $(STAMP)    ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
 docs: $(VENV)/.docs    ## check the pages, run their code and build the site into _docs/html
-	$(BIN)/pytest -q tests/test_docs.py
+	$(BIN)/python -m pytest -q tests/test_docs.py
 	$(BIN)/python tools/docs.py
 
 serve-docs:    ## show the site on http://127.0.0.1:8000
@@ -50,7 +50,7 @@ docs-test: docs    ## build the site and look at every page in Chromium
 	@command -v chromium chromium-browser google-chrome >/dev/null || apt-get install -y -q chromium >/dev/null \
 		|| { echo 'Chromium is needed, such as that of Debian: apt-get install chromium' >&2; exit 1; }
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[browser]'
-	$(BIN)/pytest -q -m browser tests/test_site.py
+	$(BIN)/python -m pytest -q -m browser tests/test_site.py
 
 # Of other libraries those that are installed: `pip install -c constraints.txt -e '.[bench]'`, see CONTRIBUTING.
 bench: $(STAMP)    ## measure averaging, step, epoch, data, checkpoint (10 minutes at most); tables in benchmarks/results

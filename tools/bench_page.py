@@ -8,8 +8,8 @@ PARTS = dict(averaging='An update of an average', step='A training step', epoch=
 TEXT = """# Benchmarks
 
 What fastswa costs beside plain PyTorch and other libraries. All rows of a table took turns in one process, and a ratio
-is the median of the ratios round by round. `make bench` measures again and writes this page; `make bench-gpu` measures a GPU, and
-`fastswa bench-averages` what averaging saves. The scripts in
+is the median of the ratios round by round. `make bench` measures again and writes this page; `make bench-gpu` measures
+a GPU, and `fastswa bench-averages` what averaging saves. The scripts in
 [benchmarks](https://github.com/fastswa/fastswa/tree/main/benchmarks) say what each row is.
 """
 

@@ -40,7 +40,7 @@ readme: $(STAMP)    ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
 docs: $(VENV)/.docs    ## check the pages, run their code and build the site into _docs/html
-	$(BIN)/pytest -q tests/test_docs.py
+	$(BIN)/python -m pytest -q tests/test_docs.py
 	$(BIN)/python tools/docs.py
 
 serve-docs:    ## show the site on http://127.0.0.1:8000
@@ -50,11 +50,17 @@ docs-test: docs    ## build the site and look at every page in Chromium
 	@command -v chromium chromium-browser google-chrome >/dev/null || apt-get install -y -q chromium >/dev/null \
 		|| { echo 'Chromium is needed, such as that of Debian: apt-get install chromium' >&2; exit 1; }
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[browser]'
-	$(BIN)/pytest -q -m browser tests/test_site.py
+	$(BIN)/python -m pytest -q -m browser tests/test_site.py
 
-# The GPU has a script of its own, which `make bench` leaves out: python benchmarks/gpu.py
-bench: $(STAMP)    ## run the benchmarks
-	@$(with_data); for script in $(filter-out %/gpu.py %/timing.py, $(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+# Of other libraries those that are installed: `pip install -c constraints.txt -e '.[bench]'`, see CONTRIBUTING.
+bench: $(STAMP)    ## measure averaging, step, epoch, data, checkpoint (10 minutes at most); tables in benchmarks/results
+	@$(with_data); \
+	for part in 'averaging --rounds 9' 'step --rounds 7' 'epoch --rounds 5' 'data --rounds 5' 'checkpoint --rounds 5'; do \
+		set -- $$part; script=$$1; shift; $(BIN)/python benchmarks/$$script.py "$$@" --write $(BENCH) || exit 1; echo; \
+	done; $(BIN)/python tools/bench_page.py
+
+bench-gpu: $(STAMP)    ## the same on a GPU, 6 minutes at most
+	@$(with_data); $(BIN)/python benchmarks/gpu.py --write; $(BIN)/python tools/bench_page.py
 
 clean:    ## remove what was built; runs/ and the data stay
 	rm -rf $(VENV) _docs build dist *.egg-info .pytest_cache .hypothesis

@@ -1,7 +1,7 @@
 """One update of an average, ours and others', on the weights of three models; what a swap, the memory and SWACB cost.
 
     pip install -e .[bench]      # timm, ema-pytorch and torch-ema: those that are missing are left out of the table
-    python benchmarks/averaging.py [--device cpu|cuda] [--rounds 25] [--quick]
+    python benchmarks/averaging.py [--device cpu|cuda] [--rounds 25] [--quick] [--write] [--cpu-time]
 
 The models are the seed convnet, and on random weights the shapes of ResNet-50 and, where a GPU has room for it, of
 ViT-L/16; fp32, nothing is trained. In each round every row has its turn, in an order that changes, and makes as many
@@ -42,7 +42,7 @@ from fastswa.averaging.averages import Averages
 from fastswa.averaging.rules import ema, equal
 from fastswa.averaging.tensors import find_tensors
 from fastswa.nets.layers import get_model
-from timing import parser, place, ratio, seconds, take_turns
+from timing import parse, parser, place, ratio, report, seconds, take_turns
 
 DECAY, BANK, BARE = 0.999, (0.9, 0.99, 0.999, 0.9999), 'bare _foreach_lerp_'
 CHECKS = {'check off': False, 'check on': True}
@@ -249,12 +249,12 @@ def target_network(args):
 # --- what is printed
 
 def table(results):
-    rows = [name for name in next(iter(results.values())) if name != 'limit']
-    print('\n' + ' '*28 + ''.join(f'{name:>22}' for name in results))
-    print(' '*28 + f'{"µs":>12}{"÷ bare":>10}'*len(results))
-    for row in ['limit', *rows]:
-        cells = [f'{statistics.median(t[row])*1e6:12.1f}{ratio(t, row, BARE):10.2f}' for t in results.values()]
-        print(f'{row:28}' + ''.join(cells))
+    "Lines of Markdown: microseconds of each row, and its ratio to the bare update, for each model"
+    yield f'| | {" | ".join(f"{name}, µs | ÷ bare" for name in results)} |'
+    yield '| --- |' + ' --: |'*2*len(results)
+    for row in next(iter(results.values())):
+        cells = [f'{statistics.median(t[row])*1e6:,.1f} | {ratio(t, row, BARE):.2f}' for t in results.values()]
+        yield f'| {row.strip()} | {" | ".join(cells)} |'
 
 
 def targets(results, copies, device):
@@ -274,10 +274,10 @@ def main():
     options = parser(__doc__, rounds=25)
     options.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     options.add_argument('--quick', action='store_true', help='3 short rounds: to see that it runs, not to quote')
-    args = options.parse_args()
+    args = parse(options)
     args.slot = 0.03
     if args.quick: args.rounds, args.slot = 3, 0.003
-    if args.device == 'cpu': torch.set_num_threads(min(2, os.cpu_count()))
+    if args.device == 'cpu' and not args.cpu_time: torch.set_num_threads(min(2, os.cpu_count()))
     print(f'One update of an average, {place(args.device)}, {args.rounds} rounds\n')
 
     models = {'convnet': convnet, 'ResNet-50': resnet50}
@@ -286,8 +286,8 @@ def main():
         else: print('ViT-L: left out, it needs 40 GB of free memory on the GPU')
     results, copies = {}, {}
     for name, make in models.items(): results[name], copies[name], missing = one_model(name, make, args)
-    table(results)
-    if missing: print(f'\nnot installed, so left out: {", ".join(missing)}; `pip install -e .[bench]` brings them')
+    print()
+    report('averaging', 'One update of an average', table(results), args, args.device, missing)
 
     print()
     for name, t in results.items():

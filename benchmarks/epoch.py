@@ -1,18 +1,16 @@
 """One epoch of Fashion-MNIST, train and validate: a bare PyTorch loop, the learner with its usual callbacks, and
-per-image loading.
+others'; the fast preset.
 
-    python benchmarks/epoch.py [--rounds 9] [--bs 1024] [--toy]
+    python benchmarks/epoch.py [--rounds 9] [--bs 1024] [--toy] [--compile] [--write] [--cpu-time]
 
 The variants take turns in one process; each figure is the median over the rounds, each ratio the median of the ratios
 round by round, with the smallest and the largest. `bare` computes the mean validation loss and accuracy, as any loop
-has to, and reads them once. The last rows load as the fast.ai course does: PNG images as the Hugging Face hub stores
-them, `with_transform` to a normalised tensor, image by image.
+has to, and reads them once. `fast` is `fast_cbs()`; with --compile there is a row with `CompileCB` too, whose compiling
+is not counted. Other people's loops have the same model and loaders, but for skorch, which reads image by image.
 """
-import contextlib, io, statistics
+import contextlib, io
 from functools import partial
 
-import datasets
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
@@ -21,21 +19,23 @@ from torcheval.metrics import MulticlassAccuracy
 from fastswa.callbacks.basics import DeviceCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.progress import ProgressCB
+from fastswa.callbacks.speed import CompileCB, fast_cbs
 from fastswa.callbacks.swa import EMACB
 from fastswa.batches import default_device
 from fastswa.random_state import set_seed
-from fastswa.data.loaders import DataLoaders, inplace
+from fastswa.data.loaders import DataLoaders
 from fastswa.data.sources import fashion_mnist, toy_images
 from fastswa.nets.init import init_weights
 from fastswa.nets.layers import act_gr, get_model
 from fastswa.training.learner import TrainLearner
-from timing import parser, place, spread, take_turns
+from peers import epochs
+from timing import parse, parser, report, table, take_turns
 
 sgd = partial(optim.SGD, momentum=0.85)
 
 
-def make_model(device):
-    set_seed(0)
+def make_model(device, seed=0):
+    set_seed(seed)
     return get_model(act_gr, norm=nn.BatchNorm2d).apply(partial(init_weights, leaky=0.1)).to(device)
 
 
@@ -73,73 +73,31 @@ class Bare:
 
 class Ours:
     "A fit of one epoch of the learner"
-    def __init__(self, dls, device, *cbs, layout=torch.contiguous_format):
+    def __init__(self, dls, device, *cbs):
         usual = [DeviceCB(device), MetricsCB(accuracy=MulticlassAccuracy(device=device)), ProgressCB()]
-        model = make_model(device).to(memory_format=layout)
-        self.learn = TrainLearner(model, dls, F.cross_entropy, 0.2, [*usual, *cbs], sgd)
+        self.learn = TrainLearner(make_model(device), dls, F.cross_entropy, 0.2, [*usual, *cbs], sgd)
 
     def epoch(self):
         with contextlib.redirect_stdout(io.StringIO()): self.learn.fit(1)
 
 
-def as_png(dd):
-    "The same images, encoded as they are on the hub"
-    def encode(batch):
-        files = []
-        for im in batch['image']:
-            im.save(buffer := io.BytesIO(), format='PNG')
-            files.append(dict(bytes=buffer.getvalue(), path=None))
-        return dict(image=files)
-    features, stored = dd['train'].features, dict(bytes=datasets.Value('binary'), path=datasets.Value('string'))
-    plain = datasets.Features(image=stored, label=features['label'])
-    return dd.map(encode, batched=True, features=plain, keep_in_memory=True).cast_column('image', features['image'])
-
-
-def to_tensor(image):
-    "Step by step what torchvision's `to_tensor` does with an image"
-    pixels = torch.from_numpy(np.array(image, np.uint8, copy=True))
-    pixels = pixels.view(image.size[1], image.size[0], len(image.getbands())).permute((2, 0, 1)).contiguous()
-    return pixels.to(torch.get_default_dtype()).div(255)
-
-
-@inplace
-def normalised(b):
-    "As the course does it"
-    b['image'] = [(to_tensor(o) - 0.28)/0.35 for o in b['image']]
-
-
 def main():
     options = parser(__doc__, rounds=9, bs=1024)
     options.add_argument('--toy', action='store_true', help='10,000 made-up images, where Fashion-MNIST is not at hand')
-    args = options.parse_args()
+    options.add_argument('--compile', action='store_true', help='also with CompileCB, which takes a while to compile')
+    args = parse(options)
     device = default_device()
-    dd = toy_images() if args.toy else fashion_mnist()
-    dls = DataLoaders.in_memory(dd, args.bs, device=device)
-
-    datasets.disable_progress_bars()
-    png = as_png(dd).with_transform(normalised)
-    last = 'ours + EMACB, model in channels_last'
+    dls = DataLoaders.in_memory(toy_images() if args.toy else fashion_mnist(), args.bs, device=device)
     runs = {'bare': Bare(dls, device), 'bare + torch EMA': Bare(dls, device, averaged=True),
             'ours, no average': Ours(dls, device), 'ours + EMACB, row off': Ours(dls, device, EMACB(valid=False)),
-            'ours + EMACB': Ours(dls, device, EMACB()),
-            last: Ours(dls, device, EMACB(), layout=torch.channels_last)}
-    fast = {name: run.epoch for name, run in runs.items()}
-    slow = {}
-    for n in 0, 2:
-        loaded = DataLoaders.from_dd(png, args.bs, num_workers=n)
-        slow[f'as the course loads, {n} workers'] = Ours(loaded, device).epoch
-    few = min(3, args.rounds)      # rounds with the slow rows, whose differences are large
-    times = take_turns(fast | slow, few, device)
-    rest = take_turns(fast, args.rounds - few, device)
-    for name in fast: times[name] += rest[name]
-
-    data = 'Toy images' if args.toy else 'Fashion-MNIST'
-    print(f'{data}, batch {args.bs}, {place(device)}, {args.rounds} rounds\n')
-    print('| | s per epoch | ÷ bare (min … max) |\n| --- | --: | --: |')
-    for name, ts in times.items(): print(f'| {name} | {statistics.median(ts):.3f} | {spread(times, name, "bare")} |')
-    print()
-    for ours in 'ours + EMACB', last:
-        for name in slow: print(f'{ours} ÷ {name}: {statistics.median(times[ours])/statistics.median(times[name]):.3f}')
+            'ours + EMACB': Ours(dls, device, EMACB()), 'ours, fast': Ours(dls, device, *fast_cbs(device)),
+            'ours, fast + EMACB': Ours(dls, device, *fast_cbs(device), EMACB())}
+    if args.compile: runs['ours, fast, compiled'] = Ours(dls, device, *fast_cbs(device), CompileCB())
+    theirs,missing = epochs(lambda: make_model(device), dls, sgd, 0.2)
+    times = take_turns({name: run.epoch for name, run in runs.items()} | theirs, args.rounds, device)
+    data = 'toy images' if args.toy else 'Fashion-MNIST'
+    title = f'An epoch of {data}, train and validate, batch {args.bs}'
+    report('epoch', title, table(times, 'bare'), args, device, missing)
 
 
 if __name__ == '__main__': main()

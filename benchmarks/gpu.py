@@ -1,6 +1,6 @@
 """What the library costs on a GPU: one command of at most 6 minutes, one table of ratios to bare PyTorch.
 
-    python benchmarks/gpu.py [--rounds 15] [--limit 360] [--out gpu.json]
+    python benchmarks/gpu.py [--rounds 15] [--limit 360] [--out gpu.json] [--write]
     python benchmarks/gpu.py --device cpu --quick      # to see that it runs, not to quote
 
 Needs no network. In each part the rows take turns in one process, in an order that changes from round to round; a
@@ -15,22 +15,26 @@ step     one training step of the seed convnet: bare and ours, which is TrainLea
          ProgressCB and EMACB. Eager; compiled (`reduce-overhead`); captured: forward and backward pass in CUDA graphs
          (`make_graphed_callables`), and for comparison the whole bare step in one. All beside the eager bare loop, and
          ours beside bare in the same mode.
-epoch    Fashion-MNIST, train and validate, from memory; toy images where the data is not at hand.
+epoch    Fashion-MNIST, train and validate, from memory; toy images where the data is not at hand. `fast` is
+         `fast_cbs()`. Other people's loops where they are installed.
+data     a pass over the training images in batches on the GPU: from its memory, and by torch's DataLoader with a copy.
+save     a checkpoint of 25 million weights and an EMA, beside `torch.save` of the same tensors.
 """
-import json, platform, statistics, subprocess, sys, time, traceback
+import json, platform, statistics, subprocess, sys, tempfile, time, traceback
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
 
-import averaging, epoch, step
-from fastswa.callbacks.speed import CompileCB
+import averaging, checkpoint, data, epoch, peers, step
+from fastswa.callbacks.speed import CompileCB, fast_cbs
 from fastswa.callbacks.swa import EMACB
 from fastswa.data.loaders import DataLoaders
 from fastswa.data.sources import fashion_mnist, toy_images
-from timing import parser, place, ratio, take_turns, wait
+from timing import RESULTS, parse, parser, place, ratio, take_turns, wait
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {'convnet': averaging.convnet, 'ResNet-50': averaging.resnet50, 'ViT-L': averaging.vit_l}
@@ -59,14 +63,17 @@ class Report:
         self.missing.append(f'{what}: {why}')
         self.failed |= failed
 
-    def print(self):
-        print('\n| part | row | µs | divided by | ratio | at most | |\n| --- | --- | --: | --- | --: | --: | --- |')
+    def lines(self):
+        "The table in Markdown, and what is not in it"
+        yield '| part | row | µs | divided by | ratio | at most | |'
+        yield '| --- | --- | --: | --- | --: | --: | --- |'
         for r in self.rows:
             us = '' if r['us'] is None else f'{r["us"]:.1f}'
             most = '' if r['at_most'] is None else f'{r["at_most"]:.2f}'
             verdict = '' if r['at_most'] is None else 'met' if r['ratio'] <= r['at_most'] else 'MISSED'
-            print(f'| {r["part"]} | {r["name"]} | {us} | {r["base"]} | {r["ratio"]:.3f} | {most} | {verdict} |')
-        for line in self.missing: print(f'not measured: {line}')
+            yield f'| {r["part"]} | {r["name"]} | {us} | {r["base"]} | {r["ratio"]:.3f} | {most} | {verdict} |'
+        yield ''
+        for line in self.missing: yield f'not measured: {line}'
 
 
 def try_rows(report, part, makers):
@@ -191,10 +198,34 @@ def measure_epoch(report, args):
               'bare + torch EMA': lambda: epoch.Bare(dls, args.device, averaged=True).epoch,
               'ours, no average': lambda: epoch.Ours(dls, args.device).epoch,
               'ours + EMACB, row off': lambda: epoch.Ours(dls, args.device, EMACB(valid=False)).epoch,
-              'ours + EMACB': lambda: epoch.Ours(dls, args.device, EMACB()).epoch}
+              'ours + EMACB': lambda: epoch.Ours(dls, args.device, EMACB()).epoch,
+              'ours, fast': lambda: epoch.Ours(dls, args.device, *fast_cbs(args.device)).epoch}
+    for peer, make in peers.LOOPS.items():
+        makers[peer] = partial(make, epoch.make_model(args.device), dls, epoch.sgd, 0.2)
     times = take_turns(try_rows(report, name, makers), min(args.rounds, 9), args.device)
     report.add(name, times, 'bare', limits={'ours, no average': 1.05, 'ours + EMACB, row off': 1.05})
     if 'ours + EMACB' in times: report.compare(name, times, 'ours + EMACB', 'bare + torch EMA', 1.05)
+
+
+def measure_data(report, args):
+    found,name = epoch_data(args.quick)
+    dls = DataLoaders.in_memory(found, args.bs, device=args.device)
+    x,y = (t.cpu() for t in dls.train.dataset.tensors)
+    theirs = DataLoader(TensorDataset(x.float().div(255), y), args.bs, shuffle=True, pin_memory=args.device == 'cuda')
+
+    def copied():
+        for xb, yb in theirs: xb.to(args.device, non_blocking=True),yb.to(args.device, non_blocking=True)
+    rows = {'ours, in memory': data.one_pass(dls.train), 'DataLoader, copied': copied}
+    report.add(name.replace('epoch', 'data'), take_turns(rows, min(args.rounds, 5), args.device), 'DataLoader, copied')
+
+
+def measure_save(report, args):
+    learn = checkpoint.big_learner(args.device)
+    tensors = dict(raw=learn.model.state_dict(), ema=learn.averages['ema'].weights)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = {'torch.save': partial(torch.save, tensors, f'{folder}/theirs.pt'),
+                'ours, learn.save': partial(learn.save, f'{folder}/ours.pt')}
+        report.add('save', take_turns(rows, min(args.rounds, 5), args.device), 'torch.save')
 
 
 def run_tests(report, left):
@@ -215,7 +246,7 @@ def main():
     options.add_argument('--device', choices=['cpu', 'cuda'], default='cuda')
     options.add_argument('--quick', action='store_true', help='2 short rounds: to see that it runs, not to quote')
     options.add_argument('--out', help='a JSON file for the figures')
-    args = options.parse_args()
+    args = parse(options)
     if args.device == 'cuda' and not torch.cuda.is_available():
         options.error('there is no CUDA device; `--device cpu --quick` shows that the script runs')
     start,args.slot = time.perf_counter(),0.03
@@ -224,7 +255,7 @@ def main():
 
     parts = {f'update, {name}': partial(measure_update, name=name) for name in MODELS}
     if args.device == 'cpu': del parts['update, ViT-L']      # 10 GB, and seconds for each row
-    parts |= {'step': measure_step, 'epoch': measure_epoch}
+    parts |= {'step': measure_step, 'epoch': measure_epoch, 'data': measure_data, 'save': measure_save}
     report = Report(judge=not args.quick)
     for name, part in parts.items():
         left = args.limit - (time.perf_counter() - start)
@@ -239,8 +270,11 @@ def main():
         if args.device == 'cuda': torch.cuda.empty_cache()
         print(f'{name}: measured after {time.perf_counter() - start:.0f} s', flush=True)
     run_tests(report, args.limit - (time.perf_counter() - start) - 5)
-    report.print()
-    print(f'{time.perf_counter() - start:.0f} s in all')
+    text = '\n'.join([f'{place(args.device)}, {args.rounds} rounds.', '', *report.lines()])
+    print(f'\n{text}\n{time.perf_counter() - start:.0f} s in all')
+    if args.write:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS/'gpu.md').write_text(f'{text}\n', encoding='utf-8')
     if args.out:
         found = dict(place=place(args.device), rows=report.rows, missing=report.missing)
         Path(args.out).write_text(json.dumps(found, indent=1))

@@ -1,13 +1,14 @@
 """One training step of the seed convnet: what the learner and its callbacks add to a bare loop.
 
-    python benchmarks/step.py [--rounds 12] [--steps 59] [--bs 1024] [--device cpu] [--compile]
+    python benchmarks/step.py [--rounds 12] [--steps 59] [--bs 1024] [--device cpu] [--compile] [--write] [--cpu-time]
 
 Batches lie on the device already. The loops take turns in one process, in an order that changes from round to round; a
 figure is the median over the rounds, a ratio the median of the ratios to the bare loop of the same round. Targets:
 `TrainLearner` with DeviceCB, MetricsCB, ProgressCB and EMACB at most 1.03 x the bare loop on the CPU, 1.10 x on an
-H200, and there with a compiled step (--compile) at most 0.75 x.
+H200, and there with a compiled step (--compile) at most 0.75 x. Other people's loops that are installed train the same
+model on the same batches; they keep a mean loss, or less.
 """
-import contextlib, io, statistics
+import contextlib, io
 from functools import partial
 from types import SimpleNamespace
 
@@ -27,7 +28,8 @@ from fastswa.random_state import set_seed
 from fastswa.nets.init import init_weights
 from fastswa.nets.layers import get_model
 from fastswa.training.learner import TrainLearner
-from timing import parser, place, ratio, take_turns
+from peers import epochs
+from timing import parse, parser, report, table, take_turns
 
 sgd = partial(optim.SGD, momentum=0.85)
 
@@ -79,7 +81,7 @@ def main():
     options = parser(__doc__, rounds=12, steps=59, bs=1024)
     options.add_argument('--device', default=default_device())
     options.add_argument('--compile', action='store_true', help='also with CompileCB, which takes a while to compile')
-    args = options.parse_args()
+    args = parse(options)
     device = torch.device(args.device)
     batches = make_batches(args.steps, args.bs, device)
 
@@ -98,11 +100,11 @@ def main():
     if args.compile:
         mode = 'reduce-overhead' if device.type == 'cuda' else None
         loops[f' and CompileCB(mode={mode!r})'] = usual(EMACB(), CompileCB(mode))
-    times = take_turns(loops, args.rounds, device, warmup=2)
-    print(f'Seed convnet, batch {args.bs}, {place(device)}, {args.rounds} rounds of {args.steps} steps\n')
-    print(f'{"":34}{"µs a step":>12}{"÷ bare":>9}')
-    for name, ts in times.items():
-        print(f'{name:34}{1e6*statistics.median(ts)/args.steps:12.0f}{ratio(times, name, "bare loop"):9.3f}')
+    dls = SimpleNamespace(train=batches, valid=None)
+    theirs,missing = epochs(lambda: make_model(device), dls, sgd, 0.1, ('ignite', 'Lightning', 'fastai'))
+    times = take_turns(loops | theirs, args.rounds, device, warmup=2)
+    title = f'A training step of the seed convnet on a batch of {args.bs}; {args.steps} steps in a round'
+    report('step', title, table(times, 'bare loop', args.steps), args, device, missing)
 
 
 if __name__ == '__main__': main()

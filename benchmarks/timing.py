@@ -1,14 +1,30 @@
-"""What the benchmarks have in common: rows that take turns in one process, medians, and ratios round by round."""
-import argparse, random, statistics, time
+"""What the benchmarks have in common: rows that take turns in one process, medians, ratios round by round, tables."""
+import argparse, os, platform, random, statistics, time
+from pathlib import Path
 
 import torch
+
+RESULTS = Path(__file__).resolve().parent/'results'
+clock = time.perf_counter      # or that of `--cpu-time`
 
 
 def parser(doc, **numbers):
     "A parser of arguments with the text of the script as its help, and an option for each whole number"
     res = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in numbers.items(): res.add_argument(f'--{name}', type=int, default=default)
+    res.add_argument('--write', action='store_true', help='write the table to benchmarks/results, too')
+    res.add_argument('--cpu-time', action='store_true', help='CPU time of one thread, where the machine has other work')
     return res
+
+
+def parse(options):
+    "The arguments; from now on the clock is the one that they ask for"
+    global clock
+    args = options.parse_args()
+    if args.cpu_time:
+        clock = time.process_time
+        torch.set_num_threads(1)
+    return args
 
 
 def wait(device):
@@ -19,10 +35,10 @@ def wait(device):
 def seconds(f, device, calls=1):
     "Seconds per call of `f`, the mean of so many calls"
     wait(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls): f()
     wait(device)
-    return (time.perf_counter() - start)/calls
+    return (clock() - start)/calls
 
 
 def take_turns(rows, rounds, device, warmup=1, slot=0):
@@ -54,6 +70,30 @@ def spread(times, name, base, digits=3):
 
 def place(device):
     "On what this runs, in words"
-    on_gpu = torch.device(device).type == 'cuda'
-    name = torch.cuda.get_device_name() if on_gpu else f'{torch.get_num_threads()} CPU threads'
-    return f'{name}, torch {torch.__version__}'
+    if torch.device(device).type == 'cuda': return f'{torch.cuda.get_device_name()}, torch {torch.__version__}'
+    known = getattr(torch.cpu, 'get_capabilities', dict)()      # not in torch 2.6
+    name = known.get('cpu_name') or platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f'{name}, {threads} CPU thread{"" if threads == 1 else "s"}, torch {torch.__version__}'
+
+
+def table(times, base, per=1):
+    "Lines of Markdown: the time of each row, for one of `per`, and its ratio to the base"
+    unit,scale = ('µs', 1e6/per) if statistics.median(times[base])/per < 0.01 else ('ms', 1e3/per)
+    yield f'| | {unit} | ÷ {base.strip()} (min … max) |'
+    yield '| --- | --: | --: |'
+    for name, ts in times.items():
+        yield f'| {name.strip()} | {scale*statistics.median(ts):,.1f} | {spread(times, name, base)} |'
+
+
+def report(name, title, lines, args, device='cpu', missing=()):
+    "Print a table, with where it comes from; with `--write` it goes to benchmarks/results/NAME.md as well"
+    how = 'CPU time of one thread' if args.cpu_time else 'time by the clock'
+    load = f'; load {os.getloadavg()[0]:.1f}' if hasattr(os, 'getloadavg') else ''
+    text = [f'{title}.', f'{place(device)}; {how}, medians of {args.rounds} rounds in which all rows take turns{load}.']
+    text += ['', *lines]
+    if missing: text += ['', f'Not measured: {"; ".join(missing)}.']
+    print('\n'.join(text), flush=True)
+    if not args.write: return
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS/f'{name}.md').write_text('\n'.join(text) + '\n', encoding='utf-8')

@@ -175,8 +175,8 @@ def clean_mem():
     elif torch.backends.mps.is_available(): torch.mps.empty_cache()
 
 # %% ../nbs/00_core.ipynb #00000036
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype, torch.device,
-          str, bytes, int, float, bool, complex, type(None))
+_SCALARS = {str, bytes, int, float, bool, complex, type(None)}
+_PLAIN = {torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype, torch.device, *_SCALARS}
 
 def plain(
     value, # nested dicts, lists and tuples
@@ -193,7 +193,9 @@ def plain(
     if kept: return value.detach() if isinstance(value, torch.Tensor) else value
     if isinstance(value, np.ndarray) and value.dtype.kind in 'biuf':
         return torch.from_numpy(value.astype(np.int64) if value.dtype.kind == 'u' else value.copy())
-    def convert(item, key): return plain(item, f'{name}.{key}' if name else str(key), tensors=tensors, strict=strict)
+    def convert(item, key):
+        if type(item) in _SCALARS: return item      # of which the state of a generator has hundreds
+        return plain(item, f'{name}.{key}' if name else str(key), tensors=tensors, strict=strict)
     if isinstance(value, dict): return {convert(k, k): convert(v, k) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return (tuple if isinstance(value, tuple) else list)(convert(v, i) for i, v in enumerate(value))

@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from fastswa.random_state import set_seed
+
 # A shell that runs pytest in the background lets it ignore Ctrl-C, and with it the processes that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -27,6 +29,7 @@ def pytest_collection_finish(session):
 
 
 def pytest_runtest_setup(item):
+    set_seed(0)      # whatever ran before: a test must not depend on it
     if item.get_closest_marker('gpu') and not torch.cuda.is_available(): pytest.skip('needs a CUDA device')
 
 

@@ -314,7 +314,8 @@ def _as_rank(f, args, rank, size, port, folder, threads):
 def start_ranks(size, f, *args, folder, port=None, threads=1):
     "Processes that each call `f` as one of `size` ranks; they are forked from one that has imported torch once"
     ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['torch', 'torch.distributed.fsdp', 'fastswa.all', 'helpers'])
+    ctx.set_forkserver_preload(['torch', 'torch.distributed.fsdp', 'torch.distributed.checkpoint', 'fastswa.all',
+                                'accelerate', 'torcheval.metrics', 'pytest', 'helpers'])
     port = free_port() if port is None else port
     folder.mkdir(exist_ok=True)
     ps = [ctx.Process(target=_as_rank, args=(f, args, r, size, port, folder, threads)) for r in range(size)]

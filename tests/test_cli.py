@@ -18,9 +18,11 @@ from torch import nn
 
 import fastswa.compare.runs
 import fastswa.data.sources
+from fastswa.callbacks.speed import fast_cbs
 from fastswa.callbacks.swa import EMACB
 from fastswa.cli import main
-from fastswa.cli.recipe import Normalize, fast_cbs
+from fastswa.cli.recipe import Normalize
+from fastswa.compare.benchmark import settings
 from fastswa.data.loaders import DataLoaders
 from fastswa.data.sources import toy_images
 from fastswa.nets.layers import act_gr, get_model
@@ -184,7 +186,10 @@ def test_fast_compiles_where_it_pays(images, compiled, monkeypatch):
     monkeypatch.setattr(shutil, 'which', lambda name: '/usr/bin/c++')
     assert ('CompileCB' in [type(cb).__name__ for cb in fast_cbs('cpu', images)]) == compiled
     monkeypatch.setattr(shutil, 'which', lambda name: None)
-    assert [type(cb).__name__ for cb in fast_cbs('cpu', images)] == ['MixedPrecisionCB', 'ChannelsLastCB']
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(avx512_bf16=False), raising=False)
+    assert [type(cb).__name__ for cb in fast_cbs('cpu', images)] == ['ChannelsLastCB']      # bf16 would be emulated
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(avx512_bf16=True))
+    assert [type(cb).__name__ for cb in fast_cbs('cpu', images)] == ['MixedPrecisionCB']
 
 
 # --- a folder that holds a run
@@ -290,6 +295,27 @@ def test_a_file_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     assert results(tmp_path) == ['settings.json'] and 'No space left' in capsys.readouterr().err
     assert main(f'train --resume --out {tmp_path}'.split()) == 0
     assert results(tmp_path) == FILES
+
+
+# --- bench-averages
+
+
+def test_bench_averages_from_a_configuration(tmp_path, capsys):
+    "Wrong: other rows than the configuration has, or a second run that computes again what is there"
+    config = settings('tiny')
+    config['workloads'] = dict(text=config['workloads']['text'])
+    config['workloads']['text']['rates'] = dict(annealed=[0.004])
+    (tmp_path/'a.json').write_text(json.dumps(config))
+    command = f'bench-averages --config {tmp_path}/a.json --jobs 1 --out {tmp_path}/out'
+    result,text = json_of(command)
+    names = [name.split('/')[2] for name in result['results']]
+    assert names == ['raw', 'ema', 'ema_10', 'swa', 'lawa', 'merge'] and 'AlgoPerf' in text
+    done = {o: o.stat().st_mtime_ns for o in (tmp_path/'out'/'runs'/'text').iterdir()}
+    assert json_of(command)[0] == result
+    assert {o: o.stat().st_mtime_ns for o in done} == done
+    assert main(f'bench-averages --data toy --out {tmp_path}/out'.split()) == 2
+    assert main(f'{command} --quick'.split()) == 2
+    assert 'is of another benchmark' in (err := capsys.readouterr().err) and 'in place of --quick' in err
 
 
 # --- lr-find
@@ -428,7 +454,7 @@ def test_ctrl_c_in_a_comparison(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('columns', [49, 80])
-@pytest.mark.parametrize('page', ['', 'train', 'compare', 'lr-find', 'export'])
+@pytest.mark.parametrize('page', ['', 'train', 'compare', 'bench-averages', 'lr-find', 'export'])
 def test_pages_fit_the_terminal(page, columns, monkeypatch, capsys):
     monkeypatch.setenv('COLUMNS', str(columns))
     assert main([*page.split(), '--help']) == 0

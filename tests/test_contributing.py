@@ -45,7 +45,7 @@ def test_add_a_benchmark(monkeypatch, capsys):
     known = dict(__name__='export', __doc__=re.match('"""(.*?)"""', code, re.S)[1])
     exec(code, known)
     known['main']()
-    assert '| write_tensors | ' in capsys.readouterr().out
+    assert '| export | ' in capsys.readouterr().out
 
 
 def test_add_an_adapter(monkeypatch):

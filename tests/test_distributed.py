@@ -351,7 +351,7 @@ def work(folder):
         began = time.monotonic()
         try: case(*[sub]*case.__code__.co_argcount)
         except BaseException: text = traceback.format_exc()
-        print(f'{case.__name__} {time.monotonic() - began:.2f} s', flush=True)
+        print(f'{case.__name__} {time.monotonic() - began:.2f} s, cpu {time.process_time():.2f}', flush=True)
         (folder/f'{case.__name__}.{os.environ["RANK"]}').write_text(text)
         dist.barrier()
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.rules import ema, equal, power
+from fastswa.checkpoint.checkpoint import HostCopies
 from helpers import floats
 
 pytestmark = pytest.mark.gpu
@@ -317,3 +318,18 @@ def test_weights_may_change_right_after_the_update():
             for p in model.parameters(): p.fill_(-1e6)
     for k, v in avg.weights.items():
         if k != '1.running_var': np.testing.assert_allclose(v, np.mean(seen), rtol=1e-5)
+
+
+def test_copies_of_a_state_on_the_host():
+    "For checkpoints in the background: in pinned memory that is used again, and there when the call returns"
+    copies, t = HostCopies(), torch.randn(1000, 1000, device='cuda')
+    state = dict(a=t, b=[t.T, t[5:, ::2]], c=torch.ones(3, device='cuda', dtype=torch.bfloat16), d=torch.arange(3))
+    first = copies(state)
+    before = {k: copy.deepcopy(v) for k, v in state.items()}
+    t += 1
+    assert first['a'].is_pinned() and not first['d'].is_pinned() and first['b'][0].data_ptr() == first['a'].data_ptr()
+    assert torch.equal(first['a'], before['a'].cpu()) and torch.equal(first['b'][1], before['b'][1].cpu())
+    assert torch.equal(first['c'].float(), torch.ones(3))
+    place = first['a'].data_ptr()
+    second = copies(state)
+    assert second['a'].data_ptr() == place and torch.equal(second['a'], t.cpu())

@@ -540,9 +540,9 @@ def test_their_checkpoints_load_into_an_average(tmp_path, theirs):
     torch.testing.assert_close(moved, torch.full_like(moved, 1/average.n))
 
 
-def theirs(cls=L.callbacks.EMAWeightAveraging, model=partial(Model, norm=False), more=(), **kw):
-    "A run with their average: weights after each batch, and the rest"
-    cb,w = cls(**kw.pop('options', dict(decay=0.9))),Weights()
+def theirs(model=partial(Model, norm=False), more=(), **kw):
+    "A run with their average: model, trainer, callback, weights after each batch"
+    cb,w = L.callbacks.EMAWeightAveraging(**kw.pop('options', dict(decay=0.9))),Weights()
     model,t = fit(w, cb, *more, model=model, **kw)
     return model,t,cb,w.seen
 

@@ -251,7 +251,8 @@ def test_modes_need_no_thought(opt):
         learn.fit(2)
         ways.append(x_of(learn))
         assert same(only(ways[-1], learn.averages['schedule_free'].weights), ways[-1])
-    for k in ways[0]: torch.testing.assert_close(*(w[k] for w in ways), rtol=1e-3, atol=1e-4)
+    for k in {*ways[0]} - {'0.bias'}:      # whose gradient, before BatchNorm, is rounding that AdamW enlarges
+        torch.testing.assert_close(*(w[k] for w in ways), rtol=1e-3, atol=1e-4)
 
 
 def test_looks_leave_the_optimizer_as_it_is():

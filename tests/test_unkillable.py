@@ -80,7 +80,7 @@ def fail_everywhere(tmp_path, go, intact, ready=lambda folder: None, only=lambda
 
 def train(folder, *cbs, **kw):
     learn = new_learner(CheckpointCB(folder/'run', best='loss', keep=1, **kw), *cbs)
-    learn.fit(2, resume=folder/'run')
+    learn.fit(2, valid='raw', resume=folder/'run')
     return result(learn), read_checkpoint(folder/'run'/'best.pt')['opt_steps']
 
 
@@ -136,7 +136,7 @@ def test_a_log_beside_checkpoints(tmp_path, monkeypatch):
     def intact(folder):
         checkpoints_intact(folder)
         if (folder/'log.csv').exists(): assert (folder/'log.csv').read_text()[-1] == '\n'
-    assert fail_everywhere(tmp_path, go, intact, only=lambda path: 'log' in path) > 200
+    assert fail_everywhere(tmp_path, go, intact, only=lambda path: 'log' in path) > 100
 
 
 def test_snapshots_in_a_folder(tmp_path):

@@ -3,6 +3,7 @@
 Below an exported cell stand the signature, docstring and parameters of what it defines, its source folded. Sphinx makes
 HTML of the pages; `*.html.md`, `llms.txt` and `llms-full.txt` hold the same as plain text."""
 import ast, functools, importlib, inspect, os, re, shutil, sys
+from unittest.mock import patch
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -105,6 +106,13 @@ def described(cell, module):
 
 def directives(source): return dict(re.findall(r'^#\| *(\w+):? *(.*)$', source, re.M))
 
+def module_of(name):
+    "A module of the library, also where what it adapts to is not installed"
+    try: return importlib.import_module(f'fastswa.{name}')
+    except ImportError:
+        with mock([name.split('.')[-1]]), patch('importlib.metadata.version', return_value='99'):
+            return importlib.import_module(f'fastswa.{name}')
+
 def cells_of(file):
     "The cells of a page as the site shows them"
     if file.suffix == '.md':
@@ -113,7 +121,7 @@ def cells_of(file):
     module = None
     for cell in read_nb(file).cells:
         has, cell.source = directives(cell.source), re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
-        if 'default_exp' in has: module = importlib.import_module('fastswa.' + has['default_exp'])
+        if 'default_exp' in has: module = module_of(has['default_exp'])
         if not cell.source or {'hide', 'default_exp'} & {*has}: continue
         if cell.cell_type == 'code':
             exported = {'export', 'exporti', 'exports'} & {*has}
@@ -190,7 +198,8 @@ def sections():
         names = [n for n in have if n.startswith(folder + '/')]
         return sorted(names, key=lambda n: [*first, n.split('/')[1]].index(n.split('/')[1]))
     res = {'Guides': below('guides', GUIDES), 'Studies': below('experiments', STUDIES), 'Reference': ['api']}
-    res |= {f'fastswa.{o}': below(o) for o in HOUSE}
+    others = {n.split('/')[0] for n in have if '/' in n} - {'guides', 'experiments', *HOUSE}
+    res |= {f'fastswa.{o}': below(o) for o in [*HOUSE, *sorted(others)]}
     return res | {'Foundations': [n for n in have if '/' not in n and n not in ('contributing', 'changelog')],
                   'Project': ['contributing', 'changelog']}
 
@@ -226,8 +235,7 @@ def shrink(png):
 def main():
     if found := problems(): sys.exit('\n'.join(found))
     shutil.rmtree(base, ignore_errors=True)
-    with mock(['fastai', 'lightning', 'transformers', 'accelerate']):
-        cells = {name: [*cells_of(file)] for name, file in pages().items()}
+    cells = {name: [*cells_of(file)] for name, file in pages().items()}
     for name, file in pages().items(): write_page(name, file, cells[name])
     write(out/'api.html.md', '\n\n'.join(api_page()))
     write(work/'api.md', crossed('\n\n'.join(api_page())))

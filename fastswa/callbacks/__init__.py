@@ -11,7 +11,7 @@ from .loggers import CSVLoggerCB, LogCB, TensorBoardCB
 from .metrics import FunctionMetric, MetricsCB
 from .progress import LogView, NotebookView, ProgressCB, TerminalView, View
 from .schedule import BaseSchedCB, BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB, plot_sched, sched_rates
-from .speed import ChannelsLastCB, CompileCB, MixedPrecision, MixedPrecisionCB
+from .speed import ChannelsLastCB, CompileCB, MixedPrecision, MixedPrecisionCB, fast_cbs
 from .steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB, gradients
 from .swa import AverageCB, EMACB, LAWACB, SWACB
 from .swa_variants import BEMACB, PostHocEMACB, SWADCB, SWAGCB, ScheduleFreeCB, SwitchEMACB
@@ -26,5 +26,5 @@ __all__ = [
     'LogView', 'MetricsCB', 'MixUpCB', 'MixedPrecision', 'MixedPrecisionCB', 'NaNGuardCB', 'NotebookView',
     'OneCycleCB', 'PostHocEMACB', 'ProgressCB', 'RecorderCB', 'SWACB', 'SWADCB', 'SWAGCB', 'ScheduleFreeCB',
     'SingleBatchCB', 'StatsRow', 'SwitchEMACB', 'TTA', 'TeacherCB', 'TensorBoardCB', 'TerminalView', 'View',
-    'WarmupStableDecayCB', 'Watched', 'capture_preds', 'gradients', 'is_leaf', 'log_mean_probs', 'lr_find',
-    'plot_sched', 'sched_rates', 'show_image_batch', 'suggest_lr', 'summary', 'tta', 'tta_views']
+    'WarmupStableDecayCB', 'Watched', 'capture_preds', 'fast_cbs', 'gradients', 'is_leaf', 'log_mean_probs',
+    'lr_find', 'plot_sched', 'sched_rates', 'show_image_batch', 'suggest_lr', 'summary', 'tta', 'tta_views']

@@ -271,6 +271,8 @@ class ResumeCB(Callback):
         put_weights(learn, self.state)
         to_train_mode(learn.opt)      # it may have been saved in eval mode
         learn.averages.load_state_dict(self.state['averages'], strict=False)
+        # an epoch may have another number of batches now, of other processes
+        if not self.place['batch']: learn.clock.begin_epoch(self.epoch)
         learn.resuming = None
 
     def _find_place(self, learn):

@@ -6,9 +6,9 @@ Docs: https://fastswa.github.io/fastswa/checkpoint/sharded.html.md"""
 
 # %% auto #0
 __all__ = ['is_sharded', 'is_sharded_checkpoint', 'write_sharded', 'shapes_of', 'with_parts', 'whole_state',
-           'load_torchtitan_ema']
+           'load_torchtitan_checkpoint']
 
-# %% ../../nbs/checkpoint/03_sharded.ipynb #90021705
+# %% ../../nbs/checkpoint/03_sharded.ipynb #09e8a393
 from glob import escape
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ..averaging.average import Average
+from ..averaging.interchange import load_torchtitan_ema
 from ..core import local, unwrap
 from ..files import as_path, publish, remove_unfinished, temporary_name
 from .archive import read_checkpoint, write_checkpoint
@@ -129,22 +130,22 @@ def whole_state(
         if main: res[name] = whole.cpu() if torch.is_tensor(whole) else whole
     return res
 
-# %% ../../nbs/checkpoint/03_sharded.ipynb #86ef3fb8
-def load_torchtitan_ema(
+# %% ../../nbs/checkpoint/03_sharded.ipynb #ff0d1b67
+def load_torchtitan_checkpoint(
     average:Average, # of the model, divided or not
     folder, # torchtitan's checkpoint of a step
-    n:int, # snapshots that are in it: torchtitan counts them in its trainer
+    n:int|None=None, # snapshots in it, which torchtitan does not store; needed where the rule depends on it
 ):
-    "An `Average` goes on from torchtitan's EMA; ValueError that lists the weights that are not in it"
+    "Go on from the EMA in a checkpoint of torchtitan; ValueError that lists the weights that it does not have"
     from torch.distributed.checkpoint import FileSystemReader, load
-    path = as_path(folder)
-    saved = FileSystemReader(path).read_metadata().state_dict_metadata
-    names = dict(zip(average._selection.tensors, average._selection.owners))
-    keys = {name: next((k for k in saved if k.endswith(f'state.{name}.ema_params')), None) for name in names}
-    missing = [name for name, k in keys.items() if k is None and not name.endswith(('running_mean', 'running_var'))]
-    if missing: raise ValueError(f'{path} has no average of {", ".join(missing[:8])}')
-    parts = {k: torch.empty_like(names[name], dtype=saved[k].properties.dtype, requires_grad=False)
-             for name, k in keys.items() if k}
-    load(parts, checkpoint_id=path, no_dist=not dist.is_initialized())
-    weights = {name: local(parts[k]) if k else local(names[name]).detach() for name, k in keys.items()}
-    average.load_state_dict(dict(average.state_dict(), n=n, weights=weights))
+    folder = as_path(folder)
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    weights = unwrap(average.source).state_dict()
+    names = {k.removesuffix('.ema_params').partition('state.')[2]: k for k in saved if k.endswith('.ema_params')}
+    def part(like, meta):
+        if like is None: return torch.empty(meta.size, dtype=meta.properties.dtype)
+        return torch.empty_like(like, dtype=meta.properties.dtype)
+    parts = {k: part(weights.get(name), saved[k]) for name, k in names.items()}
+    load(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    state = {f'state.{name}.ema_params': local(parts[k]) for name, k in names.items()}
+    load_torchtitan_ema(average, state, n)

@@ -81,10 +81,13 @@ OPTIONS = dict(
     seeds=Option(5, 'runs, with the seeds 0, 1, 2, ...', 'N', whole()),
     jobs=Option(None, 'runs side by side; without it, one for each core, or one with a GPU', 'N', whole()),
     device=Option('auto', 'auto, cpu, cuda, mps, ...', 'DEVICE'),
-    fast=Option(False, 'bf16, channels_last, and torch.compile where the run is long enough to pay for it'),
+    fast=Option(False, 'bf16, channels_last and torch.compile, each where it pays'),
     weights=Option('raw', f'which weights: raw, or an average of the run: {", ".join(AVERAGES)}', 'NAME'),
     format=Option('safetensors', 'safetensors, state-dict (of torch.save) or torch-export (a program that takes images '
                   'from 0 to 1)', 'FORMAT', one_of(*FORMATS)),
+    quick=Option(False, 'a few minutes instead of most of an hour: fewer steps and seeds, rates chosen beforehand'),
+    config=Option(None, 'a configuration, such as the config.json of an earlier benchmark, in place of --quick and '
+                  '--data', 'FILE'),
     out=Option(None, 'folder for what is written', 'FOLDER'),
     resume=Option(False, 'go on with the run in that folder, with the options it was given'),
     overwrite=Option(False, 'replace what is there'),
@@ -130,6 +133,16 @@ COMMANDS = {
             help=f'averages of the weights to compare: {", ".join(AVERAGES)}, several with commas',
             read=some_of(*AVERAGES))),
         ('comparison.csv', 'summary.csv', 'comparison.png', 'runs/*.json')),
+    'bench-averages': Command(
+        'measure how many steps averages save, on three workloads',
+        'How many steps do averages save? Each is measured against a run whose learning rate falls to zero: steps to '
+        'the score that it has at its end, seed by seed, with a 95 % interval. The workloads are a convnet on '
+        "Fashion-MNIST, a character transformer on the source of Python's standard library, and fine-tuning.\n\n"
+        'Writes config.json, from which alone it can be made again, saved.csv, saved.md and saved.png (table and '
+        'picture), scores.csv (every seed and look), about.json (machine, data, rates) and the finished runs, from '
+        'which the same command goes on when it was stopped.',
+        {'what': 'quick config data', 'machine': 'jobs', 'files': 'out json'},
+        _out('runs/bench-averages'), ('saved.csv', 'saved.md', 'saved.png', 'scores.csv')),
     'lr-find': Command(
         'find a learning rate by trial',
         'Train the convnet for up to a hundred steps, with a learning rate that rises until the loss explodes, and '

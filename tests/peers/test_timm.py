@@ -238,7 +238,9 @@ def test_groups_are_frozen_and_unfrozen(train_bn):
     learn.unfreeze()
     before = state(learn)
     learn.fit(1)
-    assert not any(torch.equal(t, before[k]) for k, t in floats(learn.model).items())
+    moved = {k for k, t in floats(learn.model).items() if not torch.equal(t, before[k])}
+    # the gradient of a bias before BatchNorm is rounding, or nothing
+    assert moved | {'0.bias'} == {*floats(learn.model)}
 
 
 @pytest.mark.parametrize('n', [2, -3])

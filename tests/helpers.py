@@ -246,11 +246,11 @@ def _traced(f, trace):
     return False
 
 
-def moments(f, files, last=()):
+def moments(f, files, last=(), every=()):
     """When to press Ctrl-C: file, line and how often it has run by then, for each line of `files` (parts of paths)
 
-    The first time that it runs, and in the files `last` the last time too. A run has 20 times as many moments, nearly
-    all of which are one line in a loop."""
+    The first time that it runs, in the files `last` the last time too, and in the files `every` each time. A run has
+    20 times as many moments, nearly all of which are one line in a loop."""
     times = Counter()
 
     @cache
@@ -260,8 +260,10 @@ def moments(f, files, last=()):
         if event == 'line': times[frame.f_code.co_filename, frame.f_lineno] += 1
         return count
     _traced(f, lambda frame, event, arg: count if watched(frame.f_code.co_filename) else None)
-    ends = [(file, line, n) for (file, line), n in times.items() if any(o in file for o in last)]
-    return [*dict.fromkeys([*((*place, 1) for place in times), *ends])]
+    def runs(file, n):
+        if any(o in file for o in every): return range(1, n + 1)
+        return {1, n} if any(o in file for o in last) else {1}
+    return [(file, line, run) for (file, line), n in times.items() for run in runs(file, n)]
 
 
 def ctrl_c(f, moment):
@@ -338,3 +340,24 @@ def errors_of(folder, size):
     "What each rank has failed with; '' where it has not"
     files = [folder/f'error.{r}' for r in range(size)]
     return [f.read_text() if f.exists() else '' for f in files]
+
+
+def run_cases(cases, folder):
+    "In each rank: one case after the other, in a folder of its own; what it fails with is written down"
+    only = os.environ.get('ONLY', '')                          # to look into one of them
+    for case in [c for c in cases if not only or c.__name__ in only]:
+        error = ''
+        sub = folder/case.__name__
+        sub.mkdir(exist_ok=True)
+        try: case(*[sub]*case.__code__.co_argcount)
+        except BaseException: error = traceback.format_exc()
+        (folder/f'{case.__name__}.{os.environ["RANK"]}').write_text(error)
+        torch.distributed.barrier()
+
+
+def check_case(name, folder, size):
+    "Fails with what a case of `run_cases` has failed with, or where a rank did not come to it"
+    for r in range(size):
+        file = folder/f'{name}.{r}'
+        assert file.exists(), f'process {r} did not come to it: {errors_of(folder, size)}'
+        assert file.read_text() == '', f'process {r}: {file.read_text()}'

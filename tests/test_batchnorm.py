@@ -461,8 +461,8 @@ def test_ctrl_c_at_any_line(what):
         return net, partial(update_bn, net, inputs(16).split(8) if what == 'data' else None)
     net, call = fresh()
     was, before, modes = bn_state(net), momenta(net), [m.training for m in net.modules()]
-    lines = moments(call, FILES, last=FILES)
-    assert len(lines) > 40
+    lines = moments(call, FILES, every=FILES)
+    assert len(lines) > 60
     done = bn_state(net), momenta(net)
     for at in lines:
         net, call = fresh()
@@ -850,7 +850,7 @@ def test_ctrl_c_does_not_leave_dropout_off():
     "Wrong: the training that follows is without dropout, or an error of torch's takes the place of KeyboardInterrupt"
     model = nn.Sequential(nn.Linear(3, 3), Calls(lambda x, t: F.dropout(x, 0.5, t)), nn.BatchNorm1d(3))
     call = partial(update_bn, model, [torch.ones(5, 3)])
-    for at in moments(call, ['/contextlib.py'], last=['/contextlib.py']):
+    for at in moments(call, ['/contextlib.py'], every=['/contextlib.py']):
         assert ctrl_c(call, at)
         assert not F.dropout(torch.ones(100)).all(), at
 

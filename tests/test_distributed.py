@@ -25,7 +25,7 @@ from fastswa.all import (
     AccelerateCB, BNUpdateCB, CSVLoggerCB, Callback, CheckpointCB, DistributedCB, EMACB, EarlyStoppingCB, GradAccumCB,
     Learner, LogCB, MetricsCB, NaNGuardCB, SWACB, TrainLearner)
 from fastswa.data.loaders import BatchLoader
-from helpers import Hits, copied, end_ranks, errors_of, start_ranks
+from helpers import Hits, check_case, copied, end_ranks, errors_of, run_cases, start_ranks
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason='needs gloo')
 LIMIT = 300 # seconds: only so that processes that wait for each other come to an end
@@ -343,17 +343,7 @@ def work(folder):
     warnings.simplefilter('ignore')
     signal.signal(signal.SIGINT, signal.default_int_handler)
     DistributedCB(timeout=30)
-    only = os.environ.get('ONLY', '')                          # to look into one of them
-    for case in [c for c in CASES if not only or c.__name__ in only]:
-        text = ''
-        sub = folder/case.__name__
-        sub.mkdir(exist_ok=True)
-        began = time.monotonic()
-        try: case(*[sub]*case.__code__.co_argcount)
-        except BaseException: text = traceback.format_exc()
-        print(f'{case.__name__} {time.monotonic() - began:.2f} s, cpu {time.process_time():.2f}', flush=True)
-        (folder/f'{case.__name__}.{os.environ["RANK"]}').write_text(text)
-        dist.barrier()
+    run_cases(CASES, folder)
 
 
 @pytest.fixture(scope='module')
@@ -364,11 +354,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize('case', [c.__name__ for c in CASES])
-def test_in_two_processes(case, results):
-    for r in range(2):
-        file = results/f'{case}.{r}'
-        if not file.exists(): pytest.fail(f'process {r} did not come to it: {errors_of(results, 2)}')
-        assert file.read_text() == '', f'process {r}: {file.read_text()}'
+def test_in_two_processes(case, results): check_case(case, results, 2)
 
 
 # --- with accelerate

@@ -1,7 +1,6 @@
 """Weights divided by FSDP2: averages of the parts without a word between processes, checkpoints that any number of
 processes goes on from, bit for bit, files with whole weights"""
 import os
-import traceback
 import warnings
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ from fastswa.all import (
     TrainLearner, ema)
 from fastswa.averaging.average import update_all
 from fastswa.checkpoint.sharded import _as_part, load_torchtitan_checkpoint
-from helpers import end_ranks, errors_of, start_ranks
+from helpers import check_case, end_ranks, errors_of, run_cases, start_ranks
 
 fsdp = pytest.importorskip('torch.distributed.fsdp')
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available() and hasattr(fsdp, 'fully_shard')),
@@ -153,15 +152,7 @@ CASES = (as_one_process, messages_of_an_update, statistics_are_pooled, bad_gradi
 def work(folder):
     warnings.simplefilter('ignore')
     DistributedCB('fsdp', timeout=30)
-    only = os.environ.get('ONLY', '')
-    for case in [c for c in CASES if not only or c.__name__ in only]:
-        text = ''
-        sub = folder/case.__name__
-        sub.mkdir(exist_ok=True)
-        try: case(*[sub]*case.__code__.co_argcount)
-        except BaseException: text = traceback.format_exc()
-        (folder/f'{case.__name__}.{os.environ["RANK"]}').write_text(text)
-        dist.barrier()
+    run_cases(CASES, folder)
 
 
 @pytest.fixture(scope='module')
@@ -172,11 +163,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize('case', [c.__name__ for c in CASES])
-def test_in_two_processes(case, results):
-    for r in range(2):
-        file = results/f'{case}.{r}'
-        if not file.exists(): pytest.fail(f'process {r} did not come to it: {errors_of(results, 2)}')
-        assert file.read_text() == '', f'process {r}: {file.read_text()}'
+def test_in_two_processes(case, results): check_case(case, results, 2)
 
 
 # --- from 4 processes to 2, to 1, to 3

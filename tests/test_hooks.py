@@ -175,7 +175,7 @@ def test_ctrl_c_at_any_line(monkeypatch):
         learn.dls = data(48)
         return learn
     def fit(learn): learn.fit(1, valid=False)
-    lines = moments(partial(fit, watched()), FILES, last=('callbacks/activations', 'nets/hooks'))
+    lines = moments(partial(fit, watched()), FILES, every=('callbacks/activations', 'nets/hooks'))
     assert len(lines) > 300
     for at in lines:
         learn = watched()

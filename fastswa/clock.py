@@ -47,7 +47,8 @@ class Time(NamedTuple):
         if epoch_steps is None:
             raise ValueError(f"'{self}' needs a loader with a length; "
                              "this one has none: give the time in optimizer steps, such as '200ba'"
-                             f"{', or the fit max_steps' if self.unit == 'dur' else ''}")
+                             f"{', or the fit max_steps' if self.unit == 'dur' else ''}, "
+                             'or `Averages` its steps_per_epoch and n_epochs')
         if self.unit == 'ep': return self.value*epoch_steps
         if n_epochs is None:
             raise ValueError(f"'{self}' needs the number of epochs of the run: give n_epochs, "

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 import traceback
+from collections import Counter
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -236,43 +237,46 @@ def end_workers(dls):
     for dl in (dls.train, dls.valid): dl._iterator = None
 
 
-def ctrl_c(f, files, at=None, seen=None):
-    """Call `f` with Ctrl-C at the line number `at` of those that run in `files` (parts of paths); None: only count them
+def _traced(f, trace):
+    "Call `f` with a trace function; whether KeyboardInterrupt came out"
+    sys.settrace(trace)
+    try: f()
+    except KeyboardInterrupt: return True
+    finally: sys.settrace(None)
+    return False
 
-    Returns how many lines ran, and whether KeyboardInterrupt came out. `seen` is called with file, line and number."""
-    count = 0
+
+def moments(f, files, last=()):
+    """When to press Ctrl-C: file, line and how often it has run by then, for each line of `files` (parts of paths)
+
+    The first time that it runs, and in the files `last` the last time too. A run has 20 times as many moments, nearly
+    all of which are one line in a loop."""
+    times = Counter()
 
     @cache
     def watched(file): return any(o in file for o in files)
 
-    def trace(frame, event, arg):
-        nonlocal count
-        if not watched(frame.f_code.co_filename): return None
-        if event == 'line':
-            count += 1
-            if seen is not None: seen(frame.f_code.co_filename, frame.f_lineno, count)
-            if count == at:
+    def count(frame, event, arg):
+        if event == 'line': times[frame.f_code.co_filename, frame.f_lineno] += 1
+        return count
+    _traced(f, lambda frame, event, arg: count if watched(frame.f_code.co_filename) else None)
+    ends = [(file, line, n) for (file, line), n in times.items() if any(o in file for o in last)]
+    return [*dict.fromkeys([*((*place, 1) for place in times), *ends])]
+
+
+def ctrl_c(f, moment):
+    "Call `f` with Ctrl-C at one of its `moments`; whether KeyboardInterrupt came out"
+    file, line, n = moment
+
+    def press(frame, event, arg):
+        nonlocal n
+        if event == 'line' and frame.f_lineno == line:
+            n -= 1
+            if n == 0:
                 sys.settrace(None)
                 signal.raise_signal(signal.SIGINT)
-        return trace
-    sys.settrace(trace)
-    try: f()
-    except KeyboardInterrupt: return count, True
-    finally: sys.settrace(None)
-    return count, False
-
-
-def moments(f, files, last=()):
-    """Numbers for `ctrl_c`: of the first time that each line of `files` runs, and of the last time in the files `last`
-
-    A run has 20 times as many moments, nearly all of which are one line in a loop."""
-    firsts, lasts = {}, {}
-
-    def seen(file, line, n):
-        firsts.setdefault((file, line), n)
-        if any(o in file for o in last): lasts[file, line] = n
-    ctrl_c(f, files, seen=seen)
-    return sorted({*firsts.values(), *lasts.values()})
+        return press
+    return _traced(f, lambda frame, event, arg: press if frame.f_code.co_filename == file else None)
 
 
 def in_new_process(script, env=None):

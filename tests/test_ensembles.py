@@ -348,8 +348,8 @@ def test_ctrl_c_at_any_line_of_predict():
     lines = moments(predict, FILES, last=FILES)
     assert len(lines) > 300 and unchanged(before, everything(net))
     for at in lines:
-        ctrl_c(predict, FILES, at)
-        assert unchanged(before, everything(net)), f'line {at}'
+        ctrl_c(predict, at)
+        assert unchanged(before, everything(net)), at
 
 
 def test_fit_agrees_with_every_step_of_the_run():

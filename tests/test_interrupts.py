@@ -65,9 +65,9 @@ def test_ctrl_c_at_any_line_keeps_the_raw_weights(raw_run):
     assert len(lines) > 500
     for at in lines:
         learn = watched()
-        ctrl_c(partial(learn.fit, 1), FILES, at)
-        assert learn.weights == 'raw', f'line {at}'
-        assert is_of_the_run(state(learn.model), raw_run), f'line {at}'
+        ctrl_c(partial(learn.fit, 1), at)
+        assert learn.weights == 'raw', at
+        assert is_of_the_run(state(learn.model), raw_run), at
         learn.fit(1)
 
 

@@ -301,7 +301,7 @@ def test_ctrl_c_at_any_line():
         assert len(lines) > 40
         for at in lines:
             results.clear()
-            ctrl_c(search, FILES, at)
+            ctrl_c(search, at)
             assert same(copied(model.state_dict()), before), at
             for r in results: assert math.isclose(loss(batches)(r.average.module()), r.best['score'], rel_tol=1e-6)
 

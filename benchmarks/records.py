@@ -101,7 +101,7 @@ def run(epochs, rate, seed, part, toy, device):
     made = recipe(epochs)
     set_seed(seed)
     train,views = loaders(part, toy, device, made['bs'])
-    cbs = [AugmentCB(RandCrop(2), RandFlip()), BatchSchedCB(triangle), BNUpdateCB(), EMACB(apply=False),
+    cbs = [AugmentCB(RandCrop(2), RandFlip()), BatchSchedCB(triangle), BNUpdateCB(100), EMACB(apply=False),
            SWACB(apply=False), *fast_cbs(device, epochs*len(train.dataset))]
     # on a CPU the preset leaves it out, which pays with few channels only
     if not any(isinstance(cb, ChannelsLastCB) for cb in cbs): cbs.append(ChannelsLastCB())

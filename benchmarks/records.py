@@ -29,7 +29,7 @@ from torch import nn, optim
 from fastswa.callbacks.augment import AugmentCB, log_mean_probs
 from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.callbacks.schedule import BatchSchedCB
-from fastswa.callbacks.speed import ChannelsLastCB, fast_cbs
+from fastswa.callbacks.speed import fast_cbs
 from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.compare.workloads import accuracy
 from fastswa.batches import default_device
@@ -103,8 +103,6 @@ def run(epochs, rate, seed, part, toy, device):
     train,views = loaders(part, toy, device, made['bs'])
     cbs = [AugmentCB(RandCrop(2), RandFlip()), BatchSchedCB(triangle), BNUpdateCB(100), EMACB(apply=False),
            SWACB(apply=False), *fast_cbs(device, epochs*len(train.dataset))]
-    # on a CPU the preset leaves it out, which pays with few channels only
-    if not any(isinstance(cb, ChannelsLastCB) for cb in cbs): cbs.append(ChannelsLastCB())
     learn = TrainLearner(make_net().to(device), DataLoaders(train), partial(F.cross_entropy, label_smoothing=0.1), rate,
                          cbs, made['opt'])
     start = time.perf_counter()

@@ -39,9 +39,9 @@ def settings(
     "The configuration of a benchmark"
     check_choice('size', size, ['full', 'quick', 'tiny'])
     if schedule_free is None: schedule_free = find_spec('schedulefree') is not None
-    images = dict(kind='images', opt='sgd', bs=512, steps=800, every=25)
-    text = dict(kind='text', opt='adamw', bs=32, steps=1200, every=30, length=64, width=64, layers=2)
-    tuned = dict(kind='finetuning', opt='adamw', bs=64, steps=480, every=15, n=6000, before=300)
+    images = dict(kind='images', opt='sgd', bs=512, steps=800, every=50)
+    text = dict(kind='text', opt='adamw', bs=32, steps=1200, every=60, length=64, width=64, layers=2)
+    tuned = dict(kind='finetuning', opt='adamw', bs=64, steps=480, every=30, n=6000, before=300)
     seeds,tuning = 5,2
     if size == 'quick':
         images,text,tuned = images | dict(steps=200, every=10),text | dict(steps=240, every=12),tuned | dict(steps=240)
@@ -358,7 +358,8 @@ def _plot_saved(ax, table):
                         fontsize=8)
     ax.axvline(0, color=GREY, lw=1)
     ax.axvline(12, color=GREY, lw=1, ls=':')
-    ax.annotate('AlgoPerf', (12, len(rows) - 0.45), ha='center', fontsize=9, color=GREY)
+    ax.annotate('AlgoPerf', (12, 1), (0, 3), xycoords=('data', 'axes fraction'), textcoords='offset points',
+                ha='center', fontsize=9, color=GREY)      # above the frame, where no label of a row is
     ax.set(yticks=range(len(rows)), yticklabels=[f'{r.run}, {r.average}' for r in rows.itertuples()],
            ylim=(-0.6, len(rows)), xlim=(-45, 85), xlabel='steps saved, %: mean, 95 % interval')
     ax.grid(axis='x', alpha=0.3)

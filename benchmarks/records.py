@@ -76,7 +76,8 @@ def loaders(part, toy, device, bs):
     x, y, *test = images(toy, device)
     n = min(HELD_OUT, len(x)//5)
     train,rest = ((x, y), test) if part == 'test' else ((x[n:], y[n:]), (x[:n], y[:n]))
-    return BatchLoader(*train, bs, normalise, shuffle=True), [BatchLoader(*rest, 1000, f) for f in (normalise, mirrored)]
+    views = [BatchLoader(*rest, 1000, f) for f in (normalise, mirrored)]
+    return BatchLoader(*train, bs, normalise, shuffle=True), views
 
 
 # --- the network and one run
@@ -175,7 +176,8 @@ def main():
         if args.limit and time.monotonic() - start > args.limit: return None
         return kept(args.out, f'{part}-{epochs}-{rate:g}-{seed}', epochs, rate, seed, part, args.toy, args.device)
     for epochs in args.lengths:
-        runs = [get(epochs, rate, seed, 'held-out') for rate in recipe(epochs)['rates'] for seed in range(100, 100 + args.trials)]
+        trials = range(100, 100 + args.trials)
+        runs = [get(epochs, rate, seed, 'held-out') for rate in recipe(epochs)['rates'] for seed in trials]
         tried[epochs] = [r for r in runs if r]
         if None in runs: break
         rate,weights = choose(tried[epochs])

@@ -143,8 +143,8 @@ def spread(values):
 
 def lines(tried, found):
     "A table in Markdown: a row for each length"
-    columns = ('epochs', 'rate, weights, as chosen', 'test, %', 'with flips', 'the others, with flips', 'course', 'goal',
-               'seeds', 'minutes a run')
+    columns = ('epochs', 'rate, weights, as chosen', 'test, %', 'with flips', 'the others, with flips', 'course',
+               'goal', 'seeds', 'minutes a run')
     yield f'| {" | ".join(columns)} |'
     yield '| --: | --- | --: | --: | --- | --: | --: | --: | --: |'
     for epochs, runs in found.items():

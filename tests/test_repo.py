@@ -47,7 +47,7 @@ def test_lines_are_short():
     assert [(o, l) for o, l in long if not re.match(r"(__all__ = \[| +)'\w+', ", l)] == []      # nbdev writes those
 
 @pytest.mark.parametrize('name', ['initializing', 'ktorch_mnist', 'weight_averaging', 'inside_averages', 'posthoc',
-                                  'anytime', 'bench_averages', 'records'])
+                                  'anytime', 'bench_averages'])
 def test_studies_use_names_that_exist(name):
     "They run for minutes, so seldom. Wrong: a NameError after a name has moved"
     cells = json.loads((root/'nbs'/'experiments'/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']

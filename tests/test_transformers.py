@@ -450,7 +450,7 @@ def trained(model): return {k for k, p in model.named_parameters() if p.requires
 
 
 def test_only_what_is_trained_is_averaged(lora, tmp_path):
-    "Unless the user asks for more. Wrong: a copy of the whole model"
+    "Unless the user asks for more (diffusers#9998). Wrong: a copy of the whole model"
     model, cb = lora.make(), AveragesCallback(ema=ema(half_life=3), all=dict(include='*'))
     trainer(tmp_path, cb, model, max_steps=2, eval_strategy='no', save_strategy='no').train()
     assert set(cb.averages['ema'].weights) == trained(model) < set(cb.averages['all'].weights)
@@ -479,7 +479,8 @@ def test_memory_for_averages_of_adapters(lora):
 
 
 def test_adapters_are_saved_as_peft_does_it_and_stay_trainable(lora, tmp_path):
-    "In its own form, with the average in them; what is trained, and by which optimizer, stays as it is"
+    """In its own form, with the average in them (diffusers#9998: users had to write that themselves). Wrong: a further
+    adapter for the average, which stays trainable, and enters the optimizer and the gradients' norm (TRL#5990)"""
     model, cb = lora.make(), AveragesCallback(ema=ema(half_life=3))
     needed = trained(model)
     t = trainer(tmp_path/'run', cb, model)

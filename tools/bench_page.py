@@ -3,7 +3,7 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 PARTS = dict(averaging='An update of an average', step='A training step', epoch='An epoch', data='Batches of images',
-             checkpoint='A checkpoint', fast='Accuracy with the fast preset', gpu='On a GPU',
+             checkpoint='A checkpoint', distributed='Two processes', fast='Accuracy with the fast preset', gpu='On a GPU',
              averages='Steps that averages save')
 TEXT = """# Benchmarks
 

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastswa.all import (
-    Average, BNUpdateCB, Callback, CheckpointCB, DistributedCB, EMACB, GradClipCB, MetricsCB, NaNGuardCB, PostHocEMACB,
-    SWACB, TrainLearner, ema, load_weights)
+    Average, Averages, BNUpdateCB, Callback, CheckpointCB, DistributedCB, EMACB, GradClipCB, MetricsCB, NaNGuardCB,
+    PostHocEMACB, SWACB, TrainLearner, ema, load_weights)
 from fastswa.averaging.average import update_all
 from fastswa.checkpoint import sharded
 from fastswa.checkpoint.sharded import _as_part, load_torchtitan_checkpoint
@@ -151,6 +151,30 @@ def torchtitan(folder):
     for k, v in weights.items(): assert torch.equal(average.weights[k], v.to_local()*2)
 
 
+def gathered_in_ones_own_loop(folder):
+    "As recipe 6 of the site does it. Wrong: shards, the raw weights, or a copy of everything on each process"
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    divided, alone = net(norm=True), net(norm=True)
+    for m in (divided[0], divided[2], divided): fsdp.fully_shard(m)
+    for model in (divided, alone):
+        opt, averages = optim.SGD(model.parameters(), 0.1), Averages(model, steps_per_epoch=8, n_epochs=1)
+        averages.add('ema', ema(half_life='2ba'))
+        for x, y in loaders().valid:
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+            averages.step()
+        with averages.using('ema'):
+            if model is divided:
+                state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+                if dist.get_rank() == 0: torch.save(state, folder/'ema.pt')
+                else: assert state == {}
+            else: torch.save(model.state_dict(), folder/f'alone-{dist.get_rank()}.pt')
+    if dist.get_rank() == 0:
+        got, want = torch.load(folder/'ema.pt'), torch.load(folder/'alone-0.pt')
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
 class Losses(Callback):
     "The loss of the validation is the best in the second epoch"
     def after_epoch(self, learn):
@@ -233,7 +257,8 @@ def refused(folder):
 
 
 CASES = (as_one_process, messages_of_an_update, statistics_are_pooled, bad_gradients_of_one, torchtitan,
-         nothing_is_warned_of, the_best_stays, in_the_background, what_a_thread_could_not_write, refused)
+         gathered_in_ones_own_loop, nothing_is_warned_of, the_best_stays, in_the_background,
+         what_a_thread_could_not_write, refused)
 
 
 def work(folder):

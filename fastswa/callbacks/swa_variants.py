@@ -81,7 +81,7 @@ class PostHocEMACB(_NowAndThen, AverageCB):
         metric:str='loss', # a column of the table
         mode:str|None=None, # is `'min'` or `'max'` good? None: as names of losses, errors and scores tell
         n_batches:int|None=20, # training batches for BatchNorm statistics of each candidate; None: all
-        **kwargs, # for `choose` of `averaging.choice`: `half_lives`, `merges`, `shapes`, `blends`
+        **kwargs, # for `choose` of `averaging.choice`: `half_lives`, `merges`, `shapes`, `blends`, `raw`
     ) -> Choice: # `.table`, `.best`, `.plot()`, and `.average` with the best weights
         """Try many averages that the fit has left, by a column of the table: the best weights. See `averaging.choice`
 

@@ -2,10 +2,11 @@
 
     python benchmarks/distributed.py [--rounds 12] [--steps 40] [--bs 256] [--write]
 
-torchrun starts two processes on this machine, with one thread each and gloo between them. The loops take turns in them, in an
-order that changes from round to round; a turn wraps the model in `DistributedDataParallel` and trains an epoch. There is a
-table of the CPU time of both processes together, which other work on the machine hardly disturbs, and one by the clock of
-the first. Target: `TrainLearner` with DistributedCB, MetricsCB and EMACB at most 1.03 x the plain loop.
+torchrun starts two processes on this machine, with one thread each and gloo between them. The loops take turns in
+them, in an order that changes from round to round; a turn wraps the model in `DistributedDataParallel` and trains an
+epoch. There is a table of the CPU time of both processes together, which other work on the machine hardly disturbs,
+and one by the clock of the first. Target: `TrainLearner` with DistributedCB, MetricsCB and EMACB at most 1.03 x the
+plain loop.
 """
 import os, subprocess, sys, time
 from types import SimpleNamespace
@@ -88,8 +89,8 @@ def main():
     times = together(take_turns(loops, args.rounds, 'cpu'))
     by_clock = {name: f.seconds[-args.rounds:] for name, f in loops.items()}
     if dist.get_rank(): return
-    title = (f'A training step of the seed convnet in two processes with DDP, a batch of {args.bs} in each; {args.steps} '
-             'steps in a round')
+    title = (f'A training step of the seed convnet in two processes with DDP, a batch of {args.bs} in each; '
+             f'{args.steps} steps in a round')
     lines = ['CPU time of both processes:', '', *table(times, 'plain DDP', args.steps), '', 'By the clock:', '',
              *table(by_clock, 'plain DDP', args.steps)]
     report('distributed', title, lines, args, how='one thread in each process')

@@ -365,7 +365,7 @@ def check_case(name, folder, size):
 
 
 def raises_on_all(kind, match, f):
-    "In each rank: all raise it, at once"
+    "In each rank: all raise it, within a minute"
     began = time.monotonic()
     try:
         with pytest.raises(kind, match=match): f()
@@ -375,4 +375,4 @@ def raises_on_all(kind, match, f):
     texts = [None]*torch.distributed.get_world_size()
     torch.distributed.all_gather_object(texts, text)
     assert not any(texts), text or 'another has not'
-    assert took < 20
+    assert took < 60

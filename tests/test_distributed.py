@@ -219,8 +219,7 @@ def by_target(preds, targets):
 
 
 def accumulated():
-    """Windows of two batches, the last of them shorter and smaller. Wrong: a mean of means; a window that is full in one
-    process and not in the other"""
+    "Windows of two batches, the last of them shorter and smaller. Wrong: a mean of means"
     for n, kw, loss in ((19, dict(batches=2), F.cross_entropy), (19, dict(samples=7), F.cross_entropy),
                         (19, dict(batches=2, weight=lambda b: (1. + b[1]).sum()), by_target),
                         (17, dict(batches=2, weight=lambda b: (1. + b[1]).sum()), by_target)):

@@ -327,10 +327,12 @@ class CheckpointCB(Callback):
     def _check_seen(self, processes):
         "ValueError on all processes where one does not see what the main process puts into the folder"
         if processes.alone: return
-        name = processes.from_main(temporary_name(self.path/'step-0').name)
-        processes.main_does((self.path/name).touch)
-        try: blind = [i for i, seen in enumerate(processes.gather((self.path/name).exists())) if not seen]
-        finally: (self.path/name).unlink(missing_ok=True)
+        mark = self.path/processes.from_main(temporary_name(self.path/'step-0').name)
+        def leave():
+            with written(mark): pass
+        processes.main_does(leave)
+        try: blind = [i for i, seen in enumerate(processes.gather(mark.exists())) if not seen]
+        finally: remove(mark)
         if blind: raise ValueError(f'{self.path} is another folder for process {blind[0]}, which does not see what '
                                    'process 0 writes there: give one that all of them share')
 

@@ -138,7 +138,7 @@ def write_sharded(
             publish(tmp, folder)
             if then: then()
         try:
-            with _one_error(OSError, f'the checkpoint could not be written to {folder} (what was there before still is)'):
+            with _one_error(OSError, f'{folder} could not be written (what was there before still is)'):
                 saved = save(tensors, storage_writer=storage, **_group(processes))
             processes.main_does(finish)
         finally:
@@ -151,7 +151,6 @@ def write_sharded(
         parts = {k: DTensor(t, specs[k], requires_grad=False) for k, t in copy['parts'].items()}
         write(processes, parts, copy['rest'])
     writer.start(write_copy, dict(rest=rest, parts={k: local(t) for k, t in tensors.items()}))
-
 
 # %% ../../nbs/checkpoint/04_sharded.ipynb #85d0c4ce
 def shapes_of(

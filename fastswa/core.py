@@ -230,4 +230,6 @@ def progress_bar(
 ):
     "`items` with a bar of tqdm's, which comes after two seconds and goes away at the end; none where all is quiet"
     from tqdm import tqdm
-    return tqdm(items, text, total, leave=False, delay=2, disable=hidden or is_quiet(), **options)
+    # in a notebook, what was wiped out in stderr stays as an empty red box
+    file = sys.stdout if getattr(ipython(), 'kernel', None) is not None else None
+    return tqdm(items, text, total, leave=False, delay=2, file=file, disable=hidden or is_quiet(), **options)

@@ -6,7 +6,7 @@ Docs: https://fastswa.github.io/fastswa/plot.html.md"""
 
 # %% auto #0
 __all__ = ['GREY', 'COLORS', 'plot_style', 'to_array', 'show_image', 'subplots', 'get_grid', 'show_images', 'plot_func',
-           'weight_styles', 'plot_history', 'plot_losses', 'plot_choice']
+           'weight_styles', 'plot_history', 'plot_losses', 'plot_choice', 'plot_rates']
 
 # %% ../nbs/07_plot.ipynb #00000002
 import math
@@ -282,4 +282,38 @@ def plot_choice(
         ax.grid(alpha=0.3)
         ax.legend()
         ax.label_outer()
+    return axes
+
+# %% ../nbs/07_plot.ipynb #727e0a52
+def _curves(groups):
+    "Groups with the same curves once, under the first one's name"
+    same = {}
+    for g in groups: same.setdefault(repr([*g['lr'], *(() if g['momentum'] is None else g['momentum'])]), []).append(g)
+    return [dict(gs[0], name=gs[0]['name'] + (f' and {len(gs) - 1} more' if len(gs) > 1 else ''))
+            for gs in same.values()]
+
+@plot_style()
+def plot_rates(
+    groups:list, # a dict for each parameter group: `name`, `lr`, and `momentum` or None, as `sched_rates` gives them
+    per_epoch:bool=False, # is there a value for each epoch, or for each optimizer step?
+    axes=None, # an array of axes, for the rate and, if that moves, for the momentum; a new figure if None
+):
+    "Plot learning rate and momentum, a line for each parameter group; returns the axes"
+    from matplotlib import colormaps
+    groups = _curves(groups)
+    many,moves = len(groups) > len(COLORS),any(g['momentum'] is not None and np.ptp(g['momentum']) > 0 for g in groups)
+    labels = dict(lr='learning rate', momentum='momentum') if moves else dict(lr='learning rate')
+    colors = colormaps['viridis'](np.linspace(0, 0.95, len(groups))) if many else COLORS
+    if axes is None:
+        figsize = (4.8*len(labels) + 1.5*many, 3.2)
+        axes = subplots(1, len(labels), figsize=figsize, layout='constrained')[1]
+    for ax, (key, label) in zip(np.ravel(axes), labels.items(), strict=True):
+        for g, c, dash in zip(groups, colors, ['-', '--', '-.', ':']*len(groups)):
+            if g[key] is None: continue
+            y = [*g[key], g[key][-1]] if per_epoch else g[key]      # an epoch's rate holds until its end
+            ax.plot(y, color=c, ls=dash, drawstyle='steps-post' if per_epoch else 'default', label=g['name'])
+        ax.set(xlabel='epoch' if per_epoch else 'optimizer step', ylabel=label)
+        ax.grid(alpha=0.3)
+    place = dict(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8) if many else {}
+    if len(groups) > 1: np.ravel(axes)[-1 if many else 0].legend(**place)
     return axes

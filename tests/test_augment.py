@@ -540,6 +540,18 @@ def test_tta_averages_probabilities():
         assert same(targs, learn.get_preds()[1])
         assert F.cross_entropy(preds, targs).item() == pytest.approx(F.nll_loss(want.log(), targs).item(), rel=1e-4)
 
+def test_tta_of_other_batches():
+    "Of a test set, which may have no targets. Wrong: those of the validation set; a learner that keeps the loader"
+    learn = conv_run(False)
+    x, y = images(10, 1, 28, 28)/100, torch.arange(10)
+    dl, kept = [(x[:6], y[:6]), (x[6:], y[6:])], learn.dls
+    preds, targs = tta(learn, dl=dl)
+    assert same(targs, y) and learn.dls is kept
+    learn.model.eval()
+    with torch.no_grad(): parts = [learn.model(o).double().softmax(1) for o in (x, x.flip(-1))]
+    torch.testing.assert_close(preds.double().exp(), sum(parts)/2, rtol=1e-4, atol=1e-6)
+    assert same(tta(learn, dl=iter([(x[:6],), (x[6:],)]))[0], preds)
+
 def test_mean_of_probabilities_not_of_scores():
     "One loud view against two others: averaged scores would follow the loud one"
     outs = torch.tensor([[[30., 0.]], [[0., 2.]], [[0., 2.]]])

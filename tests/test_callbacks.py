@@ -231,3 +231,13 @@ def test_channels_last_gives_each_layer_its_format(make, shape, out):
     for (name, t), p in zip(model.state_dict().items(), plain.state_dict().values()):
         assert t.is_contiguous(memory_format=formats.get(t.ndim, torch.contiguous_format)), name
         torch.testing.assert_close(t, p, rtol=1e-4, atol=1e-5, check_stride=False)
+
+
+def test_channels_last_holds_from_the_first_layer_on():
+    "Wrong: the weight of one channel, whose strides fit any layout, leaves its layer, often the largest, as it was"
+    batches = [(torch.randn(8, 1, 8, 8), torch.randint(10, (8,)))]
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    TrainLearner(model, SimpleNamespace(train=batches, valid=None), F.cross_entropy, 0.1, ChannelsLastCB()).fit(1)
+    torchs = nn.Conv2d(1, 4, 3).to(memory_format=torch.channels_last)
+    assert model[0].weight.stride() == torchs.weight.stride()
+    assert model[0](batches[0][0]).is_contiguous(memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler as S
 from fastswa.training.events import Callback, CancelFitException
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.schedule import (
-    BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB, plot_sched, sched_rates)
+    BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB, sched_rates)
 from helpers import AtEpoch, NoOptimizer, linear, regression
 
 N, EPOCHS = 5, 4
@@ -214,7 +214,7 @@ def test_plot():
     assert len(axes[0].lines) == 9 and len({tuple(l.get_color()) for l in axes[0].lines}) == 9
     assert [t.get_text() for t in axes[1].get_legend().get_texts()] == [f'layer {i}' for i in range(9)]
     groups = [dict(params=[torch.zeros(1)]) for _ in range(3)]
-    ax, = plot_sched(EpochSchedCB(partial(S.StepLR, step_size=2)), optim.SGD(groups, 0.1), 6)
+    ax, = EpochSchedCB(partial(S.StepLR, step_size=2)).plot(optim.SGD(groups, 0.1), 6)
     line, = ax.lines                                             # the same curve three times is drawn once
     assert line.get_label() == 'group 0, rate × 1 and 2 more' and ax.get_xlabel() == 'epoch'
     assert line.get_ydata().tolist() == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.001])

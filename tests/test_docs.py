@@ -6,6 +6,7 @@ import pytest
 
 root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'tools'))
+import bench_page
 import pages
 
 MARKDOWN = {k: v for k, v in pages.pages().items() if v.suffix == '.md' and k.startswith('guides/')}
@@ -48,3 +49,11 @@ def test_an_error_in_code_names_page_and_line(tmp_path):
                     '```python\na += 1\na/0\n```\n')
     with pytest.raises(ZeroDivisionError) as e: pages.run(page)
     assert (e.traceback[-1].path, e.traceback[-1].lineno + 1) == (page, 13)
+
+def test_the_page_of_benchmarks_holds_every_table_and_says_which_are_missing(tmp_path):
+    "Wrong: a table that was measured anew, and a page that shows the old one; a table that is not there, in silence"
+    assert bench_page.target.read_text(encoding='utf-8') == bench_page.page(), 'run `python tools/bench_page.py`'
+    (tmp_path/'gpu.md').write_text('NVIDIA H100, 15 rounds.\n\n| | µs |\n| --- | --: |\n| ours | 1.0 |\n')
+    text = bench_page.page(tmp_path)
+    assert '## On a GPU\n\nNVIDIA H100, 15 rounds.\n\n| | µs |' in text
+    assert '- A checkpoint: `make bench`.' in text and 'On a GPU:' not in text

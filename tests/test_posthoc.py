@@ -161,6 +161,19 @@ def test_the_best_is_the_one_that_it_is_known_to_be(row, mode):
     np.testing.assert_allclose(result.average.weights['weight'][0], target, atol=0.02*values.std())
 
 
+def test_the_best_average_where_the_raw_weights_are_better():
+    "Wrong: no half-life at all in what comes out, or an average that is not the best of the others"
+    _, model, average = followed_path('noise')
+    raw = model.weight[0].clone()
+    def distance(m): return (m.weight[0] - raw).square().sum()
+    args = dict(half_lives=(0.05, 0.2, 0.5), merges=(8,), shapes=('linear',), blends=(1.,), mode='min')
+    both, without = choose(average, distance, **args), choose(average, distance, raw=False, **args)
+    assert both.best['average'] == 'raw' and both.best['score'] == 0
+    assert without.table == both.table[1:] and without.best == min(both.table[1:], key=lambda r: r['score'])
+    with without.average.applied():
+        assert distance(model).item() == pytest.approx(without.best['score'], rel=1e-5)
+
+
 def watched_net(n=60, **kwargs):
     "A net with BatchNorm and dropout after `n` steps, its training batches, and what has watched it"
     model, batches = net(dropout=0.2), [*data(48).train]

@@ -263,11 +263,15 @@ def test_in_a_kernel():
     pytest.importorskip('ipykernel')
     from jupyter_client.manager import start_new_kernel
     km, kc = start_new_kernel(startup_timeout=LIMIT, kernel_name='python3', cwd=os.path.dirname(__file__))
-    seen = []
-    def hook(m): seen.append((m['msg_type'], m['content']))
+    def run(code):
+        seen = []
+        def hook(m): seen.append((m['msg_type'], m['content']))
+        kc.execute_interactive(code, output_hook=hook, timeout=LIMIT, allow_stdin=False)
+        return seen
     try:
-        kc.execute_interactive('import test_progress as t; t.script(2)', output_hook=hook, timeout=LIMIT,
-                               allow_stdin=False)
+        seen = run('import test_progress as t; t.script(2)')
+        run('import time; from fastswa.core import progress_bar')
+        bar = run('for _ in progress_bar("abc", "bar"): time.sleep(1)')
     finally:
         kc.stop_channels()
         km.shutdown_kernel(now=True)
@@ -275,6 +279,10 @@ def test_in_a_kernel():
     assert [o[0] for o in shown] == ['display_data'] + ['update_display_data']*(len(shown) - 1) and len(shown) > 2
     assert len({o[1]['transient']['display_id'] for o in shown}) == 1
     assert not [o for o in seen if o[0] in ('stream', 'error')]
+    # a bar that goes away leaves nothing: of one in stderr, JupyterLab keeps an empty red box
+    written = [o for kind, o in bar if kind == 'stream']
+    assert {o['name'] for o in written} == {'stdout'} and 'bar' in written[0]['text']
+    assert not ''.join(o['text'] for o in written).split('\r')[-1].strip()
 
 # --- what it must not do
 

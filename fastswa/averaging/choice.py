@@ -88,11 +88,12 @@ def choose(
     blends=(0.5, 1.), # how much of an average counts, the rest being the raw weights
     mode:str='max', # is a high or a low score good: `'max'` or `'min'`
     *,
+    raw:bool=True, # are the raw weights a candidate too? False: the best average, even if it is no better than they are
     bn_data=None, # batches for BatchNorm statistics of each candidate, or a function that gives some; training data
     forward=None, # called with model and batch, as in `update_bn`
     n_batches:int|None=None, # use so many of these batches; None: all
 ) -> Choice: # `.table`, `.best`, `.plot()`, and `.average` with the best weights
-    """The best of many averages that one run has left, each with BatchNorm statistics that fit, and of the raw weights.
+    """The best of many averages that one run has left and of the raw weights, each with BatchNorm statistics that fit.
 
     **Do not choose by the test set**: the best score of many is better than the weights are. Take images that were held
     out of training. The module is afterwards as before. A candidate whose score is NaN, or raises an exception, has a
@@ -103,11 +104,12 @@ def choose(
     averages = Averages(average.source)
     averages.bn_data,averages.bn_forward,averages.bn_batches = bn_data,forward,n_batches
     check_bn_data(average.source, bn_data, 'candidate')
-    total,first = 1 + len(windows)*len(blends),None
+    total,first = raw + len(windows)*len(blends),None
+    if not total: raise ValueError('there is no candidate: give half-lives or merges, or leave the raw weights in')
     try:
         # around what keeps the same for each candidate: Ctrl-C may come just before a block is left
         with keep_rng(), keep_modes(average.source), holding_as_before(average.source):
-            for row, weights in progress_bar(_candidates(average, averages, windows, blends), 'candidates', total):
+            for row, weights in progress_bar(_candidates(average, averages, windows, blends, raw), 'candidates', total):
                 e = _try(choice, row, weights, averages, evaluate)
                 first = first or e
     except KeyboardInterrupt:
@@ -117,11 +119,12 @@ def choose(
         raise RuntimeError(f'no candidate has a score: {choice.table[0]["note"]}') from first
     return choice
 
-def _candidates(average, averages, windows, blends):
+def _candidates(average, averages, windows, blends, raw):
     "The row of each, and an `Average` of these weights"
-    raw = Snapshot(average.source)      # what `evaluate` writes does not get into the raw weights themselves
-    with averages.using('raw'): raw.update()
-    yield _row('raw'), raw
+    if raw:
+        copies = Snapshot(average.source)      # what `evaluate` writes does not get into the raw weights themselves
+        with averages.using('raw'): copies.update()
+        yield _row('raw'), copies
     for row, window in windows:
         weights = average.reconstruct(window)
         for blend in blends:

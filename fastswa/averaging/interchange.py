@@ -171,7 +171,7 @@ def _plain_names(state, average):
 
 def load_timm_ema(
     average, # an `Average` to be filled
-    checkpoint:dict, # a checkpoint of timm with `state_dict_ema`, or the `state_dict` of a `ModelEmaV2` or `ModelEmaV3`
+    checkpoint:dict, # a checkpoint of timm with `state_dict_ema`, or weights alone, as `ModelEmaV3` has them
     n:int|None=None, # snapshots in it, which timm does not store; needed where the rule depends on it
 ):
     "Go on from an average by timm; ValueError that lists the names and shapes that differ"

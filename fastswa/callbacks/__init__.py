@@ -10,7 +10,7 @@ from .inspection import CapturePreds, capture_preds, show_image_batch, summary
 from .loggers import CSVLoggerCB, LogCB, TensorBoardCB
 from .metrics import FunctionMetric, MetricsCB
 from .progress import LogView, NotebookView, ProgressCB, TerminalView, View
-from .schedule import BaseSchedCB, BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB, plot_sched, sched_rates
+from .schedule import BaseSchedCB, BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB, sched_rates
 from .speed import ChannelsLastCB, CompileCB, MixedPrecision, MixedPrecisionCB, fast_cbs
 from .steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB, gradients
 from .swa import AverageCB, EMACB, LAWACB, SWACB
@@ -27,4 +27,4 @@ __all__ = [
     'OneCycleCB', 'PostHocEMACB', 'ProgressCB', 'RecorderCB', 'SWACB', 'SWADCB', 'SWAGCB', 'ScheduleFreeCB',
     'SingleBatchCB', 'StatsRow', 'SwitchEMACB', 'TTA', 'TeacherCB', 'TensorBoardCB', 'TerminalView', 'View',
     'WarmupStableDecayCB', 'Watched', 'capture_preds', 'fast_cbs', 'gradients', 'is_leaf', 'log_mean_probs',
-    'lr_find', 'plot_sched', 'sched_rates', 'show_image_batch', 'suggest_lr', 'summary', 'tta', 'tta_views']
+    'lr_find', 'sched_rates', 'show_image_batch', 'suggest_lr', 'summary', 'tta', 'tta_views']

@@ -112,8 +112,9 @@ def tta(
     tfms=None, # functions of the inputs, one for each view; None: `tta_views()`
     weights:str|None=None, # `'raw'` or the name of an average; None: those the model holds
     average:Callable=log_mean_probs, # see `TTA`
+    dl=None, # batches to predict; None: `dls.valid`
 ) -> tuple: # predictions and targets
-    "As `learn.get_preds` of the validation set, with test-time augmentation; on the CPU"
-    with learn.using(weights or learn.weights), sandbox(learn):
+    "As `learn.get_preds`, with test-time augmentation; on the CPU"
+    with learn.using(weights or learn.weights), sandbox(learn, valid=dl):
         learn.model = TTA(learn.model, tfms, average)
         return learn.capture_preds()

@@ -6,7 +6,8 @@ results,target = root/'benchmarks'/'results',root/'nbs'/'guides'/'benchmarks.md'
 BENCH,GPU,FAST = '`make bench`','`make bench-gpu`, on a machine with CUDA','`python benchmarks/fast.py --write`'
 PARTS = {'averaging': ('An update of an average', BENCH), 'step': ('A training step', BENCH),
          'epoch': ('An epoch', BENCH), 'data': ('Batches of images', BENCH), 'checkpoint': ('A checkpoint', BENCH),
-         'fast': ('Accuracy with the fast preset', FAST), 'gpu': ('On a GPU', GPU)}
+         'distributed': ('Two processes', BENCH), 'fast': ('Accuracy with the fast preset', FAST),
+         'gpu': ('On a GPU', GPU)}
 TEXT = """# Benchmarks
 
 > What fastswa costs beside plain PyTorch and other libraries

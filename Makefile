@@ -53,9 +53,10 @@ docs-test: docs    ## build the site and look at every page in Chromium
 	$(BIN)/python -m pytest -q -m browser tests/test_site.py
 
 # Of other libraries those that are installed: `pip install -c constraints.txt -e '.[bench]'`, see CONTRIBUTING.
-bench: $(STAMP)    ## measure averaging, step, epoch, data, checkpoint (10 minutes at most); tables in benchmarks/results
+bench: $(STAMP)    ## measure averaging, step, epoch, data, checkpoint, processes (10 minutes at most); tables in benchmarks/results
 	@$(with_data); \
-	for part in 'averaging --rounds 9' 'step --rounds 7' 'epoch --rounds 5' 'data --rounds 5' 'checkpoint --rounds 5'; do \
+	for part in 'averaging --rounds 9' 'step --rounds 7' 'epoch --rounds 5' 'data --rounds 5' 'checkpoint --rounds 5' \
+		'distributed --rounds 5 --steps 20'; do \
 		set -- $$part; script=$$1; shift; $(BIN)/python benchmarks/$$script.py "$$@" --write $(BENCH) || exit 1; echo; \
 	done; $(BIN)/python tools/bench_page.py
 

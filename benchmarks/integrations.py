@@ -1,4 +1,16 @@
-"What averages cost in other people's loops: CPU time of a step with an EMA and without, and of ours in it"
+"""What averages cost in other people's loops: a run of a trainer with an EMA and without.
+
+    OMP_NUM_THREADS=1 python benchmarks/integrations.py [--steps 100] [--rounds 15]
+
+CPU time of whole runs that take turns in one process. A run is all that the trainer does, and of ours all that comes
+once, too: making the averages, looking the weights up, the first snapshot. That is a few ms, spread over the 100 steps
+of a run, of about 10 ms on a quiet machine; training has thousands of them. There is no validation, and so there are no
+BatchNorm statistics to compute. Target: 1.01.
+
+A trainer calls a callback several times in a step whether it does anything or not, which the row of an empty callback
+shows. `Averages.step` is timed where it stands, behind an optimizer's step and the next batch, which have filled the
+caches of the core: it takes several times as long there as in a loop of its own.
+"""
 import statistics
 import tempfile
 import time
@@ -6,49 +18,56 @@ import time
 import torch
 
 from fastswa.averaging import Averages, ema
+from timing import parse, parser, place, ratio, spread, take_turns
+
+EMA = dict(ema=ema(half_life='0.05dur'))
 
 
-def transformers(steps=30):
-    "A function that trains a small GPT for some steps by the Trainer; with averages, and without"
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, utils
+def transformers(steps):
+    "Runs of the Trainer, for a small GPT"
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, utils
     from fastswa.integrations.transformers import AveragesCallback
     utils.logging.set_verbosity_error()
     ids = torch.randint(256, (8*steps, 64))
     data = [dict(input_ids=o, labels=o) for o in ids]
-    def make(averaged):
+    def make(cb=None):
         model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=2))
         args = TrainingArguments(tempfile.mkdtemp(), max_steps=steps, logging_strategy='no', save_strategy='no',
                                  report_to='none', disable_tqdm=True, use_cpu=True)
-        cbs = [AveragesCallback(ema=ema(half_life='0.05dur'))] if averaged else []
-        return Trainer(model, args, train_dataset=data, callbacks=cbs).train
-    return make(True), make(False)
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[cb] if cb else [])
+        trainer.pop_callback('PrinterCallback')
+        return trainer.train
+    class Empty(TrainerCallback): pass
+    return {'without': make(), 'with an empty callback': make(Empty()), 'with an EMA': make(AveragesCallback(**EMA))}
 
 
-def accelerate(steps=30):
-    "The same in a loop of accelerate, for a perceptron"
+def accelerate(steps):
+    "Runs of a loop of accelerate, for a perceptron"
     from accelerate import Accelerator
     from fastswa.integrations.accelerate import track
     x = torch.randn(steps, 4096, 128)
-    def make(averaged):
+    def make(averaged=False):
         accelerator = Accelerator(cpu=True)
         net = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
         model, opt = accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
-        averages = Averages(model, steps, 1)
-        if averaged: averages.add('ema', ema(half_life='0.05dur'))
-        step = track(averages, accelerator, opt) if averaged else lambda: None
+        averages, after = Averages(model), lambda: None
+        if averaged:
+            averages.add('ema', EMA['ema'], now=False)
+            after = track(averages, accelerator, opt)
         def train():
+            averages.begin(steps, 1)
             for xb in x:
                 with accelerator.accumulate(model):
                     accelerator.backward(model(xb).square().mean())
                     opt.step()
                     opt.zero_grad()
-                step()
+                after()
         return train
-    return make(True), make(False)
+    return {'without': make(), 'with an EMA': make(True)}
 
 
-def lightning(steps=30):
-    "The same by Lightning's Trainer, for a small convolutional net; validation is left out"
+def lightning(steps):
+    "Runs of Lightning's Trainer, for a small convolutional net"
     import logging
     import lightning.pytorch as L
     from torch import nn
@@ -64,14 +83,14 @@ def lightning(steps=30):
             return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
         def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 0.01, 0.9)
     data = torch.utils.data.TensorDataset(torch.randn(128*steps, 1, 28, 28), torch.randint(10, (128*steps,)))
-    def make(averaged):
+    def make(*kinds):
         def train():
-            cbs = [AveragesCallback(ema=ema(half_life='0.05dur'))] if averaged else []
-            trainer = L.Trainer(max_epochs=1, accelerator='cpu', callbacks=cbs, logger=False, enable_progress_bar=False,
-                                enable_checkpointing=False, enable_model_summary=False)
+            trainer = L.Trainer(max_epochs=1, accelerator='cpu', callbacks=[kind() for kind in kinds], logger=False,
+                                enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False)
             trainer.fit(Net(), torch.utils.data.DataLoader(data, 128))
         return train
-    return make(True), make(False)
+    return {'without': make(), 'with an empty callback': make(L.Callback),
+            'with an EMA': make(lambda: AveragesCallback(**EMA))}
 
 
 def timed(f, found):
@@ -83,25 +102,26 @@ def timed(f, found):
     return g
 
 
-def measure(name, make, steps=30, rounds=15):
-    "Milliseconds of CPU time a step without; how many times as much with, median of rounds; microseconds of it in ours"
-    runs, found, ours, step = make(steps), ([], []), [], Averages.step
-    for run in runs: run()      # to warm up
-    for i in range(rounds):
-        for k in ((0, 1) if i % 2 else (1, 0)):
-            start = time.process_time()
-            runs[k]()
-            found[k].append((time.process_time() - start)/steps*1e3)
-    Averages.step = timed(step, ours)      # where it stands: behind the optimizer's step, which has filled the caches
-    for _ in range(3): runs[0]()
+def measure(make, steps, rounds):
+    "Lines of text: a step of the trainer without averages, the others by it, and `Averages.step` in it"
+    rows, ours, step = make(steps), [], Averages.step
+    times = take_turns(rows, rounds, 'cpu')
+    Averages.step = timed(step, ours)
+    for _ in range(3): rows['with an EMA']()
     Averages.step = step
-    ratio = statistics.median(a/b for a, b in zip(*found))
-    plain, us = map(statistics.median, (found[1], ours))
-    print(f'{name:14} {plain:6.2f} ms a step, with an EMA {ratio:.3f} times as much '
-          f'({min(found[0])/min(found[1]):.3f} of the best rounds); {us:.0f} us of it in averages.step, '
-          f'which makes {1 + us/plain/1e3:.4f}')
+    plain, us = statistics.median(times['without'])/steps*1e3, statistics.median(ours)
+    yield f'{make.__name__}: {plain:.2f} ms a step'
+    for name in rows:
+        if name != 'without': yield f'  {name:24} {spread(times, name, "without", 4)}'
+    if 'with an empty callback' in rows:
+        yield f'  {"an EMA ÷ an empty callback":24} {ratio(times, "with an EMA", "with an empty callback"):.4f}'
+    yield f'  averages.step            {us:.0f} µs, which makes {1 + us/plain/1e3:.4f}'
 
 
 if __name__ == '__main__':
-    torch.set_num_threads(1)
-    for make in transformers, accelerate, lightning: measure(make.__name__, make)
+    options = parser(__doc__, steps=100, rounds=15)
+    options.set_defaults(cpu_time=True)
+    args = parse(options)
+    print(place('cpu'))
+    for make in lightning, accelerate, transformers:
+        for line in measure(make, args.steps, args.rounds): print(line, flush=True)

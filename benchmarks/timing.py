@@ -86,9 +86,9 @@ def table(times, base, per=1):
         yield f'| {name.strip()} | {scale*statistics.median(ts):,.1f} | {spread(times, name, base)} |'
 
 
-def report(name, title, lines, args, device='cpu', missing=()):
+def report(name, title, lines, args, device='cpu', missing=(), how=None):
     "Print a table, with where it comes from; with `--write` it goes to benchmarks/results/NAME.md as well"
-    how = 'CPU time of one thread' if args.cpu_time else 'time by the clock'
+    how = how or ('CPU time of one thread' if args.cpu_time else 'time by the clock')
     load = f'; load {os.getloadavg()[0]:.1f}' if hasattr(os, 'getloadavg') else ''
     text = [f'{title}.', f'{place(device)}; {how}, medians of {args.rounds} rounds in which all rows take turns{load}.']
     text += ['', *lines]

@@ -55,6 +55,9 @@ class Time(NamedTuple):
                              "or a time such as '200ba' or '3ep'")
         return self.value*epoch_steps*n_epochs
 
+# %% ../nbs/03_clock.ipynb #c9cf1172
+RUN = Time.parse('1dur') # the whole of it
+
 # %% ../nbs/03_clock.ipynb #00000028
 class Clock:
     "How far a run has come: `batches` seen and optimizer `steps` taken"
@@ -85,6 +88,18 @@ class Clock:
         "Does the run end by `max_steps`? Then it is measured in steps"
         if self.max_steps is None: return False
         return None in (self.epoch_steps, self.n_epochs) or self.max_steps < self.epoch_steps*self.n_epochs
+
+    @property
+    def length(self) -> int|None:
+        "What shares of the run are shares of: its batches, or steps where `max_steps` ends it; None where nobody knows"
+        if self.by_steps: return self.max_steps
+        return None if None in (self.epoch_batches, self.n_epochs) else self.epoch_batches*self.n_epochs
+
+    @property
+    def beyond(self) -> bool:
+        "Has the run gone on after its `length`? Shares of it were wrong then"
+        length = self.length
+        return length is not None and self.now(RUN) > length
 
     @property
     def total_steps(self) -> int|None:

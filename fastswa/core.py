@@ -8,7 +8,7 @@ Docs: https://fastswa.github.io/fastswa/core.html.md"""
 __all__ = ['unwrap', 'uninterrupted', 'Context', 'ipython', 'clean_ipython_hist', 'clean_tb', 'clean_mem', 'quiet']
 
 # %% ../nbs/00_core.ipynb #00000002
-import gc, math, signal, sys, threading, traceback, warnings
+import _signal, gc, math, signal, sys, threading, traceback, warnings
 from contextlib import ContextDecorator, ExitStack, contextmanager, redirect_stdout, suppress
 from importlib import import_module
 from io import StringIO
@@ -38,14 +38,15 @@ def local(t):
 @contextmanager
 def uninterrupted():
     "Ctrl-C pressed inside the block takes effect at its end (only the main thread gets signals)"
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+    # what the functions of `signal` wrap: these look each handler up in an enum, which takes ten times as long
+    if threading.current_thread() is not threading.main_thread() or _signal.getsignal(signal.SIGINT) is None:
         yield
         return
     pressed = []
-    old = signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
+    old = _signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
     try: yield
     finally:
-        signal.signal(signal.SIGINT, old)
+        _signal.signal(signal.SIGINT, old)
         if pressed and callable(old): old(*pressed[0])
 
 # %% ../nbs/00_core.ipynb #7a7ef2f5

@@ -27,6 +27,7 @@ class Processes:
     ):
         self.rank,self.size,self.group,self.patient,self.timeout = rank,size,group,patient,timeout
         self.asked = 0      # the signal that asks to stop, as all have been told at the end of a batch
+        self._for_thread = None
 
     def __repr__(self): return f'process {self.rank} of {self.size}'
     def __deepcopy__(self, memo): return self      # there are no more processes than before
@@ -35,6 +36,14 @@ class Processes:
     def alone(self) -> bool:
         "Is there only one process?"
         return self.size == 1
+
+    def for_thread(self):
+        "The same processes as a thread meets them, whatever this one does with them; at first all call this together"
+        if self.alone: return self
+        if self._for_thread is None:
+            group = _gloo_group(_PATIENCE)
+            self._for_thread = Processes(self.rank, self.size, group, group, self.timeout)
+        return self._for_thread
 
     @contextmanager
     def meeting(self):
@@ -125,6 +134,10 @@ class Processes:
 
 ALONE = Processes()
 
+_PATIENCE = 10**6 # seconds
+
+def _gloo_group(seconds): return dist.new_group(backend='gloo', timeout=timedelta(seconds=seconds))
+
 def _as_text(e):
     "The kind of an error and what it says, for other processes, which may not know its class"
     if e is None: return None
@@ -156,8 +169,7 @@ def _processes_of(world, timeout):
     if (world, timeout) not in _joined:
         _joined.clear()
         size = dist.get_world_size()
-        groups = [None, None]
-        if size > 1: groups = [dist.new_group(backend='gloo', timeout=timedelta(seconds=s)) for s in (timeout, 10**6)]
+        groups = [_gloo_group(s) for s in (timeout, _PATIENCE)] if size > 1 else [None, None]
         _joined[world, timeout] = Processes(dist.get_rank(), size, *groups, timeout)
     return _joined[world, timeout]
 

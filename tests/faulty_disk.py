@@ -14,6 +14,9 @@ ERRORS = 'ENOSPC', 'EIO'
 class Killed(BaseException): "The process is gone: nothing that it would still do may reach the disk"
 
 
+def is_temporary(path): return path.name[0] == '.' and path.suffix == '.tmp'
+
+
 class _File(io.FileIO):
     "A file whose operations are counted"
     def __init__(self, disk, path):
@@ -40,16 +43,16 @@ class FaultyDisk:
         self.folder, self.at, self.how = Path(folder), at, how
         self.ops, self.dead, self.failed = [], False, False
         self.undo = []      # how to undo what was done to names since their folder was flushed
-        self.files = {}     # file descriptor → path
         self.dirty = {}     # inode → file descriptor and flushed length, of files written to since they were flushed
         self.graves = self.folder.with_name(f'{self.folder.name}-graves')
-        self.real = type('real', (), {k: staticmethod(getattr(os, k)) for k in self.names})
+        self.real = type('real', (), {k: staticmethod(getattr(o, k)) for o, k in self.names})
 
-    names = 'fsync', 'replace', 'unlink', 'link', 'mkdir'
+    names = [(os, k) for k in ('fsync', 'replace', 'rename', 'unlink', 'link', 'symlink', 'mkdir')]
+    names += [(shutil, 'rmtree')]
 
     def __enter__(self):
         self.graves.mkdir(exist_ok=True)
-        places = [(os, k) for k in (*self.names, 'rename', 'remove')] + [(builtins, 'open'), (io, 'open')]
+        places = [*self.names, (os, 'remove'), (builtins, 'open'), (io, 'open')]
         self.old = [(o, k, getattr(o, k)) for o, k in places]
         for o, k, f in self.old: setattr(o, k, getattr(self, k) if hasattr(self, k) else self.forbidden(f))
         return self
@@ -91,7 +94,7 @@ class FaultyDisk:
     def grave(self, path):
         "A name of a file under which it outlives its removal"
         res = self.graves/secrets.token_hex(8)
-        self.real.link(path, res)
+        self.real.link(path, res, follow_symlinks=False)
         return res
 
     # --- what takes the place of the functions of `os`
@@ -100,27 +103,28 @@ class FaultyDisk:
         real = next(f for o, k, f in self.old if (o, k) == (builtins, 'open'))
         writes = set(mode) & set('wxa+') and not os.path.isdir(path)      # a file without a name is made in a folder
         if not (writes and self.mine(path)): return real(path, mode, *args, **kwargs)
-        assert mode == 'xb', f'{path} is written past the file layer'
-        def create():
-            file = _File(self, path)
-            self.files[file.fileno()] = path
-            return io.BufferedWriter(file)
-        return self.do('open', path, create)
+        new = mode == 'xb' or mode == 'wb' and is_temporary(Path(path).parent)      # as torch in a folder to be
+        assert new, f'{path} is written past the file layer'
+        return self.do('open', path, lambda: io.BufferedWriter(_File(self, path)))
 
     def fsync(self, fd):
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            path = next(p for p in [self.folder, *self.folder.rglob('*')] if os.path.samestat(p.stat(), os.fstat(fd)))
+        found = os.fstat(fd)
+        path = next(p for p in [self.folder, *self.folder.rglob('*')] if os.path.samestat(p.lstat(), found))
+        if stat.S_ISDIR(found.st_mode):
             def flush(): self.undo = [(p, f) for p, f in self.undo if p != path]
             return self.do('fsync of the folder', path, flush)
         def flush():
-            if pair := self.dirty.pop(os.fstat(fd).st_ino, None): os.close(pair[0])
-        self.do('fsync', self.files[fd], flush)
+            if pair := self.dirty.pop(found.st_ino, None): os.close(pair[0])
+        self.do('fsync', path, flush)
+
+    def rename(self, a, b): self.replace(a, b)
 
     def replace(self, a, b):
         if not self.mine(b): return self.real.replace(a, b)
         def f():
-            if os.path.exists(b) and os.path.samefile(a, b): return      # as rename does with two names of one file
-            old = self.grave(b) if os.path.exists(b) else None
+            there = os.path.lexists(b)
+            if there and os.path.samestat(os.lstat(a), os.lstat(b)): return      # as with two names of one file
+            old = self.grave(b) if there else None
             self.real.replace(a, b)
             def undo():
                 self.real.replace(b, a)
@@ -144,9 +148,25 @@ class FaultyDisk:
             self.undo.append((Path(b).parent, lambda: self.real.unlink(b)))
         self.do('link', b, f)
 
+    def symlink(self, a, b):
+        if not self.mine(b): return self.real.symlink(a, b)
+        def f():
+            self.real.symlink(a, b)
+            self.undo.append((Path(b).parent, lambda: self.real.unlink(b)))
+        self.do('symlink', b, f)
+
+    def rmtree(self, path):
+        if not self.mine(path): return self.real.rmtree(path)
+        def f():
+            old = self.graves/secrets.token_hex(8)
+            shutil.copytree(path, old, copy_function=self.real.link)
+            self.real.rmtree(path)
+            self.undo.append((Path(path).parent, lambda: self.real.replace(old, path)))
+        self.do('rmtree', path, f, torn=lambda: self.real.unlink(max(Path(path).iterdir())))
+
     def mkdir(self, path, *args, **kwargs):
         if not self.mine(path): return self.real.mkdir(path, *args, **kwargs)
         def f():
             self.real.mkdir(path, *args, **kwargs)
-            self.undo.append((Path(path).parent, lambda: shutil.rmtree(path)))
+            self.undo.append((Path(path).parent, lambda: self.real.rmtree(path)))
         self.do('mkdir', path, f)

@@ -13,6 +13,7 @@ from collections import Counter
 from functools import cache, partial
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
@@ -361,3 +362,17 @@ def check_case(name, folder, size):
         file = folder/f'{name}.{r}'
         assert file.exists(), f'process {r} did not come to it: {errors_of(folder, size)}'
         assert file.read_text() == '', f'process {r}: {file.read_text()}'
+
+
+def raises_on_all(kind, match, f):
+    "In each rank: all raise it, within a minute"
+    began = time.monotonic()
+    try:
+        with pytest.raises(kind, match=match): f()
+        text = ''
+    except BaseException: text = traceback.format_exc()
+    took = time.monotonic() - began
+    texts = [None]*torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(texts, text)
+    assert not any(texts), text or 'another has not'
+    assert took < 60

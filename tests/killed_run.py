@@ -12,6 +12,7 @@ from fastswa.data.transforms import RandFlip
 from fastswa.callbacks.basics import RecorderCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.core import local
 from fastswa.random_state import set_seed
 from fastswa.callbacks.schedule import OneCycleCB
 from fastswa.training.events import Callback
@@ -55,7 +56,7 @@ def the_run():
 
 def result(learn):
     "All that must be the same, as bytes and numbers"
-    def raw(t): return t.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    def raw(t): return local(t).detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
     sets = dict(raw=learn.model.state_dict(), **{k: a.weights for k, a in learn.averages.items()})
     res = {f'{name}/{k}': raw(v) for name, d in sets.items() for k, v in d.items()}
     for n, p in learn.model.named_parameters():

@@ -183,6 +183,23 @@ def test_saved_and_loaded_while_an_average_is_held(norm, tmp_path):
     if norm: assert run.averages.bn_data is run.dl.base_dataloader
 
 
+def test_averages_of_a_part_of_what_was_prepared(tmp_path):
+    "Wrong: saved while the part holds its average, the whole has that in place of its raw weights"
+    run = Run(False)()
+    part = Averages(run.plain[3])
+    part.add('swa', equal())
+    part.step()
+    step = track(part, run.accelerator, run.opt)
+    run.accelerator.backward(run.model(torch.ones(4, 3)).sum())
+    run.opt.step()
+    step()
+    raw = {k: t.clone() for k, t in run.model.state_dict().items()}
+    part.apply('swa')
+    assert not torch.equal(run.plain[3].weight, raw['3.weight'])
+    run.accelerator.save_state(str(tmp_path))
+    assert part.held == 'swa' and same(load_file(tmp_path/'model.safetensors'), raw)
+
+
 def test_errors(tmp_path, monkeypatch):
     run = Run()
     with pytest.raises(ValueError, match='tracked already'): track(run.averages, run.accelerator, run.opt)

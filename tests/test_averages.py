@@ -20,6 +20,7 @@ from fastswa.averaging.holding import held_weights, restore_raw
 from fastswa.averaging.rules import ema, equal, power
 from fastswa.callbacks.swa import AverageCB, EMACB, LAWACB, SWACB
 from fastswa.callbacks.batchnorm import BNUpdateCB
+from fastswa.clock import Clock
 from fastswa.module_state import keep_modes, keep_state
 from fastswa.random_state import keep_rng, set_seed
 from fastswa.training.events import Callback, CancelFitException, CancelStepException
@@ -87,6 +88,75 @@ def test_position_is_in_batches_and_decay_in_steps():
             seen.append(i)                                               # 0.1dur is below the 4 batches of a step
     assert averages['swa'].weights['weight'].item() == pytest.approx(np.mean(seen))
     assert averages['ema'].weights['weight'].item() == pytest.approx(exact, rel=1e-6)
+
+
+# --- a loop that goes on beyond the length that it was said to have
+
+
+def warnings_of(averages, batches, stepped=lambda i: True):
+    "Which of so many further batches warn, and of what"
+    found = []
+    for i in range(1, batches + 1):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            averages.step(stepped=stepped(i))
+        found += [(i, str(o.message)) for o in said]
+    return found
+
+
+def watched(*args, clock=None):
+    averages = Averages(nn.Linear(1, 1), *args)
+    averages.add('swa', equal(), start='2ba')
+    if clock: averages.begin(clock=clock)
+    return averages
+
+
+def test_a_loop_beyond_its_length_is_told_once_in_each_run():
+    "Wrong: silence, where SWA of the last quarter began in the first of ten epochs; a warning at every step"
+    averages = watched(10, 2)
+    (i, text), = warnings_of(averages, 50)
+    assert i == 21 and 'batch 21 of a run that was announced as 20 ' in text and 'averages.begin(' in text
+    averages.begin(10, 1)
+    assert [i for i, _ in warnings_of(averages, 30)] == [11] and averages['swa'].n == 49 + 29
+
+
+def test_the_warning_names_the_line_of_the_loop():
+    averages = watched(1, 1)
+    averages.step()
+    with pytest.warns(UserWarning, match='batch 2 of') as said: averages.step()
+    assert said[0].filename == __file__
+
+
+@pytest.mark.parametrize('args', [(), (10,), (None, 2)])
+def test_no_warning_where_the_length_is_not_known(args): assert warnings_of(watched(*args), 50) == []
+
+
+def test_what_counts_as_the_length_of_a_run():
+    "Batches, where gradients add up too; steps in a run that `max_steps` ends. Wrong: accumulation hides the end"
+    every_second = dict(stepped=lambda i: i % 2 == 0)
+    assert [i for i, _ in warnings_of(watched(10, 2), 50, **every_second)] == [21]
+    (i, text), = warnings_of(watched(clock=Clock(10, None, 8)), 50, **every_second)
+    assert i == 18 and 'step 9 of a run that was announced as 8 (max_steps)' in text
+    assert warnings_of(watched(clock=Clock(10, 2, 25)), 20) == []
+
+
+@pytest.mark.parametrize('n_epochs, expected', [(4, []), (2, [1]), (1, [1])])
+def test_a_resumed_run_is_as_long_as_it_is_in_all(n_epochs, expected):
+    "A state of 20 batches. Wrong: a warning in the rest of a run of 40; silence as it was never exactly at the end"
+    first, rest = watched(10, 4), watched(10, n_epochs)
+    assert warnings_of(first, 20) == []
+    rest.load_state_dict(first.state_dict())
+    assert [i for i, _ in warnings_of(rest, 20)] == expected
+
+
+def test_a_learner_that_fits_again_is_not_warned():
+    "Nor one whose clock is that of `max_steps`, or that is resumed by hand"
+    learn = learner(EMACB(half_life='0.1dur', apply=False), SWACB(start='0.5dur', apply=False), BNUpdateCB())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(1)
+        learn.fit(2)
+        learn.fit(3, max_steps=7)
 
 
 def fitted(*cbs, model=None):

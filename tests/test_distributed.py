@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import time
-import traceback
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -23,9 +22,9 @@ from accelerate import Accelerator
 
 from fastswa.all import (
     AccelerateCB, BNUpdateCB, CSVLoggerCB, Callback, CheckpointCB, DistributedCB, EMACB, EarlyStoppingCB, GradAccumCB,
-    Learner, LogCB, MetricsCB, NaNGuardCB, SWACB, TrainLearner)
+    Learner, LogCB, MetricsCB, NaNGuardCB, PostHocEMA, PostHocEMACB, SWACB, TrainLearner)
 from fastswa.data.loaders import BatchLoader
-from helpers import Hits, check_case, copied, end_ranks, errors_of, run_cases, start_ranks
+from helpers import Hits, check_case, copied, end_ranks, errors_of, raises_on_all, run_cases, start_ranks
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason='needs gloo')
 LIMIT = 300 # seconds: only so that processes that wait for each other come to an end
@@ -162,18 +161,27 @@ def set_epoch_is_called():
     assert sampler.told == (0, 1) and seen.seen[1][:6] != seen.seen[1][6:]
 
 
+def nothing_is_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learner(EMACB(), metrics()).fit(1)
+
+
 class Memory:
     def __init__(self): self.rows = []
     def log(self, values): self.rows.append(values)
 
 
 def one_of_them_speaks(folder):
-    "Rows, logs and files"
-    out, memory = io.StringIO(), Memory()
+    "Rows, logs and files. Wrong: the losses of its own samples in the log"
+    out, two, one = io.StringIO(), Memory(), Memory()
     with contextlib.redirect_stdout(out):
-        learner(metrics(), LogCB(memory), CSVLoggerCB(folder/'log.csv')).fit(1)
-    assert bool(out.getvalue()) == bool(memory.rows) == (rank() == 0)
-    if rank() == 0: assert len((folder/'log.csv').read_text().splitlines()) == 3
+        learner(metrics(), LogCB(two, '2ba'), CSVLoggerCB(folder/'log.csv')).fit(1)
+    assert bool(out.getvalue()) == bool(two.rows) == (rank() == 0)
+    if rank(): return
+    assert len((folder/'log.csv').read_text().splitlines()) == 3
+    learner(metrics(), LogCB(one, '2ba'), dls=loaders(bs=8), together=False).fit(1)
+    same_rows(one.rows, two.rows)
 
 
 def predictions_are_all():
@@ -204,15 +212,60 @@ def statistics_are_pooled():
         assert everywhere([*learn.model.buffers()]) and everywhere(learn.history)
 
 
+def by_target(preds, targets):
+    "A mean that counts some samples more than others, as tokens do"
+    weight = 1. + targets
+    return (F.cross_entropy(preds, targets, reduction='none')*weight).sum()/weight.sum()
+
+
 def accumulated():
-    "Windows of two batches, the last of them shorter and smaller"
-    ends = []
-    for together, bs in ((True, 2), (False, 4)):
-        learn = learner(GradAccumCB(2), dls=loaders(19, bs), together=together)
-        learn.fit(2)
+    "Windows of two batches, the last of them shorter and smaller. Wrong: a mean of means"
+    for n, kw, loss in ((19, dict(batches=2), F.cross_entropy), (19, dict(samples=7), F.cross_entropy),
+                        (19, dict(batches=2, weight=lambda b: (1. + b[1]).sum()), by_target),
+                        (17, dict(batches=2, weight=lambda b: (1. + b[1]).sum()), by_target)):
+        ends = []
+        for together, bs in ((True, 2), (False, 4)):
+            learn = learner(GradAccumCB(**kw), dls=loaders(n, bs), together=together)
+            learn.loss_func = loss
+            learn.fit(2)
+            ends.append((learn.opt_steps, learn.model.state_dict()))
+        assert ends[0][0] == ends[1][0] == 6, kw
+        close(ends[0][1], ends[1][1])
+
+
+def accumulated_from_batches_of_all_sizes():
+    "Wrong: each counts its own samples, and they step at different batches, or wait for each other for ever"
+    x, y = examples(24)
+    pairs, ends = [(1, 3), (4, 2), (1, 1), (2, 4), (3, 3)], []
+    for sizes in ([n for p in pairs for n in p], [sum(p) for p in pairs]):
+        dls = SimpleNamespace(train=[*zip(x.split(sizes), y.split(sizes))], valid=None)
+        learn = learner(GradAccumCB(samples=5), dls=dls, together=len(sizes) > 5)
+        learn.fit(1, valid=False)
         ends.append((learn.opt_steps, learn.model.state_dict()))
-    assert ends[0][0] == ends[1][0] == 6
+    assert ends[0][0] == ends[1][0] == 3
     close(ends[0][1], ends[1][1])
+
+
+def snapshots_are_files_of_one(folder):
+    "Wrong: both write the same file, and remove each other's; the other does not find it when the fit is over"
+    def run(cb, **kw):
+        learn = learner(cb, CheckpointCB(folder/'run', every='3ba'))
+        learn.fit(**kw)
+        return cb.average.reconstruct(0.1)
+    def cb(folder=None): return PostHocEMACB(every='2ba', keep=5, folder=folder, apply=False)
+    def equal(a, b): return all(torch.equal(a[k], v) for k, v in b.items())
+    learn = learner(other := cb())
+    learn.fit(2)
+    whole = other.average.reconstruct(0.1)
+    if rank() == 0:                                            # of a run that was killed before its first checkpoint
+        PostHocEMA(net(), folder=folder/'ema').update()
+        (folder/'run').mkdir()
+    dist.barrier()
+    assert equal(run(cb(folder/'ema'), n_epochs=1, resume=folder/'run'), whole) is False
+    found = run(cb(folder/'ema'), n_epochs=2, resume=folder/'run')
+    assert equal(found, whole) and everywhere([*found.values()])
+    assert len([*(folder/'ema').iterdir()]) == 5
+    raises_on_all(RuntimeError, 'holds snapshots up to step 10', lambda: learner(cb(folder/'ema')).fit(1))
 
 
 def the_rate_is_found_together():
@@ -263,8 +316,10 @@ def averages(): return EMACB(decay=0.8, apply=False), SWACB(start='0ep', every='
 
 def resumed(folder):
     "With dropout of each process's own. Wrong: all go on with the random numbers of the first"
+    logs = []
     def run(*cbs, **kw):
-        learn = learner(*averages(), metrics(), *cbs, model=net(dropout=0.3))
+        logs.append(Memory())
+        learn = learner(*averages(), metrics(), LogCB(logs[-1], '5ba'), *cbs, model=net(dropout=0.3))
         torch.manual_seed(7 + rank())
         return learn, partial(learn.fit, 4, **kw)
     whole, fit = run()
@@ -277,23 +332,12 @@ def resumed(folder):
     assert everywhere(sorted(p.name for p in (folder/'run').iterdir()))
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), rest.model.parameters()))
     assert whole.history == rest.history
+    assert logs[0].rows[-3:] == logs[2].rows[-3:]
     for name, a in whole.averages.items():
         assert all(torch.equal(v, rest.averages[name].weights[k]) for k, v in a.weights.items())
 
 
 # --- errors that are the same everywhere
-
-
-def raises_on_all(kind, match, f):
-    "Both raise it, at once"
-    began = time.monotonic()
-    try:
-        with pytest.raises(kind, match=match): f()
-        text = ''
-    except BaseException: text = traceback.format_exc()
-    took = time.monotonic() - began
-    assert not any(learner().processes.gather(text)), text or 'the other has not'
-    assert took < 20
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -318,6 +362,8 @@ def refused(folder):
     raises_on_all((ValueError, RuntimeError), 'differ in averages', lambda: learn.validate())
     wrapped = nn.parallel.DistributedDataParallel(net())
     raises_on_all(ValueError, 'is in DistributedDataParallel already', lambda: learner(model=wrapped).fit(1))
+    own = CheckpointCB(folder/f'own-{rank()}')
+    raises_on_all(ValueError, 'own-[01] is another folder for process 1', lambda: learner(own).fit(1))
     learner(CheckpointCB(folder/'seen')).fit(1)
     hidden = folder/'hidden' if mine else folder/'seen'
     raises_on_all(ValueError, 'nothing in .*hidden on process 1',
@@ -326,6 +372,7 @@ def refused(folder):
     raises_on_all(ValueError, 'holds checkpoints of another run', lambda: learner(CheckpointCB(folder/'seen')).fit(1))
     (folder/'a file').write_text('')
     raises_on_all(OSError, 'a folder that can be written to', lambda: learner(CheckpointCB(folder/'a file')).fit(1))
+    raises_on_all(RuntimeError, 'have met already', AccelerateCB)
     from accelerate.state import PartialState
     PartialState()
     try:
@@ -333,8 +380,9 @@ def refused(folder):
     finally: PartialState._reset_state()
 
 
-CASES = (as_one_with_twice_the_batch, each_sample_once, set_epoch_is_called, one_of_them_speaks, predictions_are_all,
-         statistics_are_pooled, accumulated, the_rate_is_found_together, stopped_early_together,
+CASES = (as_one_with_twice_the_batch, each_sample_once, set_epoch_is_called, one_of_them_speaks, nothing_is_warned_of,
+         predictions_are_all, statistics_are_pooled, accumulated, accumulated_from_batches_of_all_sizes,
+         snapshots_are_files_of_one, the_rate_is_found_together, stopped_early_together,
          a_bad_loss_is_skipped_or_stops_all, resumed, refused)
 
 
@@ -409,13 +457,31 @@ def test_one_is_killed(tmp_path):
     assert (learn.opt_steps, learn.averages['ema'].n) == (10, 10)
 
 
+def one_has_no_average():
+    warnings.simplefilter('ignore')
+    learn = learner(EMACB(apply=False), BNUpdateCB(), model=net(norm=True))
+    learn.fit(1)
+    if rank() == 1: learn.averages.remove('ema')
+    learn.apply('ema')                                         # statistics for it are computed together
+
+
+def test_an_average_that_one_does_not_have(tmp_path):
+    "Wrong: the other waits for it for ever"
+    began = time.monotonic()
+    codes = end_ranks(start_ranks(2, one_has_no_average, folder=tmp_path), LIMIT)
+    other, lacking = errors_of(tmp_path, 2)
+    assert codes == [1, 1] and time.monotonic() - began < 60
+    assert "'ema'" in lacking.splitlines()[-1] and 'one of them has ended, or did not come to the same place' in other
+
+
 def alone_at_the_rendezvous(): DistributedCB(timeout=2)
 
 
-def test_nobody_comes(tmp_path):
-    "Wrong: it waits for half an hour"
+@pytest.mark.parametrize('r', [0, 1])
+def test_nobody_comes(tmp_path, r):
+    "Wrong: it waits for half an hour, the first, at whose address they meet, or another"
     processes = start_ranks(2, alone_at_the_rendezvous, folder=tmp_path)
-    processes[1].kill()
+    processes[1 - r].kill()
     end_ranks(processes, LIMIT)
-    text = errors_of(tmp_path, 2)[0]
-    assert 'process 0 of 2 did not meet the others at 127.0.0.1:' in text and 'within 2 seconds' in text
+    text = errors_of(tmp_path, 2)[r]
+    assert f'process {r} of 2 did not meet the others at 127.0.0.1:' in text and 'within 2 seconds' in text

@@ -1,12 +1,15 @@
 """Weights divided by FSDP2: averages of the parts without a word between processes, checkpoints that any number of
 processes goes on from, bit for bit, files with whole weights"""
+import errno
 import os
+import threading
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn, optim
@@ -15,10 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastswa.all import (
     Average, Averages, BNUpdateCB, Callback, CheckpointCB, DistributedCB, EMACB, GradClipCB, MetricsCB, NaNGuardCB,
-    SWACB, TrainLearner, ema)
+    PostHocEMACB, SWACB, TrainLearner, ema, load_weights)
 from fastswa.averaging.average import update_all
+from fastswa.checkpoint import sharded
 from fastswa.checkpoint.sharded import _as_part, load_torchtitan_checkpoint
-from helpers import check_case, end_ranks, errors_of, run_cases, start_ranks
+from fastswa.files import flush
+from helpers import check_case, end_ranks, errors_of, raises_on_all, run_cases, start_ranks
 
 fsdp = pytest.importorskip('torch.distributed.fsdp')
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available() and hasattr(fsdp, 'fully_shard')),
@@ -170,8 +175,90 @@ def gathered_in_ones_own_loop(folder):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+class Losses(Callback):
+    "The loss of the validation is the best in the second epoch"
+    def after_epoch(self, learn):
+        if not learn.training: learn.history[-1]['loss'] = [2., 1., 3., 4.][learn.epoch]
+
+
+def run(folder, *cbs, **kw):
+    learn = learner(EMACB(decay=0.9, apply=False), Losses(), CheckpointCB(folder, keep=1, **kw), *cbs)
+    learn.fit(4, valid='raw')
+    return learn
+
+
+def names(folder): return sorted(p.name for p in folder.iterdir())
+
+
+def nothing_is_warned_of(folder):
+    "Wrong: after a validation the gathered weights are taken for new ones, which the optimizer does not train"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learner(CheckpointCB(folder/'run'), model=nn.Linear(3, 3)).fit(2)
+
+
+def the_best_stays(folder):
+    "Wrong: it goes when newer ones come; its name points to another, or to none"
+    learn = run(folder/'run', best='loss')
+    assert names(folder/'run') == ['best', 'step-00000010', 'step-00000020']
+    learn.load(folder/'run'/'best')
+    assert learn.opt_steps == 10
+    ema = learn.averages['ema'].weights
+    for k, v in load_weights(folder/'run'/'best', 'ema').items():      # each process alone
+        torch.testing.assert_close(_as_part(ema[k], learn.model.state_dict()[k]).full_tensor(), v, rtol=0, atol=0)
+
+
+class Later(Callback):
+    "Let the threads wait until training is two steps further"
+    order = 90
+    def __init__(self): self.go, self.save = threading.Event(), dcp.save
+    def __call__(self, *args, **kw): return self.go.wait(60) and self.save(*args, **kw)
+    def before_batch(self, learn):
+        if learn.training and (learn.epoch, learn.iter) == (1, 2): self.go.set()
+
+
+def in_the_background(folder):
+    "The same files. Wrong: parts of a later step; a step that waits for the disk, here for ever"
+    dcp.save = later = Later()
+    try: run(folder/'a', later, best='loss', background=True)
+    finally: dcp.save = later.save
+    run(folder/'b', best='loss')
+    assert names(folder/'a') == names(folder/'b') and len(names(folder/'a')) == 3
+    for name in names(folder/'a'):
+        for weights in 'raw', 'ema': same(*(load_weights(folder/run/name, weights) for run in 'ab'))
+
+
+def what_a_thread_could_not_write(folder):
+    "The error of one process, on all"
+    def full(path): raise OSError(errno.ENOSPC, 'No space left on device')
+    if dist.get_rank() == 1: sharded.flush = full
+    try:
+        for background in False, True:
+            raises_on_all(OSError, 'step-00000005 could not be written.* in process 1: .*No space left',
+                          lambda: run(folder/f'{background}', background=background))
+            assert names(folder/f'{background}') == []
+    finally: sharded.flush = flush
+
+
+def refused(folder):
+    mine = dist.get_rank() == 1
+    raises_on_all(ValueError, 'is another folder for process 1', lambda: run(folder/('mine' if mine else 'run')))
+    run(folder/'saved')
+    other = nn.Sequential(nn.Linear(3, 9), nn.Tanh(), nn.Linear(9, 3))
+    raises_on_all(ValueError, 'of another model', lambda: learner(model=other).fit(5, resume=folder/'saved'))
+    raises_on_all(ValueError, 'of another model', lambda: learner(model=other).load(folder/'saved'))
+    learn = learner(EMACB(decay=0.9, apply=False))
+    learn.fit(1)
+    raises_on_all(OSError, 'is there already', lambda: learn.save(folder/'saved'/'step-00000020'))
+    if mine: learn.averages.remove('ema')
+    raises_on_all(ValueError, 'differ in averages', lambda: learn.export(folder/'a.safetensors', 'ema'))
+    posthoc = PostHocEMACB(folder=folder/'posthoc')
+    raises_on_all(ValueError, 'leave folder out', lambda: learner(posthoc).fit(1))
+
+
 CASES = (as_one_process, messages_of_an_update, statistics_are_pooled, bad_gradients_of_one, torchtitan,
-         gathered_in_ones_own_loop)
+         gathered_in_ones_own_loop, nothing_is_warned_of, the_best_stays, in_the_background,
+         what_a_thread_could_not_write, refused)
 
 
 def work(folder):

@@ -148,6 +148,18 @@ def test_batchnorm_statistics_fit():
     other,_ = fit(few)
     assert torch.equal(other.net[1].running_mean, few.averages['ema'].weights['net.1.running_mean'])
 
+def test_batchnorm_statistics_are_those_of_the_loader_now():
+    "Wrong: of the first epoch's loader, where each epoch makes its own, as for images that grow"
+    class Grows(Model):
+        epochs = 0
+        def train_dataloader(self):
+            self.epochs += 1
+            return DataLoader(TensorDataset(self.epochs*TRAIN.tensors[0], TRAIN.tensors[1]), 8)
+        def val_dataloader(self): return loaders()[1]
+    model,cb = Grows(),AveragesCallback(ema=ema(0.9), apply='ema')
+    trainer(cb, n=3, reload_dataloaders_every_n_epochs=1).fit(model)
+    torch.testing.assert_close(model.net[1].running_mean, model.net[0](3*TRAIN.tensors[0]).mean(0))
+
 def test_figures_reach_loggers(tmp_path):
     fit(AveragesCallback(ema=ema(0.9)), logger=CSVLogger(tmp_path))
     header,*rows = (next(tmp_path.rglob('metrics.csv'))).read_text().splitlines()
@@ -265,6 +277,27 @@ def test_manual_optimization_with_two_optimizers():
     model,t = fit(cb, model=Manual(), n=None, max_steps=16)
     assert (t.global_step, cb.averages['ema'].n, cb.averages['swa'].n) == (16, 8, 5)
     torch.testing.assert_close(model.net[1].running_mean, model.net[0](TRAIN.tensors[0]).mean(0))
+
+@pytest.mark.parametrize('ends', [dict(max_steps=24), dict(n=2)], ids=['by steps', 'by epochs'])
+def test_optimizers_that_step_at_different_rates(ends):
+    """One at each batch, one at every second: 3 of Lightning's steps for 2 batches, so 16 batches in 24 steps
+
+    Wrong: 24 steps are taken for 12 batches, so that SWA begins too early and the last quarter lies beyond the run"""
+    class Alternating(Model):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+        def configure_optimizers(self):
+            return [torch.optim.SGD(m.parameters(), lr=0.1) for m in (self.net[0], self.net[4])]
+        def training_step(self, batch, batch_idx):
+            one,other = self.optimizers()
+            for o in one, other: o.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            one.step()
+            if batch_idx % 2: other.step()
+    cb = AveragesCallback(ema=ema(0.9), swa=dict(start='0.5dur'), last=dict(start='1dur'))
+    _,t = fit(cb, model=Alternating(), **dict(n=None) | ends)
+    assert (t.global_step, cb.averages['ema'].n, cb.averages['swa'].n, cb.averages['last'].n) == (24, 16, 9, 1)
 
 @pytest.mark.parametrize('options', [
     dict(precision='bf16-mixed'), dict(precision='bf16-true'), dict(gradient_clip_val=0.1, accumulate_grad_batches=2)])

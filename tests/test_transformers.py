@@ -338,8 +338,11 @@ def test_resuming_from_elsewhere(tmp_path):
     trainer(tmp_path/'b', second).train(resume_from_checkpoint=str(there))
     assert same(first.averages['swa'].weights, second.averages['swa'].weights)
     (there/'averages.pt').unlink()
+    third = callback()
     with pytest.warns(UserWarning, match=r'begin anew: .*checkpoint-14 has no averages.pt'):
-        trainer(tmp_path/'c', callback()).train(resume_from_checkpoint=str(there))
+        trainer(tmp_path/'c', third).train(resume_from_checkpoint=str(there))
+    # shares of the 6 steps that are left; wrong: half of the whole run, which is never reached
+    assert (third.averages['ema'].n, third.averages['swa'].n) == (6, 4)
 
 
 def test_averages_of_other_names_or_another_model_are_not_taken_up(tmp_path):
@@ -447,7 +450,7 @@ def trained(model): return {k for k, p in model.named_parameters() if p.requires
 
 
 def test_only_what_is_trained_is_averaged(lora, tmp_path):
-    "Unless the user asks for more. Wrong: a copy of the whole model"
+    "Unless the user asks for more (diffusers#9998). Wrong: a copy of the whole model"
     model, cb = lora.make(), AveragesCallback(ema=ema(half_life=3), all=dict(include='*'))
     trainer(tmp_path, cb, model, max_steps=2, eval_strategy='no', save_strategy='no').train()
     assert set(cb.averages['ema'].weights) == trained(model) < set(cb.averages['all'].weights)
@@ -476,7 +479,8 @@ def test_memory_for_averages_of_adapters(lora):
 
 
 def test_adapters_are_saved_as_peft_does_it_and_stay_trainable(lora, tmp_path):
-    "In its own form, with the average in them; what is trained, and by which optimizer, stays as it is"
+    """In its own form, with the average in them (diffusers#9998: users had to write that themselves). Wrong: a further
+    adapter for the average, which stays trainable, and enters the optimizer and the gradients' norm (TRL#5990)"""
     model, cb = lora.make(), AveragesCallback(ema=ema(half_life=3))
     needed = trained(model)
     t = trainer(tmp_path/'run', cb, model)

@@ -6,15 +6,17 @@ results,target = root/'benchmarks'/'results',root/'nbs'/'guides'/'benchmarks.md'
 BENCH,GPU,FAST = '`make bench`','`make bench-gpu`, on a machine with CUDA','`python benchmarks/fast.py --write`'
 PARTS = {'averaging': ('An update of an average', BENCH), 'step': ('A training step', BENCH),
          'epoch': ('An epoch', BENCH), 'data': ('Batches of images', BENCH), 'checkpoint': ('A checkpoint', BENCH),
-         'fast': ('Accuracy with the fast preset', FAST), 'gpu': ('On a GPU', GPU)}
+         'distributed': ('Two processes', BENCH), 'fast': ('Accuracy with the fast preset', FAST),
+         'gpu': ('On a GPU', GPU)}
 TEXT = """# Benchmarks
 
 > What fastswa costs beside plain PyTorch and other libraries
 
 All rows of a table took turns in one process, and a ratio is the median of the ratios round by round. Each table says
 on which machine it was measured. `make bench` measures again and writes this page; the scripts in
-[benchmarks](https://github.com/fastswa/fastswa/tree/main/benchmarks) say what each row is. How many steps averaging
-saves is a [study](../experiments/bench_averages.ipynb).
+[benchmarks](https://github.com/fastswa/fastswa/tree/main/benchmarks) say what each row is. Studies of their own:
+[how many steps averaging saves](../experiments/bench_averages.ipynb), and
+[how far a small network gets](../experiments/records.ipynb).
 """
 
 

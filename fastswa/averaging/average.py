@@ -231,11 +231,11 @@ def update_all(
 
     If a rule fails, no `Average` that shares has moved."""
     averages = [*averages]
-    if len({id(a) for a in averages}) < len(averages): raise ValueError('an average is among them twice')
     steps = [steps]*len(averages) if isinstance(steps, Integral) else [*steps]
     if len(steps) != len(averages):
         raise ValueError(f'{len(averages)} averages need as many steps, or one number; got {steps}')
     if len(averages) == 1: return averages[0].update(steps=steps[0])
+    if len({id(a) for a in averages}) < len(averages): raise ValueError('an average is among them twice')
     groups,alone = {},[]
     for a, s in zip(averages, steps):
         a._ready(s)

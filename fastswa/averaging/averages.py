@@ -20,7 +20,7 @@ from fastswa.averaging.holding import (Held, held_record, held_weights, holding,
     restore_raw)
 from .rules import equal
 from .tensors import find_tensors, named_places
-from ..clock import Clock, Every, Time
+from ..clock import RUN, Clock, Every, Time
 from ..module_state import keep_modes
 from ..random_state import keep_rng, generators_in
 from ..core import Context, unwrap
@@ -94,6 +94,7 @@ class TrackedAverages(Mapping):
     def _start(self, clock):
         self.clock = clock
         self._updated = None, []      # position of the last update, and the averages that took part
+        self._warned = False      # that this run goes on beyond its length
 
     def add(self,
         name:str, # what the average is called in tables, files and `using`
@@ -135,9 +136,18 @@ class TrackedAverages(Mapping):
     def step(self,
         stepped:bool=True, # did the optimizer take a step? Not where gradients add up, or mixed precision skipped it
     ):
-        "Call this after each batch: the averages that are due take a snapshot"
+        "Call this after each batch: the averages that are due take a snapshot; a warning beyond the announced length"
         self.clock.tick(stepped)
+        if self.clock.beyond and not self._warned: self._warn_of_length()
         if stepped: self.update_due()
+
+    def _warn_of_length(self):
+        self._warned,clock = True,self.clock
+        kind,told = ('step', 'max_steps') if clock.by_steps else ('batch', 'steps_per_epoch × n_epochs')
+        warnings.warn(f'this is {kind} {clock.now(RUN)} of a run that was announced as {clock.length} ({told}): '
+                      f"a time such as '0.75dur' was a share of those {clock.length}. Give Averages the n_epochs of "
+                      'the whole run, or call averages.begin(steps_per_epoch, n_epochs) when another run begins',
+                      stacklevel=3)
 
     def update_due(self) -> list: # names of the averages that took one
         """The averages that are due take a snapshot, together; for whoever moves `clock` himself

@@ -12,11 +12,9 @@ import cmath, math
 
 import torch
 
-from .tensors import SMALL, alike
+from .tensors import BLOCK, SMALL, alike
 
 # %% ../../nbs/averaging/02_kernels.ipynb #00000005
-_BLOCK = 2**17 # elements: in fp32 a block of the snapshot and one of the average fit into the cache of a core
-
 def _same_layout(tensors):
     "Do the elements of all of these follow each other in memory, without gaps, in the same order?"
     stride = tensors[0].stride()
@@ -24,10 +22,10 @@ def _same_layout(tensors):
     return all(t.stride() == stride for t in tensors)
 
 def _slices(tensors):
-    "Tensors of one shape, cut alike into 1-d views of at most `_BLOCK` elements; whole where their layouts differ"
+    "Tensors of one shape, cut alike into 1-d views of at most `BLOCK` elements; whole where their layouts differ"
     if not _same_layout(tensors): return [tensors]
     flat = [t.as_strided((t.numel(),), (1,)) for t in tensors]
-    return list(zip(*[t.split(_BLOCK) for t in flat]))
+    return list(zip(*[t.split(BLOCK) for t in flat]))
 
 def _groups(snapshot, averages):
     "Lists of `(snapshot, *averages)` slices: runs of small ones first, then the large ones, each by itself"
@@ -39,7 +37,7 @@ def _groups(snapshot, averages):
         if size > SMALL or slices[0][0].ndim != 1:
             large += [[s] for s in slices]
             continue
-        if not small or n + size > _BLOCK:
+        if not small or n + size > BLOCK:
             small.append([])
             n = 0
         small[-1] += slices

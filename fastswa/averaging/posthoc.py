@@ -21,7 +21,7 @@ from .holding import holding
 from .rules import power
 from .tensors import locked
 from ..core import check_whole, later
-from ..files import as_path, check_folder, remove, remove_unfinished, written
+from ..files import as_path, check_folder, is_main_process, remove, remove_unfinished, written
 
 # %% ../../nbs/averaging/10_posthoc.ipynb #00000005
 def shares(gammas, first, last):
@@ -104,7 +104,7 @@ class StoresSnapshots(Average):
         every:int|None=100, # updates between two snapshots; None: only those that `store` takes
         *,
         keep:int|None=40, # snapshots stored at most; when there are more, some are left out evenly; None: all stay
-        folder=None, # write snapshots here, and find those that are here; None: in memory and in each checkpoint
+        folder=None, # for files of the snapshots, by the main process; None: they are in memory and each checkpoint
         **kwargs, # for `Average`: `dtype`, `device`, `include`, `exclude`, `check_finite`
     ):
         rules = [power(sigma_rel=s) for s in sigma_rels]
@@ -114,9 +114,12 @@ class StoresSnapshots(Average):
         self.folder = None if folder is None else as_path(folder)
         self._others = [Average(module, rule, **kwargs) for rule in rules[1:]]
         super().__init__(module, rules[0], **kwargs)
-        if self.folder is not None:
-            check_folder(self.folder)
-            self._stored = self._checked(self._files())
+        if self.folder is None: return
+        if any(mesh.size() > 1 for mesh in self._selection.meshes):
+            raise ValueError('each process holds a part of the weights (FSDP), and none can write a whole snapshot: '
+                             'leave folder out, and the snapshots are in memory and in each checkpoint')
+        if is_main_process(): check_folder(self.folder)
+        self._stored = self._checked(self._files())
 
     @property
     def averages(self) -> list:
@@ -171,7 +174,7 @@ class StoresSnapshots(Average):
 
     def check_new(self):
         "RuntimeError if the folder holds snapshots, but this not the averages that belong to them"
-        files = self._files() if self.folder and self._taken == 0 else ()
+        files = self._files() if self.folder and self._taken == 0 and is_main_process() else ()
         if files:
             raise RuntimeError(f'{self.folder} holds snapshots up to step {max(files)}: '
                                'give another folder for a new run, or load the state of the old one')
@@ -192,11 +195,13 @@ class StoresSnapshots(Average):
     def _write(self, now, left_out):
         path = self.folder/f'ema-{self.n:08}.pt'
         steps = [s for s in (*self._stored, self.n) if s not in left_out]
-        with written(path) as f: torch.save(dict(now, steps=steps), f)
+        if is_main_process():
+            with written(path) as f: torch.save(dict(now, steps=steps), f)
         self._stored[self.n] = path
 
     def _remove_others(self):
         "Remove the files of snapshots that are left out, and of a run that went on from an earlier state once more"
+        if not is_main_process(): return
         for step, p in self._files().items():
             if step not in self._stored: remove(p)
         remove_unfinished(self.folder, 'ema-*')

@@ -15,7 +15,7 @@ from numbers import Real
 
 import numpy as np
 
-from ..clock import Time
+from ..clock import RUN, Time
 from ..core import check_choice, check_number
 
 # %% ../../nbs/averaging/00_rules.ipynb #00000005
@@ -139,7 +139,7 @@ class scheduled_ema(Rule):
         if '_run' not in vars(self):
             raise RuntimeError(f'{self} depends on how far the run has come: `averages.add` it, and `Averages` says so')
         clock,total = self._run
-        return 1 - self.decay_at(min(max(clock.now(_RUN) - 1, 0)/total, 1.))
+        return 1 - self.decay_at(min(max(clock.now(RUN) - 1, 0)/total, 1.))
 
     def decay_at(self,
         share:float, # of the run, from 0 to 1
@@ -152,15 +152,13 @@ class scheduled_ema(Rule):
         clock, # a `Clock`
     ):
         "The rule in a run, whose clock says how far it has come; ValueError if nobody knows its length"
-        try: total = float(clock.span(_RUN))
+        try: total = float(clock.span(RUN))
         except ValueError as e:
             raise ValueError(f'{self} changes over the run, whose length is not known: give the loader a length or the '
                              'fit max_steps (`Averages`: steps_per_epoch and n_epochs), or a constant decay') from e
         res = replace(self)
         object.__setattr__(res, '_run', (clock, total or 1.))      # a run of no epochs has no steps
         return res
-
-_RUN = Time.parse('1dur')
 
 # %% ../../nbs/averaging/00_rules.ipynb #a56d6c4f
 def scale_decay(

@@ -205,6 +205,6 @@ def _skip_all(averages):
     for a in averages: a._skip(warn=a is averages[0])
 
 def _guarded(averages):
-    "Ctrl-C must not leave half of the averages moved; a single call of a small model needs no guard, which costs 4 µs"
-    alone = len(averages) == 1 and averages[0]._avg is not None and averages[0]._selection.small
+    "Ctrl-C must not leave half of the averages moved; a single call of torch, as for a small model, needs no guard"
+    alone = len(averages) == 1 and averages[0]._avg is not None and averages[0]._selection.in_one_block
     return nullcontext() if alone else uninterrupted()

@@ -144,6 +144,7 @@ def put(d, k, value):
     else: d[k] = value.detach().to(d[k], copy=True)
 
 SMALL = 2**15 # elements: what is handled together with others of this size
+BLOCK = 2**17 # in fp32 a block of the snapshot and one of the average fit into the cache of a core
 
 def empty_like_all(tensors, dtype=None, device=None):
     "A list of empty tensors like these; on the CPU small ones of one dtype follow each other in memory, to move as one"
@@ -181,7 +182,8 @@ class Selection:
         owners = [self._slots[pos] for pos in self._first()]
         self.places = [(d, k) for d, k, _ in self._slots]
         self.owners = [t for _, _, t in self._slots]      # the parameters and buffers themselves
-        self.small = sum(t.numel() for t in self.live) <= SMALL
+        sizes = [t.numel() for t in self.live]
+        self.in_one_block = max(sizes) <= SMALL and sum(sizes) <= BLOCK
         self._firsts,self.once_fixed = [t for _, _, t in owners],set()
         self.dense = all(map(is_dense, self.live))
         self.meshes = list({t.device_mesh for t in self.owners if hasattr(t, 'to_local')})      # of sharded ones

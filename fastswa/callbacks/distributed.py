@@ -10,11 +10,13 @@ __all__ = ['DivideCB', 'DistributedCB', 'AccelerateCB']
 # %% ../../nbs/callbacks/17_distributed.ipynb #ca3fa2c3
 import sys
 from contextlib import ExitStack
+from inspect import signature
 
 import torch
 from torch import nn
 import torch.distributed as dist
 
+from ..averaging.tensors import reshard
 from ..batches import to_device
 from ..core import check_choice, check_number, unwrap
 from ..data.shares import Share
@@ -126,10 +128,13 @@ class DistributedCB(DivideCB):
         elif not self.processes.alone and learn.will_train: self._wrap(learn)
 
     def _wrap(self, learn):
-        model,options = learn.model,dict(broadcast_buffers=False) | self.options
+        model,ddp = learn.model,nn.parallel.DistributedDataParallel
         if not any(p.requires_grad for p in model.parameters()): return
         self._undo.callback(setattr, learn, 'model', model)
-        learn.model = nn.parallel.DistributedDataParallel(model, **options)
+        # torch 2.13 has another name for what it does with buffers before each batch
+        sync = {'forward_sync_buffers', 'broadcast_buffers'} & signature(ddp).parameters.keys()
+        default = {} if 'broadcast_buffers' in self.options else {max(sync): False}
+        learn.model = ddp(model, **default | self.options)
 
     def _shard(self, learn):
         from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -141,6 +146,9 @@ class DistributedCB(DivideCB):
 
     def before_epoch(self, learn):
         if not learn.training: _send_from_main(unwrap(learn.model), self.processes, params=False)
+
+    def cleanup_epoch(self, learn):
+        if not learn.training: reshard(unwrap(learn.model))      # a backward pass would have
 
 def _units(model, classes):
     "What FSDP gathers and gives up again at once, the innermost first"

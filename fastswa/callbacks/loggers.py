@@ -17,6 +17,7 @@ import torch
 from ..clock import Every
 from ..batches import batch_size
 from ..files import as_path, check_folder, is_main_process, written
+from ..processes import ALONE
 from ..training.events import Callback, Stage
 from ..training.essentials import LossMeter
 from ..training.optim import groups_of
@@ -44,7 +45,10 @@ class RowsCB(Callback):
 
 # %% ../../nbs/callbacks/10_loggers.ipynb #00000008
 class LogCB(RowsCB):
-    "Hand what happens to `logger.log`, as flat dicts; raises TypeError for an object without such a method"
+    """Hand what happens to `logger.log`, as flat dicts; raises TypeError for an object without such a method
+
+    Of several processes the first one logs, losses of all; the logger of another is not used."""
+    sums_of_process = True      # a part of the losses
     def __init__(self,
         logger, # an object with `log`, which is called with a dict: a W&B run, for example
         every:str='50ba', # how often loss and learning rate are logged, as in `'50ba'`, `'0.5ep'`, `'0.01dur'`
@@ -93,10 +97,11 @@ class LogCB(RowsCB):
 
     def _flush(self, learn):
         meter,self._meter,self._due = self._meter,LossMeter(),False
-        self._log(learn, {'train/loss': meter.compute(), **{k: float(v) for k, v in self._lrs.items()}})
+        processes = learn.processes if learn.error is None else ALONE      # after an error others may be gone
+        self._log(learn, {'train/loss': meter.compute(processes), **{k: float(v) for k, v in self._lrs.items()}})
 
     def _log(self, learn, values):
-        if learn.processes.rank == 0: self.logger.log({**values, 'epoch': learn.epoch, 'step': learn.opt_steps})
+        if is_main_process(): self.logger.log({**values, 'epoch': learn.epoch, 'step': learn.opt_steps})
 
 # %% ../../nbs/callbacks/10_loggers.ipynb #00000011
 class TensorBoardCB(LogCB):

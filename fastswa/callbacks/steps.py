@@ -56,7 +56,7 @@ class GradAccumCB(Callback):
     order,role = Stage.step,'steps'
     def __init__(self,
         batches:int|None=None, # in a step
-        samples:int|None=None, # or: at least so many samples
+        samples:int|None=None, # or: at least so many samples, in all processes together
         weight=None, # called with a batch: what it counts, a number above 0 such as its tokens; None: its samples
     ):
         if (batches is None) == (samples is None):
@@ -79,7 +79,7 @@ class GradAccumCB(Callback):
         check_alone(self, learn)
         self._start()
         bs = getattr(learn.dls.train, 'batch_size', None)
-        k = self.batches or (math.ceil(self.samples/bs) if bs else None)
+        k = self.batches or (math.ceil(self.samples/(bs*learn.processes.size)) if bs else None)
         n = learn.clock.epoch_batches
         learn.clock.epoch_steps = math.ceil(n/k) if n and k else None
         learn.n_epochs = learn.clock.total_epochs or learn.n_epochs
@@ -91,22 +91,28 @@ class GradAccumCB(Callback):
 
     def after_loss(self, learn):
         if not learn.training: return
-        self._n = self._count(learn)
-        weight = self._n/(self._size or self._n)
-        if weight != 1: learn.loss.register_hook(lambda g: g*weight)
+        own,self._samples = getattr(learn.dl, 'now', (None, None))
+        if own is None: self._samples = batch_size(learn.batch, learn.dl)
+        self._n,factor = self._samples,1.
+        if self.weight is not None: self._n,factor = self._weigh(learn, own)
+        factor *= self._n/(self._size or self._n)
+        if factor != 1: learn.loss.register_hook(lambda g: g*factor)
 
-    def _count(self, learn):
-        if self.weight is None: return getattr(learn.dl, 'now', (0, None))[1] or batch_size(learn.batch, learn.dl)
+    def _weigh(self, learn, own):
+        "What the batch counts in all processes together; this one's part of it beside its part of the samples"
         weight = self.weight(learn.batch)
         try: weight = float(weight)
         except (TypeError, ValueError): pass      # what it is, is said below
-        return check_number('weight', weight)
+        check_number('weight', weight)
+        if own is None: return weight, 1.
+        n, = learn.processes.sums(weight if own else 0.)      # one that only fills in counts nothing
+        return n, weight/n*self._samples/own if own else 1.
 
     def after_backward(self, learn):
         if not self._at_end:
             self._size = self._size or self._n
             self._n_batches += 1
-            self._n_samples += batch_size(learn.batch, learn.dl)
+            self._n_samples += self._samples
             self._weight += self._n/self._size
         full = self._n_batches >= self.batches if self.batches else self._n_samples >= self.samples
         if not (full or self._at_end): raise CancelStepException

@@ -97,14 +97,16 @@ class PostHocEMACB(_NowAndThen, AverageCB):
 
     def before_fit(self, learn):
         super().before_fit(learn)
+        if learn.will_train: learn.processes.gather(None)      # all have looked into the folder
         if learn.restarting: self.average.forget()
-        if learn.will_train and not learn.resuming: self.average.check_new()
+        if learn.will_train and not learn.resuming: learn.processes.main_does(self.average.check_new)
 
     def act(self): self.average.store()
 
     def cleanup_fit(self, learn):
-        ended = learn.error is None and learn.will_train
-        if ended and self.average is not None and self.average.n: self.average.store()
+        if learn.error is None and learn.will_train and self.average is not None and self.average.n:
+            if learn.processes.rank: self.average.store()
+            learn.processes.main_does(self.average.store)      # others can read the file afterwards
         super().cleanup_fit(learn)
 
 # %% ../../nbs/callbacks/04_swa_variants.ipynb #0000001a

@@ -1,6 +1,6 @@
 "Save, load, export, and go on with a run as if it had never stopped"
-from .archive import load_weights, read_checkpoint
-from .checkpoint import CheckpointCB
+from .archive import read_checkpoint
+from .checkpoint import CheckpointCB, load_weights
 from .hub import load_from_hub
 
 __all__ = [

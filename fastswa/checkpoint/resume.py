@@ -61,7 +61,8 @@ def _saved_cbs(learn): return [cb for cb in by_order(learn.cbs) if _has_state(cb
 
 def _of_processes(learn):
     "What each of several processes has for itself: random state, now and at the epoch's beginning, and partial sums"
-    sums = {i: cb.state_dict() for i, cb in enumerate(_saved_cbs(learn)) if cb.role == 'measures' and _has_state(cb)}
+    def has_parts(cb): return cb.role == 'measures' or getattr(cb, 'sums_of_process', False)
+    sums = {i: cb.state_dict() for i, cb in enumerate(_saved_cbs(learn)) if has_parts(cb) and _has_state(cb)}
     return learn.processes.gather(dict(rng=get_rng_state(generators(learn)), epoch=learn.own_cbs.position.rng,
                                        meter=learn.own_cbs.loss.meter.state_dict(), sums=sums))
 
@@ -249,10 +250,11 @@ class ResumeCB(Callback):
         options = sorted({f'{k} was {a} and is {b}' for k, a, b in pairs if a != b})
         but = 'but for what a schedule sets, ' if any(cb.role == 'schedules' for cb in learn.cbs) else ''
         if options: warnings.warn(f'{but}the optimizer goes on with the options that were saved: {", ".join(options)}')
-        was,now,unit = self.state['n_epochs'],learn.n_epochs,'epochs'
-        if learn.clock.by_steps: was,now,unit = self.state.get('total_steps'),learn.clock.total_steps,'steps'
+        was,now,unit = self.state['n_epochs'],learn.n_epochs,'epoch'
+        if learn.clock.by_steps: was,now,unit = self.state.get('total_steps'),learn.clock.total_steps,'step'
         if was != now:
-            warnings.warn(f'the fit was of {was} {unit} and is of {now} now: what is measured by its length '
+            units = unit if was == 1 else f'{unit}s'
+            warnings.warn(f'the fit was of {was} {units} and is of {now} now: what is measured by its length '
                           "('0.75dur', schedules) goes another way")
 
     def before_epoch(self, learn):

@@ -9,7 +9,6 @@ __all__ = ['track']
 
 # %% ../../nbs/integrations/03_accelerate.ipynb #bc290800
 from ..averaging.averages import Averages
-from ..core import unwrap
 from .common import StepsTaken, raw_state_dict, require
 
 require('accelerate', '1.0')
@@ -54,4 +53,4 @@ def _put_raw(averages, models, weights):
     "What is saved of the model that holds an average are its raw weights"
     if averages.held == 'raw': return
     for model, saved in zip(models, weights):
-        if unwrap(model) is averages.model: saved.update(raw_state_dict(averages, model))
+        if averages.model in model.modules(): saved.update(raw_state_dict(averages, model))

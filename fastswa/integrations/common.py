@@ -52,6 +52,7 @@ class Adapter:
     "What the adapters have in common: from words to `Averages`, their state, and the one that is applied"
     averages = None # the `Averages` of the model, as soon as that is known
     bn_forward = None # called with model and batch for BatchNorm statistics, as in `update_bn`
+    Clock = Clock # of the framework's runs
     def __init__(self,
         apply:str|None, # which average the model is to hold after training; None: its raw weights
         bn_batches:int|None, # training batches for BatchNorm statistics; None: all, and 20 in a validation; 0: none
@@ -84,7 +85,7 @@ class Adapter:
         accumulate:int=1, # batches for each optimizer step
     ):
         "A run begins, or goes on where a loaded state ended; ValueError if a time needs a length that is not known"
-        clock = Clock(epoch_batches, n_epochs, max_steps)
+        clock = self.Clock(epoch_batches, n_epochs, max_steps)
         if epoch_batches is not None: clock.epoch_steps = ceil(epoch_batches/accumulate)
         self.averages.begin(clock=clock)
         self.take_up()

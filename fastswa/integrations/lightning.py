@@ -12,6 +12,7 @@ import sys
 from collections import OrderedDict
 from contextlib import contextmanager
 from copy import copy
+from fractions import Fraction
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from itertools import islice
 
 import torch
 
+from ..clock import Clock
 from .common import Adapter, Reread, StepsTaken, raised_as, raw_state_dict, require
 from ..random_state import generators_in, keep_rng
 
@@ -63,12 +65,12 @@ def _validate(trainer, average):
     return loop.batch_progress.current.ready
 
 def _training_batches(trainer, n):
-    "`n()` batches, as the training step gets them, from loaders of their own"
+    "`n` batches, as the training step gets them, from loaders of their own"
     combined,module = trainer.fit_loop._combined_loader,trainer.lightning_module
     def read(*loaders):
         again = copy(combined)
         again.flattened = [*loaders]
-        for batch, *_ in islice(again, n()):
+        for batch, *_ in islice(again, n):
             batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
             yield trainer.strategy.batch_to_device(batch)
     return Reread(read, *combined.flattened)
@@ -78,9 +80,17 @@ def _forward(trainer, module, batch):
     args = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, 0).values()
     with _log_to(module, lambda *args, **kwargs: None): trainer.strategy.training_step(*args)
 
+# %% ../../nbs/integrations/01_lightning.ipynb #ca24b499
+class StepsOfEach(Clock):
+    "A share of a run that `max_steps` ends is one of Lightning's own steps, of which each optimizer takes its own"
+    global_step = 0
+    def kind(self, time):
+        return 'global_step' if time.unit == 'dur' and self.by_steps else super().kind(time)
+
 # %% ../../nbs/integrations/01_lightning.ipynb #d7af3d4a
 class AveragesCallback(Adapter):
     "Averages of a LightningModule's weights: their metrics, BatchNorm statistics and checkpoints, and one at the end"
+    Clock = StepsOfEach
     def __new__(cls, *args, **kwargs):
         return object.__new__(cls if hasattr(cls, 'state_key') else _class_for(cls, *_packages()))
 
@@ -100,16 +110,20 @@ class AveragesCallback(Adapter):
         trainer.callbacks.sort(key=lambda cb: cb is not self)      # the first, so that others see its metrics
 
     def on_train_start(self, trainer, pl_module):
-        # of an endless loader as many as the run has seen
-        data = _training_batches(trainer, lambda: _known(trainer.num_training_batches) or self.averages.clock.batches)
+        def batches():      # of an endless loader as many as the run has seen
+            return _training_batches(trainer, _known(trainer.num_training_batches) or self.averages.clock.batches)
         with raised_as(self.error):
-            self.attach(pl_module, data)
+            self.attach(pl_module, batches)
             if self.bn_forward is None and pl_module.automatic_optimization:
                 self.averages.bn_forward = partial(_forward, trainer)
-            self.begin(**_length(trainer, resumed=bool(self._saved)))
+            # a run goes on where a file says how far it had come; else it begins here
+            self.before = 0 if self._saved else trainer.global_step
+            self.begin(**_length(trainer, self.before))
         self.steps = StepsTaken(trainer.optimizers)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx): self.averages.step(self.steps.any())
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.averages.clock.global_step = trainer.global_step - self.before
+        self.averages.step(self.steps.any())
 
     def on_train_epoch_end(self, trainer, pl_module): self.epoch_over()
 
@@ -161,12 +175,10 @@ def _figures(loop):
         found |= loop._results.metrics(False)['callback']
     return found
 
-def _length(trainer, resumed):
-    "That of the run as `begin` takes it: from here on, or in all where a file says how far it had come"
+def _length(trainer, before):
+    "That of the run as `begin` takes it, after so many steps that are no part of it"
     n_epochs,max_steps = _known(trainer.max_epochs),_known(trainer.max_steps)
-    if n_epochs is not None and not resumed: n_epochs -= trainer.current_epoch
-    if max_steps is not None:
-        # Lightning counts the steps of each optimizer
-        max_steps = (max_steps - (0 if resumed else trainer.global_step))//max(len(trainer.optimizers), 1)
+    if n_epochs is not None and before: n_epochs -= trainer.current_epoch
+    if max_steps is not None: max_steps -= before
     return dict(epoch_batches=_known(trainer.num_training_batches), n_epochs=n_epochs, max_steps=max_steps,
-                accumulate=trainer.accumulate_grad_batches)
+                accumulate=Fraction(trainer.accumulate_grad_batches, len(trainer.optimizers) or 1))

@@ -41,7 +41,10 @@ class AveragesCallback(Adapter, TrainerCallback):
         n = len(train_dataloader) if has_length(train_dataloader) else None
         self.attach(model, self._batches)
         if state.global_step: self._load(call.get('resume_from_checkpoint'))
-        self.begin(n, n and state.num_train_epochs, state.max_steps, args.gradient_accumulation_steps)
+        # a run goes on where a checkpoint says how far its averages had come; else it begins here
+        before = 0 if self._saved else state.global_step
+        n_epochs = None if before else n and state.num_train_epochs
+        self.begin(n, n_epochs, state.max_steps - before, args.gradient_accumulation_steps)
         self.steps = StepsTaken([optimizer.optimizer])
 
     def on_substep_end(self, *args, **kwargs): self.averages.step(stepped=False)

@@ -4,6 +4,7 @@ import importlib
 import os
 import runpy
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -414,6 +415,18 @@ def test_apply_holds_and_the_next_run_starts_from_the_raw_weights(tmp_path):
         torch.manual_seed(1)
         o.train()
     assert same({k: v for k, v in cb.averages.weights('raw').items()}, {k: copies(plain.model)[k] for k in raw})
+
+
+def test_a_run_after_one_that_an_exception_ended(tmp_path):
+    "Wrong: two that note each step of the optimizer, one of them for ever"
+    cb, fails = callback(), At('on_step_end', 3, lambda _: 1/0)
+    t = trainer(tmp_path, cb, more=[fails], eval_strategy='no', save_strategy='no')
+    with pytest.raises(ZeroDivisionError): t.train()
+    first = weakref.ref(cb.steps)
+    t.remove_callback(fails)
+    t.train()
+    gc.collect()
+    assert cb.averages.clock.batches == 20 and cb.averages['ema'].n == 23 and first() is None
 
 
 # what is wrong is said before training

@@ -12,10 +12,11 @@ TEXT = """# Benchmarks
 
 > What fastswa costs beside plain PyTorch and other libraries
 
-All rows of a table took turns in one process, and a ratio is the median of the ratios round by round. Each table says
-on which machine it was measured. `make bench` measures again and writes this page; the scripts in
-[benchmarks](https://github.com/fastswa/fastswa/tree/main/benchmarks) say what each row is. How many steps averaging
-saves is a [study](../experiments/bench_averages.ipynb).
+All rows of a table took turns, and a ratio is the median of the ratios round by round. Each table says on which
+machine it was measured. `make bench` measures again and writes this page; the scripts in
+[benchmarks](https://github.com/fastswa/fastswa/tree/main/benchmarks) say what each row is. Studies of their own:
+[how many steps averaging saves](../experiments/bench_averages.ipynb), and
+[how far a small network gets](../experiments/records.ipynb).
 """
 
 

@@ -45,6 +45,7 @@ class AveragesCallback(Adapter, TrainerCallback):
         before = 0 if self._saved else state.global_step
         n_epochs = None if before else n and state.num_train_epochs
         self.begin(n, n_epochs, state.max_steps - before, args.gradient_accumulation_steps)
+        if self.steps: self.steps.remove()      # of a run that an exception ended
         self.steps = StepsTaken([optimizer.optimizer])
 
     def on_substep_end(self, *args, **kwargs): self.averages.step(stepped=False)

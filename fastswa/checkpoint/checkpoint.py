@@ -197,10 +197,12 @@ class HostCopies:
         state, # nested lists, tuples and dicts of tensors; memory that they share is copied once, and shared again
     ):
         "`state` with copies in place of its tensors; those made before are overwritten"
-        self._old,self._buffers = self._buffers,{}
+        self._old,self._buffers,self._sources = self._buffers,{},[]
         res = map_tensors(self._copy, state)
+        # all at once: between small steps of Python the copies themselves take longer
+        if self._sources: torch._foreach_copy_([*self._buffers.values()], self._sources, non_blocking=True)
         for device in {key[0] for key in self._buffers if key[0].type != 'cpu'}: torch.accelerator.synchronize(device)
-        self._old = {}
+        self._old,self._sources = {},[]
         return res
 
     def _copy(self, t):
@@ -216,7 +218,8 @@ class HostCopies:
             dtype = torch.uint8 if source.nbytes() % 8 else torch.int64      # the larger elements are copied faster
             memory,buffer = torch.empty(0, dtype=dtype, device=device).set_(source),self._old.get(key)
             if buffer is None: buffer = torch.empty(memory.shape, dtype=dtype, pin_memory=pinned)
-            self._buffers[key] = buffer.copy_(memory, pinned)
+            self._buffers[key] = buffer
+            self._sources.append(memory)
         return self._buffers[key].untyped_storage()
 
 class BackgroundWriter:
@@ -229,8 +232,11 @@ class BackgroundWriter:
     ):
         "Copy `state`, and let it be written; raises as `wait` does if the one before could not be"
         self.wait()
-        self._job,pool = partial(write, self._copies(state)),ThreadPoolExecutor(1)
-        self._result = pool.submit(self._job)
+        job,go,pool = partial(write, self._copies(state)),threading.Event(),ThreadPoolExecutor(1)
+        self._job = job
+        # a thread that is busy from its start on keeps the interpreter for 5 ms, and this one waiting
+        try: self._result = pool.submit(lambda: go.wait() and job())
+        finally: go.set()
         pool.shutdown(wait=False)      # its thread ends when it is done
 
     def wait(self):
@@ -339,12 +345,12 @@ class CheckpointCB(Callback):
     def before_epoch(self, learn):
         if not learn.training or learn.resuming: return
         if self.watched: self.watched.check(learn, rows=True)
-        self._write_if(learn, self.when.due() or self._improved)
+        self._write_if(learn, self._improved)
 
     def after_batch(self, learn):
         if not learn.training: return
         self.whole = None
-        if learn.iter + 1 != learn.clock.epoch_batches: self._write_if(learn, self.when.due())
+        if learn.iter + 1 != learn.clock.epoch_batches: self._write_if(learn)
         elif not learn.clock.over: self.whole = WholePosition(learn)
 
     def after_epoch(self, learn):
@@ -378,7 +384,8 @@ class CheckpointCB(Callback):
         "After an error the other processes may be gone, which have their parts of a divided model"
         return learn.error is None or learn.processes.alone or not self._sharded
 
-    def _write_if(self, learn, due):
+    def _write_if(self, learn, due=False):
+        due = self.when.due() or due      # it is asked also where it does not matter, and does not say so again later
         asked = self._signals.asked if learn.processes.alone else learn.processes.asked
         if not (due or asked) or learn.own_cbs.position.place(learn) is None or not self._can_write(learn): return
         together = learn.error is None

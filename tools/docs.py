@@ -20,7 +20,8 @@ base = root/'_docs'
 work, out = base/'source', base/'html'
 GUIDES = ['start', 'averaging', 'recipes', 'callbacks', 'learner', 'init', 'promises', 'coming_from', 'loops',
           'cluster', 'benchmarks']
-STUDIES = ['weight_averaging', 'anytime', 'inside_averages', 'posthoc', 'initializing', 'ktorch_mnist']
+STUDIES = ['weight_averaging', 'bench_averages', 'anytime', 'inside_averages', 'posthoc', 'records', 'initializing',
+           'ktorch_mnist']
 HOUSE = ['averaging', 'callbacks', 'training', 'nets', 'data', 'checkpoint', 'integrations', 'compare']
 CONF = dict(project='fastswa', html_title='fastswa', extensions=['myst_nb', 'sphinx_copybutton', 'docs'],
             html_theme='furo', html_static_path=[str(root/'tools'/'docs.css')], html_css_files=['docs.css'],

@@ -33,7 +33,7 @@ _RATES = dict(
                     schedule_free=[0.004, 0.008, 0.016]))
 
 def settings(
-    size:str='full', # `'full'`: about 40 minutes on two cores; `'quick'`: minutes; `'tiny'`: seconds, says nothing
+    size:str='full', # `'full'`: an hour on two cores; `'quick'`: minutes; `'tiny'`: seconds, says nothing
     data:str|None=None, # images, as for `load_data`; None: Fashion-MNIST, for `'tiny'` toy images
     schedule_free:bool|None=None, # with Schedule-Free optimizers? None: if the package `schedulefree` is there
 ) -> dict:
@@ -362,5 +362,5 @@ def _plot_saved(ax, table):
     ax.annotate('AlgoPerf', (12, 1), (0, 3), xycoords=('data', 'axes fraction'), textcoords='offset points',
                 ha='center', fontsize=9, color=GREY)      # above the frame, where no label of a row is
     ax.set(yticks=range(len(rows)), yticklabels=[f'{r.run}, {r.average}' for r in rows.itertuples()],
-           ylim=(-0.6, len(rows)), xlim=(-45, 85), xlabel='steps saved, %: mean, 95 % interval')
+           ylim=(-0.6, len(rows)), xlim=(min(-45, rows.saved.min() - 10), 85), xlabel='steps saved, %: mean, 95 % interval')
     ax.grid(axis='x', alpha=0.3)

@@ -362,5 +362,6 @@ def _plot_saved(ax, table):
     ax.annotate('AlgoPerf', (12, 1), (0, 3), xycoords=('data', 'axes fraction'), textcoords='offset points',
                 ha='center', fontsize=9, color=GREY)      # above the frame, where no label of a row is
     ax.set(yticks=range(len(rows)), yticklabels=[f'{r.run}, {r.average}' for r in rows.itertuples()],
-           ylim=(-0.6, len(rows)), xlim=(min(-45, rows.saved.min() - 10), 85), xlabel='steps saved, %: mean, 95 % interval')
+           ylim=(-0.6, len(rows)), xlim=(min(-45, rows.saved.min() - 10), 85),
+           xlabel='steps saved, %: mean, 95 % interval')
     ax.grid(axis='x', alpha=0.3)

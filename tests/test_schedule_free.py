@@ -328,7 +328,7 @@ def test_resume_of_a_run_that_was_saved_in_eval_mode(opt, tmp_path):
     again.fit(2, resume=tmp_path)
     part.fit(1, cbs=[CheckpointCB(tmp_path/'end')])
     more = make()
-    with pytest.warns(UserWarning, match='of 1 epochs'): more.fit(2, resume=tmp_path/'end')
+    with pytest.warns(UserWarning, match='of 1 epoch '): more.fit(2, resume=tmp_path/'end')
     assert same(again.averages.weights('raw'), whole.averages.weights('raw')) and again.history == whole.history
     assert more.opt_steps == 30
     x = x_of(more)

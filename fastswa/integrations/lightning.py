@@ -64,9 +64,9 @@ def _validate(trainer, average):
     finally: epoch_loop.val_loop,trainer.callbacks = before,others
     return loop.batch_progress.current.ready
 
-def _training_batches(trainer, n):
+def _training_batches(trainer, combined, n):
     "`n` batches, as the training step gets them, from loaders of their own"
-    combined,module = trainer.fit_loop._combined_loader,trainer.lightning_module
+    module = trainer.lightning_module
     def read(*loaders):
         again = copy(combined)
         again.flattened = [*loaders]
@@ -111,7 +111,9 @@ class AveragesCallback(Adapter):
 
     def on_train_start(self, trainer, pl_module):
         def batches():      # of an endless loader as many as the run has seen
-            return _training_batches(trainer, _known(trainer.num_training_batches) or self.averages.clock.batches)
+            n = _known(trainer.num_training_batches) or self.averages.clock.batches
+            return _training_batches(trainer, self.loaders, n)
+        self.loaders = trainer.fit_loop._combined_loader
         with raised_as(self.error):
             self.attach(pl_module, batches)
             if self.bn_forward is None and pl_module.automatic_optimization:
@@ -120,6 +122,10 @@ class AveragesCallback(Adapter):
             self.before = 0 if self._saved else trainer.global_step
             self.begin(**_length(trainer, self.before))
         self.steps = StepsTaken(trainer.optimizers)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        # which may be new ones, and which Lightning forgets after the run
+        self.loaders = trainer.fit_loop._combined_loader
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.averages.clock.global_step = trainer.global_step - self.before

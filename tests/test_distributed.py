@@ -24,6 +24,7 @@ from fastswa.all import (
     AccelerateCB, BNUpdateCB, CSVLoggerCB, Callback, CheckpointCB, DistributedCB, EMACB, EarlyStoppingCB, GradAccumCB,
     Learner, LogCB, MetricsCB, NaNGuardCB, PostHocEMA, PostHocEMACB, SWACB, TrainLearner)
 from fastswa.data.loaders import BatchLoader
+from fastswa.processes import _leave
 from helpers import Hits, check_case, copied, end_ranks, errors_of, raises_on_all, run_cases, start_ranks
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason='needs gloo')
@@ -455,6 +456,19 @@ def test_one_is_killed(tmp_path):
     learn = learner(*averages(), together=False)
     learn.load(tmp_path/'run')
     assert (learn.opt_steps, learn.averages['ema'].n) == (10, 10)
+
+
+def test_accelerate_in_one_process_is_no_launch():
+    "Trainer's arguments make accelerate's state, too. Wrong: after them nothing can train with its weights in parts"
+    from accelerate.state import PartialState
+    PartialState()
+    try:
+        learn = TrainLearner(net(), loaders(), F.cross_entropy, 0.1, [DistributedCB('fsdp')], sgd)
+        learn.fit(1)
+    finally:
+        _leave()
+        PartialState._reset_state()
+    assert all(torch.isfinite(p).all() for p in learn.model.parameters())
 
 
 def one_has_no_average():

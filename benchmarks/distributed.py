@@ -9,48 +9,18 @@ and one by the clock of the first. Target: `TrainLearner` with DistributedCB, Me
 plain loop.
 """
 import os, subprocess, sys, time
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torcheval.metrics import MulticlassAccuracy
 
 import timing
 from fastswa.callbacks.distributed import DistributedCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.swa import EMACB
-from fastswa.core import quiet
-from fastswa.training.learner import TrainLearner
-from step import make_batches, make_model, sgd
+from step import bare_loop, learner_loop, make_batches, make_model
 from timing import parser, report, table, take_turns
-
-
-def plain_loop(batches):
-    "What the guide to DDP writes, with the sum of the losses kept"
-    model = make_model('cpu').train()
-    opt = sgd(model.parameters(), lr=0.1)
-
-    def run():
-        ddp, total = nn.parallel.DistributedDataParallel(model), 0.      # the net has no buffers
-        for xb, yb in batches:
-            loss = F.cross_entropy(ddp(xb), yb)
-            loss.backward()
-            opt.step()
-            opt.zero_grad()
-            total += loss.detach()
-        return total.item()
-    return run
-
-
-def learner_loop(batches, *cbs):
-    dls = SimpleNamespace(train=batches, valid=None)
-    learn = TrainLearner(make_model('cpu'), dls, F.cross_entropy, 0.1, [DistributedCB(timeout=600), *cbs], sgd)
-
-    def run():
-        with quiet(): learn.fit(1)
-    return run
 
 
 class ByTheClock:
@@ -78,12 +48,14 @@ def main():
         sys.exit(subprocess.run([*torchrun, __file__, *sys.argv[1:]]).returncode)
     torch.set_num_threads(1)
     timing.clock = time.process_time
-    DistributedCB(timeout=600)
+    cb = DistributedCB(timeout=600)
     batches = make_batches(2*args.steps, args.bs, 'cpu')      # of which the learner takes every second one
+    own = batches[dist.get_rank()::2]
+    usual = MetricsCB(accuracy=MulticlassAccuracy()), EMACB()
     loops = {
-        'plain DDP': plain_loop(batches[dist.get_rank()::2]),
-        'TrainLearner, DistributedCB': learner_loop(batches),
-        ' with MetricsCB and EMACB': learner_loop(batches, MetricsCB(accuracy=MulticlassAccuracy()), EMACB()),
+        'plain DDP': bare_loop(make_model('cpu'), own, DistributedDataParallel),      # the net has no buffers
+        'TrainLearner, DistributedCB': learner_loop(make_model('cpu'), batches, cb),
+        ' with MetricsCB and EMACB': learner_loop(make_model('cpu'), batches, cb, *usual),
     }
     loops = {name: ByTheClock(f) for name, f in loops.items()}
     times = together(take_turns(loops, args.rounds, 'cpu'))

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import noop
 from torch import optim
 from torcheval.metrics import MulticlassAccuracy
 
@@ -47,14 +48,14 @@ def make_batches(steps, bs, device):
     return [(x.to(device), y.to(device)) for x, y in zip(images, labels)]
 
 
-def bare_loop(model, batches):
-    "The loop that everybody writes, with the sum of the losses kept on the device"
+def bare_loop(model, batches, wrap=noop):
+    "The loop that everybody writes, with the sum of the losses kept on the device; each turn wraps the model anew"
     opt = sgd(model.train().parameters(), lr=0.1)
 
     def run():
-        total = torch.zeros((), device=batches[0][0].device)
+        net, total = wrap(model), torch.zeros((), device=batches[0][0].device)
         for xb, yb in batches:
-            loss = F.cross_entropy(model(xb), yb)
+            loss = F.cross_entropy(net(xb), yb)
             loss.backward()
             opt.step()
             opt.zero_grad()

@@ -194,12 +194,14 @@ def plain(
     if kept: return value.detach() if isinstance(value, torch.Tensor) else value
     if isinstance(value, np.ndarray) and value.dtype.kind in 'biuf':
         return torch.from_numpy(value.astype(np.int64) if value.dtype.kind == 'u' else value.copy())
-    def convert(item, key):
-        if type(item) in _SCALARS: return item      # of which the state of a generator has hundreds
-        return plain(item, f'{name}.{key}' if name else str(key), tensors=tensors, strict=strict)
-    if isinstance(value, dict): return {convert(k, k): convert(v, k) for k, v in value.items()}
+    def convert(item, key): return plain(item, f'{name}.{key}' if name else str(key), tensors=tensors, strict=strict)
+    # scalars at once: a long history, and the state of a generator, have thousands
+    if isinstance(value, dict):
+        return {k if type(k) in _SCALARS else convert(k, k): v if type(v) in _SCALARS else convert(v, k)
+                for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return (tuple if isinstance(value, tuple) else list)(convert(v, i) for i, v in enumerate(value))
+        items = [v if type(v) in _SCALARS else convert(v, i) for i, v in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
     if not strict: return value
     raise TypeError(f'{name or "this"} is a {type(value).__name__}: a checkpoint holds tensors, numbers, texts, '
                     'and lists and dicts of them')

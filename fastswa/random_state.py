@@ -107,7 +107,7 @@ def generators_in(
     """The random generators that objects lead to: by attributes, items, closures, or a global that a function names.
 
     One that others use too is among them. What Python's garbage collector does not see, in a library of C++ or another
-    process, cannot be found; globals of installed packages are not looked for."""
+    process, cannot be found; globals of installed packages are not looked for, nor is a class with `draws_nothing`."""
     found,queue,seen = [],deque(objects),{id(o): o for o in (*_GLOBAL, *skip)}
     while queue and len(seen) < _MOST:
         o = queue.popleft()
@@ -118,7 +118,9 @@ def generators_in(
     return found
 
 @cache
-def _is_leaf(cls): return issubclass(cls, _LEAVES) or str(cls.__module__).partition('.')[0] in _DRAW_NOTHING
+def _is_leaf(cls):
+    of_these = issubclass(cls, _LEAVES) or str(cls.__module__).partition('.')[0] in _DRAW_NOTHING
+    return of_these or vars(cls).get('draws_nothing', False)      # a class that says so, and not one made of it
 
 def _parts(o):
     "What an object leads to"

@@ -68,7 +68,7 @@ def test_ctrl_c_at_any_line_keeps_the_raw_weights(raw_run):
         ctrl_c(partial(learn.fit, 1), at)
         assert learn.weights == 'raw', at
         assert is_of_the_run(state(learn.model), raw_run), at
-        learn.fit(1)
+        learn.fit(1, valid=False)
 
 
 LOOKS = dict(fit=(lambda learn: learn.fit(1), (True, False)), validate=(lambda learn: learn.validate(), (False,)),

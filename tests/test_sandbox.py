@@ -15,12 +15,15 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, I
 from torch.utils.data import RandomSampler, TensorDataset
 from torch.utils.data import dataloader
 
+from fastswa import random_state
 from fastswa.averaging.average import Average
 from fastswa.averaging.averages import Averages
 from fastswa.averaging.batchnorm import update_bn
 from fastswa.averaging.rules import equal
 from fastswa.callbacks.basics import BatchTransformCB
 from fastswa.callbacks.batchnorm import BNUpdateCB
+from fastswa.callbacks.metrics import MetricsCB
+from fastswa.callbacks.progress import LogView, ProgressCB
 from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.random_state import generators_in, get_rng_state, set_rng_state
@@ -28,7 +31,7 @@ from fastswa.core import plain
 from fastswa.training.events import Callback, CancelFitException
 from fastswa.training.learner import Learner, TrainCB, TrainLearner
 from fastswa.training.sandbox import keep_learner, sandbox
-from helpers import copied, end_workers, reopened, same
+from helpers import copied, end_workers, image_learner, reopened, same
 
 X = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
 Y = X.sum(1, keepdim=True)
@@ -910,3 +913,18 @@ def test_rows_of_averages_leave_the_parameters_of_a_loss_alone(how):
         learn.restore()
         return copied(learn.model.state_dict()) | dict(scale=crit.scale.detach().clone())
     assert same(fit(), fit(*averaging()))
+
+
+def test_an_epoch_looks_for_generators_in_as_much_as_any_other(monkeypatch, tmp_path, capsys):
+    "Wrong: going through the rows of all epochs before, in the history, the table and the state for a checkpoint"
+    found, looked_into, parts = [], [], random_state._parts
+    monkeypatch.setattr(random_state, '_parts', lambda o: looked_into.append(type(o)) or parts(o))
+    class Count(Callback):
+        role = 'watches'
+        def before_epoch(self, learn):
+            if not learn.training: return
+            found.append(len(looked_into))
+            looked_into.clear()
+    learn = image_learner(Count(), EMACB(), BNUpdateCB(), MetricsCB(), ProgressCB(view=LogView), CheckpointCB(tmp_path))
+    learn.fit(30)
+    assert found[9] == found[29] > 100

@@ -239,7 +239,8 @@ class FittedStatistics:
                 raise ValueError(f'the BatchNorm statistics of {name!r} are not known, and there are no batches to '
                                  'compute them from: give the learner its training data, or bn_data=')
             return
-        with keep_rng(*generators_in(batches)): update_bn(model, batches, n_batches=n_batches, forward=forward)
+        drawn = () if getattr(batches, 'keeps_random_state', False) else generators_in(batches)
+        with keep_rng(*drawn): update_bn(model, batches, n_batches=n_batches, forward=forward)
         self._known[name] = key, bn_state(model)
 
     def known(self, name, stamp, n_batches, data) -> dict|None:

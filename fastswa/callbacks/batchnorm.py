@@ -37,6 +37,8 @@ class BNUpdateCB(Callback):
 
 class TrainingBatches:
     "Training batches as the model of a learner gets them, for `update_bn`; called, it begins again, or gives None"
+    keeps_random_state = True # whoever goes through it need not
+
     def __init__(self, learn):
         self.learn,self.cbs = learn,[*learn.cbs]      # those that prepare a batch may be of this fit only
 

@@ -151,6 +151,7 @@ class ProgressCB(Callback):
     "Show training, in the way that suits where it runs"
     order,role = Stage.show,'watches'
     shows_rows = True # so that `MetricsCB` does not print them
+    draws_nothing = True # so that `generators_in` does not go through its rows and losses in each epoch
 
     def __init__(self,
         plot:bool=False, # in Jupyter, plot the loss while it trains?

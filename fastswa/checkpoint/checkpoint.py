@@ -172,7 +172,7 @@ class WholePosition:
     def __init__(self, learn, **place):
         self.state = learner_state(learn)
         self.state['place'] |= place
-        own = {k: v for k, v in self.state.items() if k != 'rng'}      # which is a copy
+        own = {k: v for k, v in self.state.items() if k not in ('rng', 'history')}      # which are copies
         self.versions = [(t, t._version) for t in map(local, tensors_in(own))]
 
     def is_valid(self, learn) -> bool:
@@ -256,6 +256,7 @@ class BackgroundWriter:
 class CheckpointCB(Callback):
     "Write checkpoints of a run into a folder; `best` and `best_epoch` tell about `best.pt`"
     order,role = Stage.save,'watches'
+    draws_nothing = True # the state that it keeps would be gone through in each epoch
     def __init__(self,
         path, # the folder; made if need be
         every:str='1ep', # how often, as in `'200ba'`, `'0.5ep'`, `'0.1dur'`; and when the fit ends

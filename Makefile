@@ -22,7 +22,7 @@ demo: $(STAMP)    ## train on Fashion-MNIST with SWA and EMA; results in runs/de
 	echo '(. $(BIN)/activate puts fastswa on the path)'
 
 test: $(STAMP)    ## run every test: the notebooks, then pytest
-	@$(with_data); status=0; $(BIN)/nbdev-test || status=1; $(BIN)/pytest -n 2 --dist loadfile || status=1; exit $$status
+	@$(with_data); status=0; $(BIN)/nbdev-test || status=1; $(BIN)/pytest -n 3 --dist loadfile || status=1; exit $$status
 
 setup: $(STAMP)    ## install everything into .venv
 

@@ -314,11 +314,17 @@ def _as_rank(f, args, rank, size, port, folder, threads):
     sys.stdout.flush()
 
 
+def forkserver():
+    "What starts processes by forking one that has imported torch once, the same one for all tests"
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload(['torch._dynamo', 'torch.distributed.fsdp', 'torch.distributed.checkpoint',
+                                'fastswa.all', 'accelerate', 'torcheval.metrics', 'pytest', 'helpers', 'killed_run'])
+    return ctx
+
+
 def start_ranks(size, f, *args, folder, port=None, threads=1):
     "Processes that each call `f` as one of `size` ranks; they are forked from one that has imported torch once"
-    ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['torch', 'torch.distributed.fsdp', 'torch.distributed.checkpoint', 'fastswa.all',
-                                'accelerate', 'torcheval.metrics', 'pytest', 'helpers'])
+    ctx = forkserver()
     port = free_port() if port is None else port
     folder.mkdir(exist_ok=True)
     ps = [ctx.Process(target=_as_rank, args=(f, args, r, size, port, folder, threads)) for r in range(size)]

@@ -1,7 +1,7 @@
 """Checkpoints: what is in them, a resume that is exact wherever the run was stopped, and files that are refused"""
-import contextlib, io, multiprocessing, os, random, signal, time, warnings
+import contextlib, io, os, random, signal, time, warnings
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -37,13 +37,11 @@ from fastswa.callbacks.batchnorm import BNUpdateCB
 from fastswa.callbacks.swa_variants import BEMACB, PostHocEMACB, SWADCB, SWAGCB, SwitchEMACB
 from fastswa.callbacks.swa import EMACB, LAWACB, SWACB
 from fastswa.callbacks.steps import ClosureCB, GradAccumCB, GradClipCB, NaNGuardCB
-from helpers import AtEpoch, Hits, end_workers, in_new_process
+from helpers import AtEpoch, Hits, end_workers, forkserver, in_new_process
 from killed_run import Data, learner, net, result, the_run
 
 pytestmark = pytest.mark.filterwarnings('ignore:the model has BatchNorm', 'ignore:.*lr_scheduler.step')
-spawn = multiprocessing.get_context('forkserver')
-rooms = ('callbacks.augment', 'callbacks.schedule', 'callbacks.swa', 'checkpoint.checkpoint')
-spawn.set_forkserver_preload(['torch._dynamo', *(f'fastswa.{o}' for o in rooms)])
+spawn = forkserver()
 
 
 def same(a, b):
@@ -80,7 +78,7 @@ def finish(p, pipe):
     return res
 
 
-def test_killed_at_twenty_random_moments(tmp_path, whole):
+def test_killed_at_random_moments(tmp_path, whole):
     """SIGKILL, again and again; a checkpoint at each step, so that many of the kills hit its writing
 
     Wrong: a loader that replays, an average that restarts."""
@@ -90,7 +88,7 @@ def test_killed_at_twenty_random_moments(tmp_path, whole):
     same(finish(p, pipe), whole)
     length = time.perf_counter() - began
     folder = tmp_path/'1'
-    while kills < 20:
+    while kills < 8:
         p,pipe = start(folder)
         p.join(rnd.uniform(0, 0.25*length))
         kills += p.exitcode is None
@@ -609,6 +607,19 @@ class BreaksOnce(Callback):
         if (learn.epoch, learn.training, learn.weights) == self.when: raise ZeroDivisionError
 
 
+def drawing_cbs():
+    schedule = EpochSchedCB(partial(lr_scheduler.StepLR, step_size=1))
+    return Draws(), EMACB(0.8), schedule, MetricsCB(hits=Hits())
+
+
+@cache
+def whole_run_that_draws():
+    learn = learner(*drawing_cbs())
+    set_seed(1)
+    learn.fit(3)
+    return learn.cbs[0].state_dict(), result(learn)
+
+
 @pytest.mark.parametrize('order', [-30, 99])
 @pytest.mark.parametrize('event, epoch, training, weights, steps', [
     ('before_epoch', 1, True, 'raw', 8), ('after_epoch', 1, True, 'raw', 16), ('before_epoch', 1, False, 'raw', 16),
@@ -617,14 +628,8 @@ class BreaksOnce(Callback):
 def test_an_error_between_epochs_leaves_the_last_whole_position(
         event, epoch, training, weights, steps, order, tmp_path):
     "From which the run goes on exactly. Wrong: an epoch is lost, or others' events are called twice, or not at all"
-    def make():
-        return learner(Draws(), EMACB(0.8), EpochSchedCB(partial(lr_scheduler.StepLR, step_size=1)),
-                       MetricsCB(hits=Hits()), CheckpointCB(tmp_path, '10ep'))
-    whole = make()
-    whole.cbs.pop()
-    set_seed(1)
-    whole.fit(3)
-    drawn,whole,learn = whole.cbs[0].state_dict(),result(whole),make()
+    def make(): return learner(*drawing_cbs(), CheckpointCB(tmp_path, '10ep'))
+    (drawn,whole),learn = whole_run_that_draws(),make()
     learn.cbs.append(BreaksOnce(event, epoch, training, order, weights))
     set_seed(1)
     with pytest.raises(ZeroDivisionError): learn.fit(3)

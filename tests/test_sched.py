@@ -82,8 +82,7 @@ def flat(rates): return [v for groups in rates for pair in groups for v in pair]
 
 CBS = dict(batch=BatchSchedCB, epoch=EpochSchedCB)
 
-@pytest.mark.parametrize('per', CBS)
-@pytest.mark.parametrize('opt', OPTS)
+@pytest.mark.parametrize('opt, per', [*((o, 'batch') for o in OPTS), ('sgd', 'epoch'), ('groups', 'epoch')])
 @pytest.mark.parametrize('name', SCHEDS)
 def test_as_torch(name, opt, per):
     "Rates and momenta at every step, and the weights after them, of two fits in a row; no warning, nothing left behind"

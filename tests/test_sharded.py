@@ -1,21 +1,17 @@
 "Two processes on the CPU: each averages its shard of weights, both skip what is bad for one; DDP has plain names"
 import copy
 import datetime
-import os
-import socket
-import time
-import traceback
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.rules import ema
 from fastswa.averaging.schedule_free import ScheduleFree
+from helpers import check_case, end_ranks, run_cases, start_ranks
 
 fsdp = pytest.importorskip('torch.distributed.fsdp')
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available() and hasattr(fsdp, 'fully_shard')),
@@ -219,47 +215,18 @@ CASES = (shards, swapped, evaluated_in_between, interrupted, bad_on_one, several
          schedule_free)
 
 
-def work(rank, folder, port):
-    "Runs all cases, so that processes are started once; says of each whether it failed"
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', rank=rank, world_size=2, timeout=datetime.timedelta(seconds=LIMIT/2))
-    for case in CASES:
-        text = ''
-        try: case()
-        except Exception: text = traceback.format_exc()
-        (folder/f'{case.__name__}.{rank}').write_text(text)
-        dist.barrier()
+def work(folder):
+    dist.init_process_group('gloo', timeout=datetime.timedelta(seconds=LIMIT/2))
+    run_cases(CASES, folder)
     dist.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp('ranks')
-    ctx = mp.start_processes(work, (folder, free_port()), 2, join=False, start_method='spawn')
-    end = time.monotonic() + LIMIT
-    try:
-        while not ctx.join(timeout=1):
-            if time.monotonic() > end: break
-    except Exception as e: (folder/'error').write_text(str(e))
-    finally:
-        for p in ctx.processes:
-            if p.is_alive(): p.kill()
-            p.join(5)
+    end_ranks(start_ranks(2, work, folder, folder=folder), LIMIT)
     return folder
 
 
 @pytest.mark.parametrize('case', [c.__name__ for c in CASES])
-def test_sharded(case, results):
-    for rank in (0, 1):
-        file = results/f'{case}.{rank}'
-        if not file.exists():
-            error = results/'error'
-            pytest.fail(f'process {rank} did not come to it' + (': ' + error.read_text() if error.exists() else ''))
-        assert file.read_text() == '', f'process {rank}: {file.read_text()}'
+def test_sharded(case, results): check_case(case, results, 2)

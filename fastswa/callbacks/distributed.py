@@ -173,9 +173,9 @@ def _check_model(learn):
                          'DistributedCB wraps it for each fit')
 
 def _check_launch():
-    # accelerate's state of one process, which Trainer's arguments make too, has no backend and is no launch
+    # in one process it divides nothing; Trainer's arguments make such a state, too
     state = getattr(sys.modules.get('accelerate.state'), 'PartialState', None)
-    if state is None or not dist.is_initialized() or not state._shared_state.get('backend'): return
+    if state is None or not state._shared_state or not dist.is_initialized() or dist.get_world_size() == 1: return
     raise RuntimeError('accelerate runs these processes already (an Accelerator was made): use AccelerateCB in place '
                        'of DistributedCB, or leave accelerate out')
 

@@ -47,7 +47,7 @@ def generators(
 
     After a look each is as if nothing had been looked at, also one that a notebook uses for something else too."""
     own = {k: v for k, v in vars(learn).items() if k not in _OF_LOOP}
-    skip = [learn, *_apart(learn), *learn.history]      # of which a long run has many rows
+    skip = [learn, *_apart(learn), *vars(learn).get('history', ())]      # of which a long run has many
     return generators_in(*_loaders(learn), learn.model, *by_order(learn.cbs), own, type(learn), skip=skip)
 
 def _left_alone(learn):

@@ -8,12 +8,13 @@ of a run, of about 10 ms on a quiet machine; training has thousands of them. The
 BatchNorm statistics to compute. Target: 1.01.
 
 A trainer calls a callback several times in a step whether it does anything or not, which the row of an empty callback
-shows. `Averages.step` is timed where it stands, behind an optimizer's step and the next batch, which have filled the
+shows; Lightning has an EMA of its own to compare with. `Averages.step` is timed where it stands, behind an optimizer's step and the next batch, which have filled the
 caches of the core: it takes several times as long there as in a loop of its own.
 """
 import statistics
 import tempfile
 import time
+import warnings
 
 import torch
 
@@ -25,7 +26,8 @@ EMA = dict(ema=ema(half_life='0.05dur'))
 
 def transformers(steps):
     "Runs of the Trainer, for a small GPT"
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, utils
+    from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import utils
     from fastswa.integrations.transformers import AveragesCallback
     utils.logging.set_verbosity_error()
     ids = torch.randint(256, (8*steps, 64))
@@ -35,7 +37,7 @@ def transformers(steps):
         args = TrainingArguments(tempfile.mkdtemp(), max_steps=steps, logging_strategy='no', save_strategy='no',
                                  report_to='none', disable_tqdm=True, use_cpu=True)
         trainer = Trainer(model, args, train_dataset=data, callbacks=[cb] if cb else [])
-        trainer.pop_callback('PrinterCallback')
+        trainer.pop_callback(PrinterCallback)
         return trainer.train
     class Empty(TrainerCallback): pass
     return {'without': make(), 'with an empty callback': make(Empty()), 'with an EMA': make(AveragesCallback(**EMA))}
@@ -70,6 +72,7 @@ def lightning(steps):
     "Runs of Lightning's Trainer, for a small convolutional net"
     import logging
     import lightning.pytorch as L
+    from lightning.pytorch.callbacks import EMAWeightAveraging
     from torch import nn
     from fastswa.integrations.lightning import AveragesCallback
     logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
@@ -89,7 +92,7 @@ def lightning(steps):
                                 enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False)
             trainer.fit(Net(), torch.utils.data.DataLoader(data, 128))
         return train
-    return {'without': make(), 'with an empty callback': make(L.Callback),
+    return {'without': make(), 'with an empty callback': make(L.Callback), 'with its own EMA': make(EMAWeightAveraging),
             'with an EMA': make(lambda: AveragesCallback(**EMA))}
 
 
@@ -122,6 +125,7 @@ if __name__ == '__main__':
     options = parser(__doc__, steps=100, rounds=15)
     options.set_defaults(cpu_time=True)
     args = parse(options)
+    warnings.simplefilter('ignore')
     print(place('cpu'))
     for make in lightning, accelerate, transformers:
         for line in measure(make, args.steps, args.rounds): print(line, flush=True)

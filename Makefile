@@ -55,7 +55,7 @@ docs-test: docs    ## build the site and look at every page in Chromium
 # Of other libraries those that are installed: `pip install -c constraints.txt -e '.[bench]'`, see CONTRIBUTING.
 bench: $(STAMP)    ## measure averaging, step, epoch, data, checkpoint, processes (10 minutes at most); tables in benchmarks/results
 	@$(with_data); \
-	for part in 'averaging --rounds 9' 'step --rounds 7' 'epoch --rounds 5' 'data --rounds 5' 'checkpoint --rounds 5' \
+	for part in 'averaging --rounds 5' 'step --rounds 7 --steps 20' 'epoch --rounds 3' 'data --rounds 3' 'checkpoint --rounds 5' \
 		'distributed --rounds 5 --steps 20'; do \
 		set -- $$part; script=$$1; shift; $(BIN)/python benchmarks/$$script.py "$$@" --write $(BENCH) || exit 1; echo; \
 	done; $(BIN)/python tools/bench_page.py

@@ -8,8 +8,9 @@ of a run, of about 10 ms on a quiet machine; training has thousands of them. The
 BatchNorm statistics to compute. Target: 1.01.
 
 A trainer calls a callback several times in a step whether it does anything or not, which the row of an empty callback
-shows; Lightning has an EMA of its own to compare with. `Averages.step` is timed where it stands, behind an optimizer's step and the next batch, which have filled the
-caches of the core: it takes several times as long there as in a loop of its own.
+shows; Lightning has an EMA of its own to compare with. `Averages.step` is timed where it stands, behind an optimizer's
+step and the next batch, which have filled the caches of the core: it takes several times as long there as in a loop of
+its own.
 """
 import statistics
 import tempfile

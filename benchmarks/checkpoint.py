@@ -17,7 +17,7 @@ from torch import nn, optim
 
 from fastswa.callbacks.swa import EMACB
 from fastswa.checkpoint.archive import read_checkpoint, write_checkpoint
-from fastswa.checkpoint.checkpoint import BackgroundWriter
+from fastswa.checkpoint.background import BackgroundWriter
 from fastswa.checkpoint.resume import learner_state
 from fastswa.core import quiet
 from fastswa.training.learner import TrainLearner

@@ -23,8 +23,9 @@ from fastswa.callbacks.loggers import CSVLoggerCB, TensorBoardCB
 from fastswa.callbacks.early_stopping import EarlyStoppingCB
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.checkpoint.archive import numbered, read_checkpoint, step_of
-from fastswa.checkpoint.checkpoint import CheckpointCB, load_weights
+from fastswa.checkpoint.checkpoint import CheckpointCB
 from fastswa.checkpoint.resume import learner_state
+from fastswa.checkpoint.saving import load_weights
 from fastswa.core import quiet
 from fastswa.random_state import set_seed
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB
@@ -356,7 +357,7 @@ def test_a_full_disk(tmp_path):
         import resource, signal
         from killed_run import *
         from fastswa.checkpoint.archive import numbered, read_checkpoint
-        from fastswa.checkpoint.checkpoint import load_weights
+        from fastswa.checkpoint.saving import load_weights
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         class Full(CheckpointCB):
             order = 94

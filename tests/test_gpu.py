@@ -12,7 +12,7 @@ from torch import nn
 
 from fastswa.averaging.average import Average, update_all
 from fastswa.averaging.rules import ema, equal, power
-from fastswa.checkpoint.checkpoint import HostCopies
+from fastswa.checkpoint.background import HostCopies
 from helpers import floats
 
 pytestmark = pytest.mark.gpu

@@ -19,7 +19,9 @@ from fastswa.callbacks.loggers import CSVLoggerCB
 from fastswa.callbacks.swa import EMACB
 from fastswa.callbacks.swa_variants import PostHocEMACB
 from fastswa.checkpoint.archive import read_checkpoint, write_checkpoint
-from fastswa.checkpoint.checkpoint import CheckpointCB, HostCopies, load_weights
+from fastswa.checkpoint.background import HostCopies
+from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.checkpoint.saving import load_weights
 from fastswa.compare.runs import compare
 from fastswa.core import quiet
 from fastswa.processes import _leave

@@ -12,7 +12,8 @@ from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.schedule import EpochSchedCB
 from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.callbacks.batchnorm import BNUpdateCB
-from fastswa.checkpoint.checkpoint import CheckpointCB, load_weights
+from fastswa.checkpoint.checkpoint import CheckpointCB
+from fastswa.checkpoint.saving import load_weights
 from fastswa.core import quiet
 from fastswa.random_state import set_seed
 from fastswa.training.events import Callback

@@ -19,7 +19,8 @@ import torch
 from ..averaging.interchange import write_tensors
 from ..callbacks.progress import ProgressCB
 from ..checkpoint.archive import newest, numbered
-from ..checkpoint.checkpoint import CheckpointCB, load_weights
+from ..checkpoint.checkpoint import CheckpointCB
+from ..checkpoint.saving import load_weights
 from .folder import SETTINGS, RunFolder, read_settings, write_csv
 from .options import COMMANDS, FORMATS, Failed, command_line, filled
 from .recipe import average_cbs, check_device, make_learner, plain_module

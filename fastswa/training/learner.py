@@ -103,17 +103,17 @@ class HasWeights:
         from fastswa.callbacks.finder import lr_find
         from fastswa.callbacks.schedule import fit_one_cycle
         from fastswa.callbacks.inspection import capture_preds, show_image_batch, summary
-        from fastswa.checkpoint.checkpoint import export, load, save
         from fastswa.checkpoint.hub import push_to_hub
+        from fastswa.checkpoint.saving import export, load, save
     else:
         capture_preds = later('callbacks.inspection', 'capture_preds')
         summary = later('callbacks.inspection', 'summary')
         show_image_batch = later('callbacks.inspection', 'show_image_batch')
         lr_find = later('callbacks.finder', 'lr_find')
         fit_one_cycle = later('callbacks.schedule', 'fit_one_cycle')
-        save = later('checkpoint.checkpoint', 'save')
-        load = later('checkpoint.checkpoint', 'load')
-        export = later('checkpoint.checkpoint', 'export')
+        save = later('checkpoint.saving', 'save')
+        load = later('checkpoint.saving', 'load')
+        export = later('checkpoint.saving', 'export')
         push_to_hub = later('checkpoint.hub', 'push_to_hub')
     _go_on_from = later('checkpoint.resume', 'go_on_from')
 

@@ -149,7 +149,7 @@ class Every:
         self.every,self.start = Time.parse(every, 'every', zero=False),Time.parse(start, 'start')
         if phase not in ('run', 'start'): raise ValueError(f"phase must be 'run' or 'start'; got {phase!r}")
         self.phase = phase
-        self.passed,self.origin = 0,None
+        self.at,self.origin = 0,None      # when it was last asked; where multiples are counted from, if not from 0
 
     def begin(self,
         clock:Clock, # of the run that begins; it is read at each `due`
@@ -158,7 +158,7 @@ class Every:
         self.clock = clock
         self.gap,self.first = clock.span(self.every),clock.span(self.start)
         self.first_whole = math.ceil(self.first)      # integers are compared in less time than fractions
-        self.passed,self.origin = 0,None
+        self.at,self.origin = 0,None
 
     def started(self) -> bool:
         "Is `start` reached?"
@@ -166,25 +166,24 @@ class Every:
 
     def due(self) -> bool:
         "Has a moment passed since the last call? To be called where something can be done about it, as after a step"
-        if self.phase == 'start': return self._due_from_start()
+        before,self.at = self.at,self.clock.now(self.every)
+        if self.phase == 'start': return self._due_from_start(before)
         # in integers: fractions take longer than a small model's average
-        before,self.passed = self.passed,self.clock.now(self.every)*self.gap.denominator//self.gap.numerator
-        return self.passed > before and self.started()
+        gap,parts = self.gap.numerator,self.gap.denominator
+        return self.at*parts//gap > before*parts//gap and self.started()
 
-    def _due_from_start(self):
+    def _due_from_start(self, before):
         if not self.started(): return False
-        now = self.clock.now(self.every)
-        if self.origin is None:
-            same = self.clock.kind(self.start) == self.clock.kind(self.every)
-            self.origin,self.passed = (self.first if same else now),-1
-        before,self.passed = self.passed,(now - self.origin)//self.gap
-        return self.passed > before
+        if self.origin is not None: return (self.at - self.origin)//self.gap > (before - self.origin)//self.gap
+        same = self.clock.kind(self.start) == self.clock.kind(self.every)
+        self.origin = self.first if same else self.at
+        return True
 
     def state_dict(self) -> dict:
-        "Where it stands in the run"
-        return dict(passed=int(self.passed), origin=None if self.origin is None else float(self.origin))
+        "Where it stands in the run: a position, so that a run which goes on as a longer one misses no moment"
+        return dict(at=self.at, origin=None if self.origin is None else float(self.origin))
 
     def load_state_dict(self, state:dict):
         "Go on from there, after `begin`"
-        self.passed = state['passed']
+        self.at = state['at']
         self.origin = None if state['origin'] is None else Fraction(state['origin'])

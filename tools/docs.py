@@ -213,7 +213,8 @@ def write_llms(parts):
         lines.append(f'## {part}\n\n' + '\n'.join(listed))
     write(out/'llms.txt', '\n\n'.join(lines) + '\n')
     names = ['index'] + [n for part, names in parts.items() if part not in ('Studies', 'Project') for n in names]
-    write(out/'llms-full.txt', '\n\n'.join((out/f'{n}.html.md').read_text(encoding='utf-8') for n in names))
+    pages = [f'<!-- page: {n}.html.md -->\n\n' + (out/f'{n}.html.md').read_text(encoding='utf-8') for n in names]
+    write(out/'llms-full.txt', '\n\n'.join(pages))
 
 def mathml(self, node, block=False):
     tex = node.astext()

@@ -106,7 +106,7 @@ class TrackedAverages(Mapping):
         restart:bool=False, # does it begin anew in each run?
         phase:str='run', # multiples of `every` count from the beginning of the `'run'` or from `'start'`
         now:bool=True, # does it take snapshots from now on? If not, from the beginning of the next run
-        **options, # for the average: `dtype`, `device`, `include`, `exclude`, `check_finite`, …
+        **options, # for the average: `dtype`, `device`, `include`, `exclude`, `check_finite`, as `Average` has them
     ) -> Average:
         "Add an average, which takes part from now on; ValueError if the name is taken"
         if not isinstance(name, str) or name in ('', 'raw', 'train') or '/' in name:

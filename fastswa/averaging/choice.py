@@ -50,7 +50,7 @@ class Choice:
     ):
         self.mode = check_choice('mode', mode, ('max', 'min'))
         self.table = Report() # a row for each candidate: a dict
-        self.best = None # the row with the best score
+        self.best = None # the row with the best score: its `average`, `half_life`, `k`, `blend`, `score`, …
         self.average = Snapshot(average.source) # its weights, with BatchNorm statistics that fit
 
     def add(self,
@@ -83,7 +83,7 @@ def choose(
     average, # a `PostHocEMA` that has watched a run
     evaluate, # called with the module, which holds a candidate in eval mode: its score, on held-out data
     half_lives=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), # of exponential averages, as shares of the updates so far
-    merges=None, # newest snapshots in a merge; None: 4, 8 and 16, as far as there are so many
+    merges=None, # newest snapshots in a merge; None: 4, 8 and 16, as far as there are; (): none
     shapes=('linear', '1-sqrt'), # of the decays that merges stand for, see `decay_weights`
     blends=(0.5, 1.), # how much of an average counts, the rest being the raw weights
     mode:str='max', # is a high or a low score good: `'max'` or `'min'`

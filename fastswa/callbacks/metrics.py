@@ -147,7 +147,7 @@ class MetricsCB(Callback):
     def targets(self,
         learn, # the learner, with a batch
     ):
-        "What follows the inputs, or has the name of a target, see `batch_targets` in `core`; None where there is none"
+        "What follows the inputs, or has the name of a target (`batch_targets` of `batches`); None where there is none"
         n_inp = next((cb.n_inp for cb in learn.cbs if hasattr(cb, 'n_inp')), 1)
         return next(iter(batch_targets(learn.batch, n_inp)), None)
 

@@ -141,7 +141,7 @@ class Comparison:
         metric:str|None=None, # a column; None: the one compared by
         epoch:int|None=None, # from 0; None: the last of each run
         confidence:float=0.95, # of the intervals
-    ): # a frame with a row for each variant
+    ): # a pandas DataFrame with a row for each variant, by name
         """Mean, standard deviation, difference from the baseline with its interval, and whether that can be told from 0
 
         Of an accuracy from 0 to 1 also its `sampling error`: a standard error, for the choice of validation samples.

@@ -109,6 +109,8 @@ def load_weights(
 ) -> dict: # name → tensor on the CPU, for `load_state_dict` of the plain model
     """A set of weights of a checkpoint, with BatchNorm statistics that fit, as far as they had been computed
 
+    A file of `CheckpointCB` usually has them over the `valid_batches` of `BNUpdateCB`, one of `learn.save` after a fit
+    over all of its batches.
     ValueError if the checkpoint does not hold them; a warning where its statistics are of other weights."""
     path,state,_ = newest(path)
     if is_sharded_checkpoint(path): state = with_parts(None, path, ALONE)

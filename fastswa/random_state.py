@@ -107,7 +107,8 @@ def generators_in(
     """The random generators that objects lead to: by attributes, items, closures, or a global that a function names.
 
     One that others use too is among them. What Python's garbage collector does not see, in a library of C++ or another
-    process, cannot be found; globals of installed packages are not looked for, nor is a class with `draws_nothing`."""
+    process, cannot be found. Left out are globals of installed packages, and objects whose
+    class has `draws_nothing`."""
     found,queue,seen = [],deque(objects),{id(o): o for o in (*_GLOBAL, *skip)}
     while queue and len(seen) < _MOST:
         o = queue.popleft()

@@ -79,17 +79,14 @@ class Processes:
         "Is it true on any process?"
         return bool(flag) if self.alone else self.sums(bool(flag))[0] > 0
 
-    def start_max(self,
+    def max(self,
         *values:float, # as many on each process
-    ):
-        "A function that returns the largest of each over the processes; meanwhile they travel"
-        if self.alone: return lambda: list(values)
-        flags = torch.tensor(values, dtype=torch.float64)
-        with self.meeting(): work = dist.all_reduce(flags, dist.ReduceOp.MAX, self.group, async_op=True)
-        def result():
-            with self.meeting(): work.wait()
-            return flags.tolist()
-        return result
+    ) -> list:
+        "The largest of each value over the processes"
+        if self.alone: return list(values)
+        largest = torch.tensor(values, dtype=torch.float64)
+        with self.meeting(): dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
+        return largest.tolist()
 
     def from_main(self,
         value, # on the main process anything that can be pickled; on others it is not used

@@ -30,6 +30,7 @@ from fastswa.core import quiet
 from fastswa.random_state import set_seed
 from fastswa.callbacks.schedule import BatchSchedCB, EpochSchedCB, OneCycleCB, WarmupStableDecayCB
 from fastswa.data.loaders import BatchLoader
+from fastswa.training.essentials import LossMeter
 from fastswa.training.events import Callback
 from fastswa.training.learner import MomentumLearner, TrainLearner
 from fastswa.callbacks.speed import MixedPrecisionCB
@@ -666,13 +667,25 @@ def test_an_error_in_a_batch_leaves_the_last_checkpoint(event, tmp_path):
     assert steps == ([] if event == 'before_fit' else [6, 8, 10])
 
 
-def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
+def read_late(self, loss, n):
+    "As of a loss on an accelerator, which is not read before it has to be"
+    self.losses.append(loss.detach())
+    self.sizes.append(n)
+
+
+@pytest.mark.parametrize('at, saved', [(5, [2, 4]), (7, [2, 4, 6]), (15, [10, 12, 14])],
+                         ids=['within an epoch', 'at its end', 'at the end'])
+@pytest.mark.parametrize('late', [False, True])
+def test_a_loss_that_is_not_finite_is_not_saved(late, at, saved, tmp_path, monkeypatch):
+    "Wrong: checkpoints of weights that are NaN push out the good ones before anybody has looked at the loss"
+    if late: monkeypatch.setattr(LossMeter, 'add', read_late)
     class Bad(Callback):
         order = -50
         def before_batch(self, learn):
-            if learn.training and learn.opt_steps == 5: learn.batch = learn.batch[0]*float('nan'),learn.batch[1]
-    with pytest.raises(FloatingPointError): learner(Bad(), CheckpointCB(tmp_path, '2ba')).fit(2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['step-00000002.pt', 'step-00000004.pt']
+            if learn.training and learn.opt_steps == at: learn.batch = learn.batch[0]*float('nan'),learn.batch[1]
+    with pytest.raises(FloatingPointError, match=f'at batch {at%8} of epoch {at//8}'):
+        learner(Bad(), CheckpointCB(tmp_path, '2ba')).fit(2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f'step-{n:08}.pt' for n in saved]
 
 
 def test_a_second_ctrl_c_in_the_loader_does_not_wait(tmp_path):

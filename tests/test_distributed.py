@@ -23,8 +23,9 @@ from accelerate import Accelerator
 from fastswa.all import (
     AccelerateCB, BNUpdateCB, CSVLoggerCB, Callback, CheckpointCB, DistributedCB, EMACB, EarlyStoppingCB, GradAccumCB,
     Learner, LogCB, MetricsCB, NaNGuardCB, PostHocEMA, PostHocEMACB, SWACB, TrainLearner)
+from fastswa.callbacks import distributed
 from fastswa.data.loaders import BatchLoader
-from fastswa.processes import _leave
+from fastswa.processes import Processes, _leave
 from helpers import Hits, check_case, copied, end_ranks, errors_of, raises_on_all, run_cases, start_ranks
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason='needs gloo')
@@ -306,10 +307,52 @@ def a_bad_loss_is_skipped_or_stops_all():
 
 
 class Press(Callback):
-    "Ctrl-C, in one process"
-    def __init__(self, at): self.at = at
+    "Ctrl-C, in one process; with `valid`, in the validation that follows"
+    def __init__(self, at, valid=False): self.at, self.valid = at, valid
     def after_batch(self, learn):
-        if learn.training and rank() == 1 and learn.opt_steps == self.at: signal.raise_signal(signal.SIGINT)
+        if learn.training != self.valid and rank() == 1 and learn.opt_steps == self.at:
+            self.at = None
+            signal.raise_signal(signal.SIGINT)
+
+
+class Clock(Callback):
+    "A batch takes a tenth of a second in one process, two in the other, and an hour in epoch 1"
+    seconds, met = 0., ()
+    def after_predict(self, learn):
+        if learn.training: self.seconds += 3600 if learn.epoch == 1 else (0.1, 0.2)[rank()]
+    def __call__(self): return self.seconds
+
+
+def they_agree_now_and_then(folder):
+    """On whether to stop. Wrong: in each batch, which costs; more seldom than batches take; at other batches in one
+    process than in the other; a stop that is asked for after the last agreement is forgotten"""
+    def run(*cbs, epochs=1, raises=None):
+        clock, met, largest = Clock(), [], Processes.max
+        def noted(self, *values):
+            met.append((learn.epoch, learn.iter))
+            return largest(self, *values)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(distributed, 'perf_counter', clock)
+            m.setattr(DistributedCB, 'pause', 0.5)
+            m.setattr(Processes, 'max', noted)
+            learn = learner(clock, *cbs, dls=loaders(80))                 # ten batches
+            with raises or contextlib.nullcontext(): learn.fit(epochs)
+        assert everywhere(met) and everywhere(learn.opt_steps)
+        return met, learn.opt_steps
+    some, end = [0, 2, 4, 6, 8], [(0, 7)]                                 # then the last batch of the validation
+    assert run()[0] == [(0, i) for i in some] + end
+    assert run(epochs=2)[0] == [(0, i) for i in some] + [(1, i) for i in range(10)] + [(1, 7)]
+    bad = pytest.raises(FloatingPointError, match='at batch 5 of epoch 0')
+    assert run(BadLoss(5), raises=bad) == ([(0, i) for i in some[:4]], 7)
+    bad = pytest.raises(FloatingPointError, match='at batch 9 of epoch 0')
+    assert run(BadLoss(9), raises=bad) == ([(0, i) for i in some], 10)
+    def stopped(at, epochs, valid=False):
+        path = folder/f'{at} {epochs} {valid}'
+        _, steps = run(CheckpointCB(path), Press(at, valid), epochs=epochs, raises=pytest.raises(KeyboardInterrupt))
+        assert max(p.name for p in path.iterdir()) == f'step-{steps:08}.pt'
+        return steps
+    assert [stopped(4, 1), stopped(10, 1), stopped(10, 1, valid=True)] == [5, 10, 10]
+    assert [stopped(10, 2), stopped(10, 2, valid=True)] == [11, 11]
 
 
 def averages(): return EMACB(decay=0.8, apply=False), SWACB(start='0ep', every='2ba', apply=False)
@@ -326,8 +369,9 @@ def resumed(folder):
     whole, fit = run()
     fit()
     learn, fit = run(CheckpointCB(folder/'run', every='3ba'), Press(12))
+    learn.cbs[0].pause = 0                                    # they agree after each batch
     with pytest.raises(KeyboardInterrupt): fit()
-    assert everywhere(learn.opt_steps) and learn.opt_steps in (12, 13)
+    assert everywhere(learn.opt_steps) and learn.opt_steps == 13
     rest, fit = run(CheckpointCB(folder/'run', every='3ba'), resume=folder/'run')
     fit()
     assert everywhere(sorted(p.name for p in (folder/'run').iterdir()))
@@ -384,7 +428,7 @@ def refused(folder):
 CASES = (as_one_with_twice_the_batch, each_sample_once, set_epoch_is_called, one_of_them_speaks, nothing_is_warned_of,
          predictions_are_all, statistics_are_pooled, accumulated, accumulated_from_batches_of_all_sizes,
          snapshots_are_files_of_one, the_rate_is_found_together, stopped_early_together,
-         a_bad_loss_is_skipped_or_stops_all, resumed, refused)
+         a_bad_loss_is_skipped_or_stops_all, they_agree_now_and_then, resumed, refused)
 
 
 def work(folder):

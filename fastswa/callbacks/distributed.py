@@ -8,9 +8,10 @@ Docs: https://fastswa.github.io/fastswa/callbacks/distributed.html.md"""
 __all__ = ['DivideCB', 'DistributedCB', 'AccelerateCB']
 
 # %% ../../nbs/callbacks/17_distributed.ipynb #ca3fa2c3
-import sys
+import math, sys
 from contextlib import ExitStack
 from inspect import signature
+from time import perf_counter
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ class DivideCB(Callback):
     "Base of what runs a fit in several processes: divided loaders, decisions that are the same in all of them"
     order,role = Stage.prepare + 5,'prepares'
     processes = Processes()
+    pause = 0.25 # seconds, about, from one agreement on whether to stop to the next; a batch if that takes longer
     def __init__(self): self._shares,self._undo = {},ExitStack()
 
     def share(self, dl):
@@ -42,6 +44,7 @@ class DivideCB(Callback):
 
     def before_fit(self, learn):
         if self.processes.alone: return
+        self.processes.asked = 0
         self._check_same(learn)
         self._undo = ExitStack()
         if not any(getattr(cb, 'undivided', False) for cb in learn.cbs): self._divide(learn)
@@ -65,14 +68,12 @@ class DivideCB(Callback):
             fit=dict(train=learn.will_train, epochs=learn.n_epochs, max_steps=learn.clock.max_steps),
             **{f'{k}_data': _size(learn, k) for k in ('train', 'valid')})
 
+    def before_epoch(self, learn): self._next,self._batches,self._met = 0,0,perf_counter()
+
     def after_loss(self, learn):
         if self.processes.alone or not learn.training: return
         own,all_ = getattr(learn.dl, 'now', (None, None))
         if own is not None: self._weigh(learn.loss, own*self.processes.size/all_)
-        bad = learn.loss.device.type == 'cpu' and not learn.loss.detach().isfinite().all()
-        asked = max((getattr(cb, 'stop_asked', 0) or 0 for cb in learn.cbs), default=0)
-        # beside the backward pass, in which the processes wait for each other anyway
-        self._told = self.processes.start_max(bool(bad), int(asked))
 
     def _weigh(self, loss, weight):
         "The mean over processes of gradients is to be that over samples"
@@ -80,9 +81,22 @@ class DivideCB(Callback):
 
     def after_batch(self, learn):
         if self.processes.alone or not learn.training: return
-        bad,asked = self._told()
-        self.processes.asked = int(asked)
-        if bad: raise not_finite(learn, learn.iter)
+        self._batches += 1
+        if learn.iter >= self._next: self._next = learn.iter + self._agree(learn)
+
+    def after_fit(self, learn):
+        if not self.processes.alone: self._agree(learn)
+
+    def _agree(self, learn) -> int:
+        "All stop here if one is to; otherwise the number of batches after which they meet again, the same in all"
+        bad = learn.own_cbs.loss.meter.first_bad(wait=False) if learn.training else None
+        asked = max((getattr(cb, 'stop_asked', 0) or 0 for cb in learn.cbs), default=0)
+        now = perf_counter()
+        seconds = (now - self._met)/max(self._batches, 1)
+        minus_bad,asked,slowest = self.processes.max(-math.inf if bad is None else -bad, int(asked), seconds)
+        self._batches,self._met,self.processes.asked = 0,now,int(asked)
+        if minus_bad > -math.inf: raise not_finite(learn, int(-minus_bad))
+        return max(1, min(100, int(self.pause/max(slowest, 1e-6))))
 
     def cleanup_fit(self, learn):
         self._undo.close()
@@ -145,6 +159,7 @@ class DistributedCB(DivideCB):
         fully_shard(model, **self.options)
 
     def before_epoch(self, learn):
+        super().before_epoch(learn)
         if not learn.training: _send_from_main(unwrap(learn.model), self.processes, params=False)
 
     def cleanup_epoch(self, learn):
@@ -218,6 +233,7 @@ class AccelerateCB(DivideCB, TrainCB):
     def before_batch(self, learn): learn.batch = to_device(learn.batch, self.acc.device)
 
     def before_epoch(self, learn):
+        super().before_epoch(learn)
         if not learn.training: _send_from_main(unwrap(learn.model), self.processes, params=False)
 
     def backward(self, learn): self.acc.backward(learn.loss)

@@ -175,7 +175,9 @@ class CheckpointCB(Callback):
         if not learn.training: return
         self.whole = None
         if learn.iter + 1 != learn.clock.epoch_batches: self._write_if(learn)
-        elif not learn.clock.over: self.whole = WholePosition(learn)
+        elif not learn.clock.over:
+            learn.own_cbs.loss.check(learn)
+            self.whole = WholePosition(learn)
 
     def after_epoch(self, learn):
         value = self.watched.value(learn) if self.watched and learn.will_train else None
@@ -200,8 +202,9 @@ class CheckpointCB(Callback):
             self._writer.close()
 
     def _write_at_end(self, learn):
-        position = learn.own_cbs.position
-        if learn.error is None or position.is_whole(learn) and position.place(learn): self._write_if(learn, True)
+        position,bad = learn.own_cbs.position,isinstance(learn.error, FloatingPointError)      # so are the weights
+        whole = position.is_whole(learn) and position.place(learn) and not bad
+        if learn.error is None or whole: self._write_if(learn, True)
         elif self.whole and self.whole.is_valid(learn) and self._can_write(learn): self._write(learn, self.whole.state)
 
     def _can_write(self, learn):
@@ -213,6 +216,7 @@ class CheckpointCB(Callback):
         asked = self._signals.asked if learn.processes.alone else learn.processes.asked
         if not (due or asked) or learn.own_cbs.position.place(learn) is None or not self._can_write(learn): return
         together = learn.error is None
+        if together: learn.own_cbs.loss.check(learn)      # rather than NaN in the place of weights that were good
         write = partial(self._write, learn, learner_state(learn, together))
         if together and not self._sharded: learn.processes.main_does(write)
         else: write()

@@ -24,7 +24,7 @@ from .parameters import loss_modules
 # %% ../../nbs/training/01_essentials.ipynb #00000005
 class LossMeter:
     "The losses of an epoch, with the sizes of their batches"
-    def __init__(self): self.losses,self.sizes = [],[]
+    def __init__(self): self.losses,self.sizes,self._bad = [],[],None
 
     def add(self,
         loss:torch.Tensor, # the mean loss of a batch: a scalar
@@ -32,9 +32,12 @@ class LossMeter:
     ):
         "Remember a batch; a loss on the CPU is read at once, any other stays where it is"
         loss = loss.detach()
-        self.losses.append(loss.item() if loss.device.type == 'cpu' else loss)
+        if loss.device.type == 'cpu':
+            loss = loss.item()
+            if self._bad is None and not math.isfinite(loss): self._bad = len(self.sizes)
+        self.losses.append(loss)
         self.sizes.append(n)
-        if len(self.losses) >= 1024 and torch.is_tensor(loss) and loss.device.type != 'cpu': self.losses = [self._all()]
+        if len(self.losses) >= 1024 and torch.is_tensor(loss): self.losses = [self._all()]
 
     def _all(self):
         if not torch.is_tensor(self.losses[0]): return torch.tensor(self.losses, dtype=torch.float64)
@@ -53,9 +56,8 @@ class LossMeter:
         wait:bool, # also read what is on an accelerator?
     ) -> int|None: # the batch
         "The first batch whose loss is not finite, as far as can be told without waiting, unless `wait`"
-        if not self.losses: return None
-        if not torch.is_tensor(self.losses[-1]): return None if math.isfinite(self.losses[-1]) else len(self.sizes) - 1
-        bad = (~self._all().isfinite()).nonzero() if wait else ()
+        if not (wait and self.losses and torch.is_tensor(self.losses[-1])): return self._bad
+        bad = (~self._all().isfinite()).nonzero()
         return int(bad[0]) if len(bad) else None
 
     def state_dict(self):
@@ -83,16 +85,20 @@ class LossCB(Callback):
         loss = learn.loss      # predictions alone may be wanted, with a loss function that gives none
         if torch.is_tensor(loss) and loss.numel() == 1: self.meter.add(loss, batch_size(learn.batch, learn.dl))
         bad = self.meter.first_bad(wait=False) if learn.training else None
-        if bad is not None: raise not_finite(learn, bad)
+        if bad is not None and learn.processes.alone: raise not_finite(learn, bad)      # several stop together
 
     def after_epoch(self, learn):
         if learn.iter < 0:
             raise ValueError(f'the {"training" if learn.training else "validation"} loader gave no batch')
+        self.check(learn)
+        loss,kind = self.meter.compute(learn.processes),'train' if learn.training else 'eval'
+        learn.history.append(dict(loss=loss, epoch=learn.epoch, train=kind, weights=learn.weights))
+
+    def check(self, learn):
+        "FloatingPointError in all processes if a training loss of one was not finite; waits for the device"
         bad = self.meter.first_bad(wait=True) if learn.training else None
         found = [b for b in learn.processes.gather(bad) if b is not None]
         if found: raise not_finite(learn, min(found))
-        loss,kind = self.meter.compute(learn.processes),'train' if learn.training else 'eval'
-        learn.history.append(dict(loss=loss, epoch=learn.epoch, train=kind, weights=learn.weights))
 
 def not_finite(
     learn, # a learner

@@ -36,7 +36,7 @@ class Noise(Callback):
 
 class Breaks(Callback):
     "Raises at one of the batches of a search"
-    prepares = armed = True
+    prepares, armed = True, False
     def before_batch(self, learn):
         if self.armed and learn.iter == 2: raise self.exc
 

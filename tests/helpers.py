@@ -310,6 +310,7 @@ def _as_rank(f, args, rank, size, port, folder, threads):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1',
                       MASTER_PORT=str(port), OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
     torch.set_num_threads(threads)
+    multiprocessing.set_start_method('fork', force=True)      # of a loader's workers, as in a script of one's own
     sys.stdout = open(folder/f'out.{rank}', 'w')
     sys.stderr = open(folder/f'err.{rank}', 'w')
     try: f(*args)

@@ -30,12 +30,18 @@ CORE = 'fastswa/core.py', 'fastswa/random_state.py', 'fastswa/module_state.py'
 # --- data, nets, learners
 
 
+class WholeBatches(TensorDataset):
+    "A `TensorDataset` that gives a batch at once, to loaders with `collate_fn=list`: a third of the time"
+    def __getitems__(self, indices): return self[torch.tensor(indices)]
+
+
 def data(n=160, bs=16, shuffle=False, **kw):
     "Loaders of `n` vectors of length 3 in three classes that can be learned; validation in batches of `2*bs`"
     g = torch.Generator().manual_seed(0)
     y = torch.randint(3, (n,), generator=g)
-    ds = TensorDataset(F.one_hot(y, 3).float() + torch.randn(n, 3, generator=g)/2, y)
-    return SimpleNamespace(train=DataLoader(ds, bs, shuffle=shuffle, **kw), valid=DataLoader(ds, 2*bs, **kw))
+    ds = WholeBatches(F.one_hot(y, 3).float() + torch.randn(n, 3, generator=g)/2, y)
+    loader = partial(DataLoader, ds, collate_fn=list, **kw)
+    return SimpleNamespace(train=loader(batch_size=bs, shuffle=shuffle), valid=loader(batch_size=2*bs))
 
 
 def net(seed=0, norm=True, dropout=None):
@@ -68,8 +74,8 @@ def image_data(n=56, bs=8, valid=20):
     "Loaders of `n` images (N, 1, 6, 6) in three classes, shuffled; validation in batches of `valid`"
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(n, 1, 6, 6, generator=g), torch.randint(3, (n,), generator=g)
-    ds = TensorDataset(x + y.view(-1, 1, 1, 1), y)
-    return SimpleNamespace(train=DataLoader(ds, bs, shuffle=True), valid=DataLoader(ds, valid))
+    loader = partial(DataLoader, WholeBatches(x + y.view(-1, 1, 1, 1), y), collate_fn=list)
+    return SimpleNamespace(train=loader(batch_size=bs, shuffle=True), valid=loader(batch_size=valid))
 
 
 def image_net():
@@ -311,6 +317,7 @@ def _as_rank(f, args, rank, size, port, folder, threads):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1',
                       MASTER_PORT=str(port), OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
     torch.set_num_threads(threads)
+    multiprocessing.set_start_method('fork', force=True)      # of a loader's workers, as in a script of one's own
     sys.stdout = open(folder/f'out.{rank}', 'w')
     sys.stderr = open(folder/f'err.{rank}', 'w')
     try: f(*args)

@@ -24,6 +24,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))  # the models here are to
 
 def pytest_collection_finish(session):
     "The garbage collector need not go through what was imported: with all libraries that is 0.3 s each time"
+    import torch._dynamo      # as the first optimizer does
     gc.collect()
     gc.freeze()
 

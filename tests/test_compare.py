@@ -530,7 +530,7 @@ def test_baseline_without_validation():
 
 def test_about_names_data_and_counts():
     about = compare(make, {}, 1, 1, n_jobs=1).about()
-    assert 'accuracy after 1 epoch, 1 seed; TensorDataset: 160 training and 160 validation samples' in about
+    assert 'accuracy after 1 epoch, 1 seed; WholeBatches: 160 training and 160 validation samples' in about
 
 
 def test_all_cores():

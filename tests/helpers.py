@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections import Counter
+from collections import defaultdict
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -46,7 +46,7 @@ def data(n=160, bs=16, shuffle=False, **kw):
 
 def net(seed=0, norm=True, dropout=None):
     "A perceptron for `data()`: linear, BatchNorm (or Identity), ReLU, (dropout,) linear"
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     drop = [] if dropout is None else [nn.Dropout(dropout)]
     return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.ReLU(), *drop,
                          nn.Linear(8, 3))
@@ -66,7 +66,7 @@ def regression(n=7, bs=8):
 
 def linear():
     "A linear layer for `regression()`, always the same"
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return nn.Linear(3, 1)
 
 
@@ -80,7 +80,7 @@ def image_data(n=56, bs=8, valid=20):
 
 def image_net():
     "A convolution, BatchNorm, ReLU, dropout and a linear layer, for `image_data()`"
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(),
                          nn.Linear(64, 3))
 
@@ -257,20 +257,27 @@ def moments(f, files, last=(), every=()):
     """When to press Ctrl-C: file, line and how often it has run by then, for each line of `files` (parts of paths)
 
     The first time that it runs, in the files `last` the last time too, and in the files `every` each time. A run has
-    20 times as many moments, nearly all of which are one line in a loop."""
-    times = Counter()
+    20 times as many moments, nearly all of which are one line in a loop. Where another handler than Python's waits for
+    the end of a block, as in `uninterrupted`, all moments until then are the same one."""
+    handlers = defaultdict(list)                               # of Ctrl-C, each time that a line ran
 
     @cache
     def watched(file): return any(o in file for o in files)
 
-    def count(frame, event, arg):
-        if event == 'line': times[frame.f_code.co_filename, frame.f_lineno] += 1
-        return count
-    _traced(f, lambda frame, event, arg: count if watched(frame.f_code.co_filename) else None)
+    def note(frame, event, arg):
+        if event == 'line': handlers[frame.f_code.co_filename, frame.f_lineno].append(signal.getsignal(signal.SIGINT))
+        return note
+    _traced(f, lambda frame, event, arg: note if watched(frame.f_code.co_filename) else None)
     def runs(file, n):
         if any(o in file for o in every): return range(1, n + 1)
         return {1, n} if any(o in file for o in last) else {1}
-    return [(file, line, run) for (file, line), n in times.items() for run in runs(file, n)]
+    found, waiting = [], set()
+    for (file, line), of_line in handlers.items():
+        for run in runs(file, len(of_line)):
+            handler = of_line[run - 1]
+            if handler not in waiting: found.append((file, line, run))
+            if handler is not signal.default_int_handler: waiting.add(handler)
+    return found
 
 
 def ctrl_c(f, moment):

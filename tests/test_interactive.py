@@ -108,13 +108,15 @@ def test_validation_is_a_table_and_a_list_of_dicts():
 # --- what importing says
 
 
-def test_data_sets_are_imported_when_one_is_made_and_without_a_warning():
-    """Wrong: a second for the library `datasets` in each process that trains on something else; without ipywidgets,
-    tqdm's warning, in red, of a bar that nothing here shows"""
+def test_large_libraries_are_imported_when_they_are_needed_and_without_a_warning():
+    """Wrong: a second for the library `datasets` in each process that trains on something else, or one for TensorBoard
+    where a run only may write to it; without ipywidgets, tqdm's warning, in red, of a bar that nothing here shows"""
     in_new_process("""
         import sys, types, warnings
         import fastswa.all as f
-        assert not {'datasets', 'huggingface_hub', 'pandas', 'pyarrow', 'tqdm.auto'} & {*sys.modules}
+        f.TensorBoardCB('runs')
+        large = {'datasets', 'huggingface_hub', 'matplotlib', 'pandas', 'pyarrow', 'scipy', 'tensorboard', 'tqdm.auto'}
+        assert not large & {*sys.modules}, large & {*sys.modules}
         kernel = types.SimpleNamespace(config=dict(IPKernelApp={}), kernel=None)      # what tqdm asks for
         sys.modules['IPython'] = types.SimpleNamespace(get_ipython=lambda: kernel)
         sys.modules['ipykernel.zmqshell'] = types.SimpleNamespace()

@@ -40,15 +40,25 @@ _NUMPY = np.random.Generator, np.random.RandomState, np.random.BitGenerator, np.
 
 def _bits(g): return g.bit_generator if isinstance(g, np.random.Generator) else g
 
+def _python_state(g):
+    "The state of a `random.Random`, its 625 words as bytes: a checkpoint is slow with numbers one by one"
+    version,words,gauss = g.getstate()
+    return version, np.array(words, '<u4').tobytes(), gauss
+
+def _set_python_state(g, state):
+    version,words,gauss = state
+    if isinstance(words, bytes): words = tuple(np.frombuffer(words, '<u4').tolist())
+    g.setstate((version, words, gauss))
+
 def _get_state(g):
     if isinstance(g, np.random.RandomState): return g.get_state(legacy=False)
     if isinstance(g, np.random.SeedSequence): return g.state
     # what it has spawned, too: the next that it spawns is another
     if isinstance(g, _NUMPY): return dict(_bits(g).state, seeds=getattr(_bits(g).seed_seq, 'state', None))
-    return g.getstate() if isinstance(g, random.Random) else g.get_state()
+    return _python_state(g) if isinstance(g, random.Random) else g.get_state()
 
 def _set_state(g, state):
-    if isinstance(g, random.Random): return g.setstate(state)
+    if isinstance(g, random.Random): return _set_python_state(g, state)
     if isinstance(g, _NUMPY): state = map_tensors(lambda t: t.numpy().view(np.uint64), state)      # out of a checkpoint
     if isinstance(g, np.random.SeedSequence): return g.__init__(**state)
     if isinstance(g, (np.random.Generator, np.random.BitGenerator)):
@@ -73,15 +83,15 @@ def get_rng_state(
     "The state of every global generator (Python, NumPy, torch, each CUDA device in use) and of `generators`"
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), cuda=cuda, mps=mps,
-                generators=[_get_state(g) for g in generators])
+    return dict(python=_python_state(random), numpy=np.random.get_state(), torch=torch.get_rng_state(), cuda=cuda,
+                mps=mps, generators=[_get_state(g) for g in generators])
 
 def set_rng_state(
     state:dict, # as `get_rng_state` gave it
     generators=(), # the same generators, in the same order
 ):
     "Put every generator back to `state`"
-    random.setstate(state['python'])
+    _set_python_state(random, state['python'])
     np.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'])
     if state['cuda']: torch.cuda.set_rng_state_all(state['cuda'])

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections import Counter
+from collections import defaultdict
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -30,17 +30,23 @@ CORE = 'fastswa/core.py', 'fastswa/random_state.py', 'fastswa/module_state.py'
 # --- data, nets, learners
 
 
+class WholeBatches(TensorDataset):
+    "A `TensorDataset` that gives a batch at once, to loaders with `collate_fn=list`: a third of the time"
+    def __getitems__(self, indices): return self[torch.tensor(indices)]
+
+
 def data(n=160, bs=16, shuffle=False, **kw):
     "Loaders of `n` vectors of length 3 in three classes that can be learned; validation in batches of `2*bs`"
     g = torch.Generator().manual_seed(0)
     y = torch.randint(3, (n,), generator=g)
-    ds = TensorDataset(F.one_hot(y, 3).float() + torch.randn(n, 3, generator=g)/2, y)
-    return SimpleNamespace(train=DataLoader(ds, bs, shuffle=shuffle, **kw), valid=DataLoader(ds, 2*bs, **kw))
+    ds = WholeBatches(F.one_hot(y, 3).float() + torch.randn(n, 3, generator=g)/2, y)
+    loader = partial(DataLoader, ds, collate_fn=list, **kw)
+    return SimpleNamespace(train=loader(batch_size=bs, shuffle=shuffle), valid=loader(batch_size=2*bs))
 
 
 def net(seed=0, norm=True, dropout=None):
     "A perceptron for `data()`: linear, BatchNorm (or Identity), ReLU, (dropout,) linear"
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     drop = [] if dropout is None else [nn.Dropout(dropout)]
     return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8) if norm else nn.Identity(), nn.ReLU(), *drop,
                          nn.Linear(8, 3))
@@ -60,7 +66,7 @@ def regression(n=7, bs=8):
 
 def linear():
     "A linear layer for `regression()`, always the same"
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return nn.Linear(3, 1)
 
 
@@ -68,13 +74,13 @@ def image_data(n=56, bs=8, valid=20):
     "Loaders of `n` images (N, 1, 6, 6) in three classes, shuffled; validation in batches of `valid`"
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(n, 1, 6, 6, generator=g), torch.randint(3, (n,), generator=g)
-    ds = TensorDataset(x + y.view(-1, 1, 1, 1), y)
-    return SimpleNamespace(train=DataLoader(ds, bs, shuffle=True), valid=DataLoader(ds, valid))
+    loader = partial(DataLoader, WholeBatches(x + y.view(-1, 1, 1, 1), y), collate_fn=list)
+    return SimpleNamespace(train=loader(batch_size=bs, shuffle=True), valid=loader(batch_size=valid))
 
 
 def image_net():
     "A convolution, BatchNorm, ReLU, dropout and a linear layer, for `image_data()`"
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(),
                          nn.Linear(64, 3))
 
@@ -251,20 +257,27 @@ def moments(f, files, last=(), every=()):
     """When to press Ctrl-C: file, line and how often it has run by then, for each line of `files` (parts of paths)
 
     The first time that it runs, in the files `last` the last time too, and in the files `every` each time. A run has
-    20 times as many moments, nearly all of which are one line in a loop."""
-    times = Counter()
+    20 times as many moments, nearly all of which are one line in a loop. Where another handler than Python's waits for
+    the end of a block, as in `uninterrupted`, all moments until then are the same one."""
+    handlers = defaultdict(list)                               # of Ctrl-C, each time that a line ran
 
     @cache
     def watched(file): return any(o in file for o in files)
 
-    def count(frame, event, arg):
-        if event == 'line': times[frame.f_code.co_filename, frame.f_lineno] += 1
-        return count
-    _traced(f, lambda frame, event, arg: count if watched(frame.f_code.co_filename) else None)
+    def note(frame, event, arg):
+        if event == 'line': handlers[frame.f_code.co_filename, frame.f_lineno].append(signal.getsignal(signal.SIGINT))
+        return note
+    _traced(f, lambda frame, event, arg: note if watched(frame.f_code.co_filename) else None)
     def runs(file, n):
         if any(o in file for o in every): return range(1, n + 1)
         return {1, n} if any(o in file for o in last) else {1}
-    return [(file, line, run) for (file, line), n in times.items() for run in runs(file, n)]
+    found, waiting = [], set()
+    for (file, line), of_line in handlers.items():
+        for run in runs(file, len(of_line)):
+            handler = of_line[run - 1]
+            if handler not in waiting: found.append((file, line, run))
+            if handler is not signal.default_int_handler: waiting.add(handler)
+    return found
 
 
 def ctrl_c(f, moment):
@@ -304,6 +317,7 @@ def _as_rank(f, args, rank, size, port, folder, threads):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1',
                       MASTER_PORT=str(port), OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
     torch.set_num_threads(threads)
+    multiprocessing.set_start_method('fork', force=True)      # of a loader's workers, as in a script of one's own
     sys.stdout = open(folder/f'out.{rank}', 'w')
     sys.stderr = open(folder/f'err.{rank}', 'w')
     try: f(*args)

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from fastswa.callbacks.augment import AugmentCB
 from fastswa.data.transforms import RandFlip
@@ -19,9 +19,9 @@ from fastswa.training.events import Callback
 from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.swa import EMACB, SWACB
 from fastswa.callbacks.batchnorm import BNUpdateCB
-from helpers import Hits
+from helpers import Hits, WholeBatches
 
-N_EPOCHS,STEPS = 4,8
+N_EPOCHS = 3
 
 
 class Data:
@@ -30,8 +30,8 @@ class Data:
         g = torch.Generator().manual_seed(0)
         x,y = torch.randn(n, 1, 8, 8, generator=g),torch.randint(4, (n,), generator=g)
         x[range(n), 0, y, y] += 3
-        ds = TensorDataset(x, y)
-        self.train,self.valid = DataLoader(ds, bs, shuffle=True, num_workers=num_workers),DataLoader(ds, 100)
+        loader = partial(DataLoader, WholeBatches(x, y), collate_fn=list)
+        self.train,self.valid = loader(batch_size=bs, shuffle=True, num_workers=num_workers),loader(batch_size=100)
 
 
 def net():

@@ -95,7 +95,7 @@ def error(f, *args, **kwargs):
 
 def main():
     server = serve()
-    import huggingface_hub
+    import huggingface_hub.utils
     from safetensors.torch import load_file
     from torch import nn
     from fastswa.training.events import Callback

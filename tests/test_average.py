@@ -376,10 +376,11 @@ def test_weights_out_of_range(weight, elsewhere):
 @pytest.mark.parametrize('what', ['half', 'several', 'converted'])
 def test_ctrl_c_at_any_line_of_an_update(what):
     "The average has taken the snapshot, or it has not: no part of it has moved, and nothing is left uninitialised"
+    start = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 200), nn.BatchNorm1d(200))
+    if what == 'half': start.bfloat16()
+
     def fresh():
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 200), nn.BatchNorm1d(200))
-        if what == 'half': net.bfloat16()
+        net = copy.deepcopy(start)
         avgs = [Average(net, ema(decay=d)) for d in ((0.5, 0.9) if what == 'several' else (0.5,))]
         for a in avgs: a.update()
         if what == 'converted': net.double()
@@ -392,14 +393,16 @@ def test_ctrl_c_at_any_line_of_an_update(what):
     files = 'fastswa/averaging/', *CORE
     before, after = fresh(), fresh()
     lines = moments(partial(update, after), files, last=files)
-    assert len(lines) > 60
+    assert len(lines) > 40
+    before, after = ([copied(a.weights) for a in avgs] for avgs in (before, after))
     for at in lines:
         got = fresh()
         with torch.enable_grad(): ctrl_c(partial(update, got), at)      # torch.no_grad's own end may be cut short
         for a, b, c in zip(got, before, after):
-            expected = copied((c if a.n == 2 else b).weights)
+            expected = c if a.n == 2 else b
             for k, v in a.weights.items():
-                torch.testing.assert_close(v, expected[k].to(v), msg=f'{at}: {k}, n = {a.n}')
+                if torch.equal(v, expected[k]): continue                # which is far cheaper
+                torch.testing.assert_close(v, expected[k], msg=f'{at}: {k}, n = {a.n}')
 
 
 # --- swapping

@@ -28,7 +28,7 @@ from helpers import CORE, ctrl_c, moments
 
 
 def mlp(seed=0, **kw):
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, **kw), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2),
                          nn.BatchNorm1d(2, **kw))
 
@@ -455,10 +455,11 @@ def compiles():
 @pytest.mark.parametrize('what', ['data', 'reset'])
 def test_ctrl_c_at_any_line(what):
     "Either nothing has happened, or all of it; hooks and modes never stay"
+    batches = inputs(16).split(8) if what == 'data' else None
     def fresh():
         net = marked(mlp())
         net[5].eval()
-        return net, partial(update_bn, net, inputs(16).split(8) if what == 'data' else None)
+        return net, partial(update_bn, net, batches)
     net, call = fresh()
     was, before, modes = bn_state(net), momenta(net), [m.training for m in net.modules()]
     lines = moments(call, FILES, every=FILES)

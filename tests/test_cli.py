@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -33,13 +34,19 @@ FILES = ['curves.png', 'history.csv', 'settings.json', 'weights.safetensors']
 SMALL = '--data toy --epochs 4 --bs 64 --device cpu'
 
 
+savefig = Figure.savefig
+
+
 def few_toys(monkeypatch):
     "`--data toy` is 640 images"
     monkeypatch.setattr(fastswa.data.sources, 'toy_images', lambda: toy_images(640, 256))
 
 
 @pytest.fixture(autouse=True)
-def small_toy(monkeypatch): few_toys(monkeypatch)
+def small_toy(monkeypatch):
+    "And each picture is drawn in one test, by `savefig`; elsewhere a file stands for it"
+    few_toys(monkeypatch)
+    monkeypatch.setattr(Figure, 'savefig', lambda self, f, **kw: f.write(b'a picture'))
 
 
 def json_of(command):
@@ -287,10 +294,9 @@ def test_overwrite_leaves_the_files_of_others(demo, tmp_path):
 
 def test_a_file_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     "None of the three is there, and what was trained is not lost"
-    import matplotlib.pyplot as plt
     def full(*args, **kw): raise OSError(28, 'No space left on device')
     with monkeypatch.context() as m:
-        m.setattr(plt, 'savefig', full)
+        m.setattr(Figure, 'savefig', full)
         assert main(f'train --data toy --epochs 1 --bs 64 --out {tmp_path}'.split()) == 1
     assert results(tmp_path) == ['settings.json'] and 'No space left' in capsys.readouterr().err
     assert main(f'train --resume --out {tmp_path}'.split()) == 0
@@ -321,7 +327,8 @@ def test_bench_averages_from_a_configuration(tmp_path, capsys):
 # --- lr-find
 
 
-def test_lr_find(tmp_path, capsys):
+def test_lr_find(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Figure, 'savefig', savefig)
     result, text = json_of(f'lr-find --data toy --bs 64 --out {tmp_path}')
     rows = rows_of(tmp_path/'lr.csv')
     lrs, losses = ([float(r[k]) for r in rows] for k in ('lr', 'loss'))
@@ -509,6 +516,8 @@ def test_no_torch_for_a_page_and_no_warnings_about_torcheval(tmp_path):
             warnings.warn('`torch.jit.script` is deprecated', FutureWarning, stacklevel=len(f.__name__) % 3 + 1)
             return f
         torch.jit.script = script
+        from matplotlib.figure import Figure
+        Figure.savefig = lambda self, f, **kw: f.write(b'a picture')
         import fastswa.data.sources as sources
         toy, sources.toy_images = sources.toy_images, lambda: toy(64, 32)
         with contextlib.redirect_stderr(io.StringIO()) as err:

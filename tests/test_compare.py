@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import time
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -82,9 +83,37 @@ def test_order_of_seeds_changes_no_number(found):
     assert sorted(map(str, rows(other))) == sorted(map(str, rows(found)))
 
 
-def test_side_by_side_changes_no_number(found):
+def ends_last(mark, kills, seed):
+    """In the last seed wait, so that this process has sent all that it had finished; or, once the other one waits,
+    kill this one"""
+    if seed < 2: return slow(seed)
+    if not kills: mark.touch()
+    for _ in range(6000):
+        if kills and mark.exists(): os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope='module')
+def beside(tmp_path_factory):
+    "What `found` is, in two processes, with two variants more, at whose last run one process is killed; its folder"
+    folder = tmp_path_factory.mktemp('beside')
+    ends = {name: partial(ends_last, folder/'waits', name == 'killed') for name in ('waits', 'killed')}
+    with quiet(): return compare(make, VARIANTS | ends, 3, 2, folder/'out', n_jobs=2), folder/'out'
+
+
+def test_side_by_side_changes_no_number(found, beside):
     "Functions of a test module, like those of a notebook, travel to other processes"
-    assert rows(alone(n_jobs=2)) == rows(found)
+    assert [r for r in rows(beside[0]) if r['variant'] in found.variants] == rows(found)
+
+
+def test_killed_process(beside):
+    "What was finished stays. Wrong: an error for all"
+    c, out = beside
+    assert {*c.failures} == {('waits', 2), ('killed', 2)}
+    assert all(o.startswith('a process was killed, perhaps for want of memory') for o in c.failures.values())
+    assert c.scores()['killed'].notna().sum() == 2*2      # seeds, epochs
+    assert {'killed-0.json', 'killed-1.json', 'raw-2.json'} < {o.name for o in out.iterdir()}
+    assert not (out/'killed-2.json').exists()
 
 
 def test_interrupted_and_continued(tmp_path, found, monkeypatch):
@@ -451,19 +480,6 @@ def test_no_learner_for_one_seed():
     assert summary.loc['other', 'seeds'] == 3
 
 
-def killed(seed):
-    if seed == 1: os.kill(os.getpid(), signal.SIGKILL)
-    return make(seed)
-
-
-def test_killed_process(tmp_path):
-    "What was finished stays. Wrong: an error for all"
-    compare(make, dict(killed=killed), 1, 1, tmp_path, n_jobs=1)
-    c = compare(make, dict(killed=killed), 2, 1, tmp_path, n_jobs=2)
-    assert c.failures['killed', 1].startswith('a process was killed, perhaps for want of memory')
-    assert c.scores()['killed'].notna().sum() == 1 and 'killed-1.json' not in {o.name for o in tmp_path.iterdir()}
-
-
 @pytest.mark.parametrize('text', ['', '{"rows": [', '[]', '3', '{"rows": []}', '{"error": null}'])
 def test_damaged_result(tmp_path, text):
     asked = dict(make_learner=make, variants={}, seeds=1, epochs=1, out=tmp_path, n_jobs=1)
@@ -514,7 +530,7 @@ def test_baseline_without_validation():
 
 def test_about_names_data_and_counts():
     about = compare(make, {}, 1, 1, n_jobs=1).about()
-    assert 'accuracy after 1 epoch, 1 seed; TensorDataset: 160 training and 160 validation samples' in about
+    assert 'accuracy after 1 epoch, 1 seed; WholeBatches: 160 training and 160 validation samples' in about
 
 
 def test_all_cores():

@@ -1,5 +1,6 @@
 "Faults of data: broken files, mix-ups, closed networks, odd datasets; and order and determinism across processes"
 import gzip, hashlib, json, os, pickle, random, socket, subprocess, sys
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +12,7 @@ from fastswa.data import loaders as data, sources
 from fastswa.random_state import set_seed
 from fastswa.data.loaders import DataLoaders, collate_dict, inplace
 from fastswa.data.sources import fashion_mnist, load_data, mnist, toy_images
-from helpers import in_new_process
+from helpers import forkserver
 
 def write_idx(path, a):
     a = np.asarray(a, np.uint8)
@@ -91,23 +92,23 @@ def test_load_data(alone):
 
 # --- the hub
 
-def run_hub(home, **env):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'FASTSWA', 'TRANSFORMERS'))} | env
+def run_hub(home):
+    "What the stub tells: with its hub, and of a second start that stays offline"
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'FASTSWA', 'TRANSFORMERS'))}
     out = subprocess.run([sys.executable, Path(__file__).with_name('hub_stub.py')], env=env | dict(HF_HOME=str(home)),
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    return json.loads(out.stdout.splitlines()[-1])
+    return [json.loads(o) for o in out.stdout.splitlines() if o[0] == '{']
 
 def test_hub_served_closed_and_cached(tmp_path):
-    r = run_hub(tmp_path)
+    r, offline = run_hub(tmp_path)
     loaded = dict(sizes=[5, 3], names=['T-shirt/top', 'Trouser'])   # spelt as from the IDX files
     assert r['served'][0] == loaded
     assert r['closed'][0] == loaded                          # from the cache, not an error
     assert 'toy_images()' in r['not_cached'][0]
     assert r['closed'][1] == r['not_cached'][1] == 0         # the client's own retries wait for 23 s
     assert r['offline_as_before'] is False                   # looking into the cache leaves no setting behind
-    r = run_hub(tmp_path, HF_HUB_OFFLINE='1')
-    assert r['closed'][0] == loaded and r['offline_as_before'] is True
+    assert offline['closed'][0] == loaded and offline['offline_as_before'] is True
 
 def test_a_hub_that_never_answers():
     "Without a limit it would be waited for for ever"
@@ -183,15 +184,14 @@ def test_the_real_thing(fmnist):
 
 # --- toy images
 
-def test_toy_images_are_the_same_in_another_process():
-    code = ('import torch; torch.set_num_threads(1); from fastswa.data.loaders import DataLoaders; '
-            'from fastswa.data.sources import toy_images; '
-            "x, y = DataLoaders.in_memory(toy_images(300, 10), 8, device='cpu').train.dataset.tensors; "
-            'print(x.long().sum().item(), (x.flatten(1).long()*torch.arange(784)).sum().item(), y.tolist())')
-    printed = in_new_process(code)
+def sums_of_toy_images():
+    torch.set_num_threads(1)
     x, y = data._tensors(toy_images(300, 10)['train'], 'cpu')
-    sums = x.long().sum().item(), (x.flatten(1).long()*torch.arange(784)).sum().item()
-    assert printed.splitlines()[-1] == f'{sums[0]} {sums[1]} {y.tolist()}'
+    return x.long().sum().item(), (x.flatten(1).long()*torch.arange(784)).sum().item(), y.tolist()
+
+def test_toy_images_are_the_same_in_another_process():
+    with ProcessPoolExecutor(1, mp_context=forkserver()) as pool: other = pool.submit(sums_of_toy_images).result()
+    assert other == sums_of_toy_images()
 
 def test_toy_images_say_so_and_draw_from_no_global_generator(capsys):
     set_seed(0)

@@ -1,6 +1,6 @@
 "The finder of learning rates leaves no trace, stops where it should, and uses the rates that it tries"
 import math
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
@@ -36,8 +36,7 @@ class Noise(Callback):
 
 class Breaks(Callback):
     "Raises at one of the batches of a search"
-    prepares = True
-    def __init__(self, exc): self.exc, self.armed = exc, False
+    prepares, armed = True, False
     def before_batch(self, learn):
         if self.armed and learn.iter == 2: raise self.exc
 
@@ -45,35 +44,41 @@ LEARNERS = dict(sgd=partial(TrainLearner, opt_func=partial(optim.SGD, momentum=0
                 adam=partial(TrainLearner, opt_func=optim.AdamW),
                 momentum=MomentumLearner, bare=partial(Learner, cbs=TrainCB()))
 
+def search(learn, breaks, exc):
+    "A search for a rate that ends well, or by an exception"
+    breaks.exc, breaks.armed = exc, exc is not None
+    names = 'opt', 'history', 'cbs', 'dls', 'batch', 'averages'
+    before = [getattr(learn, k) for k in names]
+    if exc is None:
+        res = lr_find(learn, show=False)
+        assert len(res.lrs) > 10 and res.lrs[1]/res.lrs[0] == pytest.approx(1.3)
+    else:
+        with pytest.raises(type(exc)): lr_find(learn, show=False)
+    breaks.armed = False
+    assert all(getattr(learn, k) is o for k, o in zip(names, before))
+    assert all(p.grad is None for p in learn.model.parameters())
+
+@cache
+def trained(kind, first, look=None):
+    "What is left after fits of `first` and two epochs, with a look at the learner between them"
+    set_seed(0)
+    x = torch.randn(60, 3)
+    gen = torch.Generator().manual_seed(1)
+    ds = TensorDataset(x, x.sum(1, keepdim=True))
+    dls = SimpleNamespace(train=DataLoader(ds, 10, shuffle=True, generator=gen),
+                          valid=DataLoader(ds, 20, shuffle=True))
+    learn, breaks = LEARNERS[kind](noisy_net(), dls, lr=0.01), Breaks()
+    learn.cbs += [Noise(), breaks, BatchSchedCB(partial(lr_scheduler.OneCycleLR, max_lr=0.05))]
+    learn.fit(first)
+    if look: look(learn, breaks)
+    learn.fit(2)
+    return [*learn.model.state_dict().values(), torch.rand(1), gen.get_state()], learn.history, learn.opt_steps
+
 @pytest.mark.parametrize('kind', LEARNERS)
 @pytest.mark.parametrize('exc', [None, KeyboardInterrupt(), ZeroDivisionError()])
 @pytest.mark.parametrize('first', [0, 1])
 def test_finder_leaves_no_trace(kind, exc, first):
-    def run(look):
-        set_seed(0)
-        x = torch.randn(60, 3)
-        gen = torch.Generator().manual_seed(1)
-        ds = TensorDataset(x, x.sum(1, keepdim=True))
-        dls = SimpleNamespace(train=DataLoader(ds, 10, shuffle=True, generator=gen),
-                              valid=DataLoader(ds, 20, shuffle=True))
-        learn, breaks = LEARNERS[kind](noisy_net(), dls, lr=0.01), Breaks(exc)
-        learn.cbs += [Noise(), breaks, BatchSchedCB(partial(lr_scheduler.OneCycleLR, max_lr=0.05))]
-        learn.fit(first)
-        if look:
-            breaks.armed = exc is not None
-            names = 'opt', 'history', 'cbs', 'dls', 'batch', 'averages'
-            before = [getattr(learn, k) for k in names]
-            if exc is None:
-                res = lr_find(learn, show=False)
-                assert len(res.lrs) > 10 and res.lrs[1]/res.lrs[0] == pytest.approx(1.3)
-            else:
-                with pytest.raises(type(exc)): lr_find(learn, show=False)
-            breaks.armed = False
-            assert all(getattr(learn, k) is o for k, o in zip(names, before))
-            assert all(p.grad is None for p in learn.model.parameters())
-        learn.fit(2)
-        return [*learn.model.state_dict().values(), torch.rand(1), gen.get_state()], learn.history, learn.opt_steps
-    (a, *rest_a), (b, *rest_b) = run(True), run(False)
+    (a, *rest_a), (b, *rest_b) = trained(kind, first, partial(search, exc=exc)), trained(kind, first)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and rest_a == rest_b
 
 def test_finder_stops_where_it_should():

@@ -34,7 +34,7 @@ class Net(nn.Module):
     def forward(self, x): return self.head(self.tail(self.body(x))) + (self.bypass(x) if hasattr(self, 'bypass') else 0)
 
 def net(**kwargs):
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return Net(**kwargs)
 
 def names(groups): return [g['param_names'] for g in groups]

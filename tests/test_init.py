@@ -13,7 +13,7 @@ from fastswa.nets.lsuv import lsuv, lsuv_init
 from fastswa.nets.layers import GeneralRelu, ResBlock, act_gr, conv, get_model
 from fastswa.nets.norms import BatchNorm, LayerNorm
 
-def images(n=64): return torch.rand(n, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+def images(n=32): return torch.rand(n, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 def vectors(n=128, d=20): return torch.randn(n, d, generator=torch.Generator().manual_seed(0))
 
 class Twice(nn.Module):
@@ -364,11 +364,11 @@ def residual(n, norm=None, act=nn.ReLU):
 
 class Mlp(nn.Module):
     "Residual branches of three layers, under no name that we know"
-    def __init__(self, n=5):
+    def __init__(self, n=5, width=300):
         super().__init__()
-        self.head = nn.Linear(300, 4)
-        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(300, 300) for _ in range(3)) for _ in range(n))
-        self.stem = nn.Linear(20, 300)
+        self.head = nn.Linear(width, 4)
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(width, width) for _ in range(3)) for _ in range(n))
+        self.stem = nn.Linear(20, width)
     def forward(self, x):
         x = self.stem(x)
         for a, b, c in self.blocks: x = F.relu(x + c(F.relu(b(F.relu(a(x))))))
@@ -401,7 +401,7 @@ def test_fixup_bounds_the_update():
     "The change of the output in one step on the branches does not grow with depth; without the scale it grows like L"
     def change(n, scaled, seed):
         set_seed(seed)
-        m, x = Mlp(n), vectors(32)
+        m, x = Mlp(n, 100), vectors(32)
         fixup(m, m.blocks, head=m.head)
         torch.manual_seed(99)
         nn.init.normal_(m.stem.weight, std=0.2), nn.init.normal_(m.head.weight, std=0.05)

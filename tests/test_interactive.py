@@ -108,16 +108,20 @@ def test_validation_is_a_table_and_a_list_of_dicts():
 # --- what importing says
 
 
-@pytest.mark.parametrize('module', ['data.sources', 'data.loaders'])
-def test_a_notebook_without_ipywidgets_begins_without_a_warning(module):
-    "tqdm's, in red, is of a bar that nothing here shows"
-    in_new_process(f"""
+def test_large_libraries_are_imported_when_they_are_needed_and_without_a_warning():
+    """Wrong: a second for the library `datasets` in each process that trains on something else, or one for TensorBoard
+    where a run only may write to it; without ipywidgets, tqdm's warning, in red, of a bar that nothing here shows"""
+    in_new_process("""
         import sys, types, warnings
-        kernel = types.SimpleNamespace(config=dict(IPKernelApp={{}}), kernel=None)      # what tqdm asks for
+        import fastswa.all as f
+        f.TensorBoardCB('runs')
+        large = {'datasets', 'huggingface_hub', 'matplotlib', 'pandas', 'pyarrow', 'scipy', 'tensorboard', 'tqdm.auto'}
+        assert not large & {*sys.modules}, large & {*sys.modules}
+        kernel = types.SimpleNamespace(config=dict(IPKernelApp={}), kernel=None)      # what tqdm asks for
         sys.modules['IPython'] = types.SimpleNamespace(get_ipython=lambda: kernel)
         sys.modules['ipykernel.zmqshell'] = types.SimpleNamespace()
         sys.modules['ipywidgets'] = None
-        with warnings.catch_warnings(record=True) as seen: import fastswa.{module}
+        with warnings.catch_warnings(record=True) as seen: f.DataLoaders.in_memory(f.toy_images(4, 4), 2, device='cpu')
         assert 'tqdm.auto' in sys.modules
         assert not [w for w in seen if 'IProgress' in str(w.message)]""")
 

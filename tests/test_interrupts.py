@@ -26,7 +26,7 @@ def data(n_train=2):
 
 
 def learner(*cbs, n_train=2):
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
     return TrainLearner(model, data(n_train), F.cross_entropy, 0.1, cbs, partial(optim.SGD, momentum=0.9))
 
@@ -68,6 +68,7 @@ def test_ctrl_c_at_any_line_keeps_the_raw_weights(raw_run):
         ctrl_c(partial(learn.fit, 1), at)
         assert learn.weights == 'raw', at
         assert is_of_the_run(state(learn.model), raw_run), at
+        learn.dls = data(n_train=1)
         learn.fit(1, valid=False)
 
 

@@ -4,7 +4,7 @@ import gc
 import sys
 import weakref
 from collections import namedtuple
-from functools import partial
+from functools import cache, partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -97,6 +97,19 @@ def test_another_learner_does_not_meet_the_momentum():
     assert same(model.state_dict(), other.state_dict())
 
 
+@cache
+def two_fits(cls, look=None):
+    "What is left after two fits, with a look at the learner between them"
+    noise = BatchTransformCB(lambda b: (b[0] + torch.randn(3)/10, b[1]))
+    learn = learner(noise, DeviceCB('cpu'), MetricsCB(), EMACB(apply=False), BNUpdateCB(), cls=cls,
+                    opt_func=partial(optim.SGD, momentum=0.5))
+    set_seed(3)
+    learn.fit(1)
+    if look: look(learn)
+    learn.fit(1)
+    return state(learn), torch.get_rng_state(), learn.history, learn.opt_steps
+
+
 @pytest.mark.parametrize('look', [
     lambda learn: learn.validate(), lambda learn: learn.get_preds(), lambda learn: learn.capture_preds(inps=True),
     lambda learn: learn.summary(), lambda learn: learn.lr_find(max_steps=12, show=False),
@@ -104,16 +117,7 @@ def test_another_learner_does_not_meet_the_momentum():
     ids=['validate', 'preds', 'capture', 'summary', 'lr_find', 'validate ema', 'preds ema'])
 @pytest.mark.parametrize('cls', [TrainLearner, MomentumLearner])
 def test_looking_between_two_fits_changes_nothing(look, cls):
-    def run(look):
-        noise = BatchTransformCB(lambda b: (b[0] + torch.randn(3)/10, b[1]))
-        learn = learner(noise, DeviceCB('cpu'), MetricsCB(), EMACB(apply=False), BNUpdateCB(), cls=cls,
-                        opt_func=partial(optim.SGD, momentum=0.5))
-        set_seed(3)
-        learn.fit(1)
-        if look: look(learn)
-        learn.fit(1)
-        return state(learn), torch.get_rng_state(), learn.history, learn.opt_steps
-    (a, rng, hist, steps), (b, rng2, hist2, steps2) = run(look), run(None)
+    (a, rng, hist, steps), (b, rng2, hist2, steps2) = two_fits(cls, look), two_fits(cls)
     assert same(a, b) and torch.equal(rng, rng2) and hist == hist2 and steps == steps2
 
 
@@ -382,23 +386,30 @@ class _Made:
     train, valid = property(lambda self: self._made.train), property(lambda self: self._made.valid)
 
 
+@cache
+def watched_with_workers(kind):
+    "The table of a fit whose loaders are given as `kind` makes them, and what another loader gives"
+    plain = data(num_workers=1, persistent_workers=True)
+    learn = learner(EMACB(apply=False), BNUpdateCB(), dls=kind(plain))
+    set_seed(4)
+    learn.fit(1)
+    other = learn.validate(dl=list(plain.valid)[:1])
+    learn.get_preds(dl=list(plain.valid)[:1])
+    assert learn.dls.train is plain.train and learn.dls.valid is plain.valid
+    end_workers(plain)
+    return learn.history, other
+
+
+def _as_they_are(dls): return dls
+
+
 @pytest.mark.usefixtures('strict')
 @pytest.mark.parametrize('kind', [_as_class, _as_tuple, _as_module, _Made])
 def test_the_loaders_are_never_written_to(kind):
     """They may be a class, a named tuple, a module, properties; also where workers persist, and with another loader
 
     Wrong: TypeError or AttributeError at the first row of an average, or loaders exchanged for good"""
-    def run(kind):
-        plain = data(num_workers=1, persistent_workers=True)
-        learn = learner(EMACB(apply=False), BNUpdateCB(), dls=kind(plain))
-        set_seed(4)
-        learn.fit(1)
-        other = learn.validate(dl=list(plain.valid)[:1])
-        learn.get_preds(dl=list(plain.valid)[:1])
-        assert learn.dls.train is plain.train and learn.dls.valid is plain.valid
-        end_workers(plain)
-        return learn.history, other
-    assert run(kind) == run(lambda dls: dls)
+    assert watched_with_workers(kind) == watched_with_workers(_as_they_are)
 
 
 @pytest.mark.parametrize('name', ['begin_epoch', 'training_step', 'epoch_ended', 'on_batch', 'run'])

@@ -1,42 +1,21 @@
 "What training looks like in a terminal, in a log, and in Jupyter; and that showing it costs next to nothing"
-import fcntl, os, pty, re, select, signal, struct, subprocess, sys, termios, time
+import fcntl, os, pty, re, select, signal, struct, sys, termios, time
 from types import SimpleNamespace
 
-import IPython, pytest, torch
+import IPython, pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.terminal.interactiveshell import TerminalInteractiveShell
-from torch import nn
 from torcheval.metrics import MeanSquaredError
 
-from fastswa.averaging.rules import ema
 from fastswa.training.events import Callback, CancelFitException
-from fastswa.training.learner import TrainLearner
 from fastswa.callbacks.progress import LogView, NotebookView, ProgressCB, TerminalView, View, find_view
 from fastswa.callbacks.metrics import MetricsCB
 from fastswa.callbacks.swa import EMACB
-from helpers import image_learner
-
-class AveragesCB(Callback):
-    def before_fit(self, learn): learn.averages.add('ema', ema(decay=0.9))
-    def after_step(self, learn): learn.averages.update_due()
+import told_run
+from helpers import forkserver, image_learner
+from told_run import AveragesCB, Clock, SlowCB, learner
 
 LIMIT = 120                                                 # seconds: only so that a process that hangs comes to an end
-
-class Clock:
-    "Time that passes where a test says so"
-    now = 0.
-    def __call__(self): return self.now
-
-class SlowCB(Callback):
-    "Each batch takes so many seconds, of the clock"
-    role = 'watches'      # time goes on in the rows of averages too
-    def __init__(self, clock, seconds=0.05): self.clock, self.seconds = clock, seconds
-    def before_batch(self, learn): self.clock.now += self.seconds
-
-class Waits(Callback):
-    "In the middle of the second epoch, until a line comes in"
-    def before_batch(self, learn):
-        if learn.training and (learn.epoch, learn.iter) == (1, 15): sys.stdin.readline()
 
 @pytest.fixture
 def clock(): return Clock()
@@ -45,32 +24,20 @@ class Unsized:
     def __init__(self, batches): self.batches = batches
     def __iter__(self): return iter(self.batches)
 
-def learner(*cbs, n=30):
-    torch.manual_seed(0)
-    x = torch.randn(n, 8, 3)
-    batches = list(zip(x, x.sum(-1, keepdim=True)))
-    return TrainLearner(nn.Linear(3, 1), SimpleNamespace(train=batches, valid=batches[:10]), lr=0.02, cbs=cbs)
-
-def script(epochs, wait=False):
-    "A training run for a process of its own"
-    clock = Clock()
-    learner(AveragesCB(), SlowCB(clock), *[Waits() for _ in range(wait)], ProgressCB(clock=clock)).fit(epochs)
-
-def popen(epochs, wait=False, **kwargs):
-    code = f'import test_progress as t; t.script({epochs}, {wait})'
-    # the first would hide that nothing is flushed, the others the size of the terminal
-    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONUNBUFFERED', 'COLUMNS', 'LINES')}
-    return subprocess.Popen([sys.executable, '-c', code], cwd=os.path.dirname(__file__), env=env, **kwargs)
+def start(stdin, stdout, stderr, *args, terminal=False):
+    "A run in a process of its own, with these file descriptors; what is the child's is closed here"
+    fds = [told_run.Fd(fd) for fd in (stdin, stdout, stderr)]
+    p = forkserver().Process(target=told_run.run, args=(fds, terminal, *args))
+    p.start()
+    for fd in {stdin, stdout, stderr}: os.close(fd)
+    return p
 
 def in_terminal(epochs, interrupt_at=None, columns=0):
     """What the run writes into a terminal of so many columns, 0 where it does not know; Ctrl-C is pressed once
     `interrupt_at` has appeared, and the run waits for it"""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
-    # its own terminal: Ctrl-C reaches it, and nobody else
-    p = popen(epochs, interrupt_at is not None, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL,
-              start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
-    os.close(slave)
+    p = start(slave, slave, os.open(os.devnull, os.O_WRONLY), epochs, interrupt_at is not None, terminal=True)
     seen, until = b'', time.monotonic() + LIMIT
     while time.monotonic() < until:
         if not select.select([master], [], [], 1)[0]: continue
@@ -79,9 +46,9 @@ def in_terminal(epochs, interrupt_at=None, columns=0):
         if not new: break
         seen += new
         if interrupt_at and interrupt_at in seen: interrupt_at = os.write(master, b'\x03') and None
-    p.wait(LIMIT)
+    p.join(LIMIT)
     os.close(master)
-    return seen.decode(), p.returncode
+    return seen.decode(), p.exitcode
 
 def screen(text):
     "The lines that are to be seen in the end: `\\r` goes back to the start of a line, and what follows overwrites"
@@ -131,25 +98,31 @@ def test_ctrl_c_in_a_terminal():
     assert code not in (0, None) and len(lines) == 5   # the header, three rows of the first epoch, and where it stopped
     assert re.search(r'stopped by KeyboardInterrupt at 1/5 epochs, train, \d+/30 batches', lines[-1])
 
-def first_line(p):
-    "What is written while the run waits, and not when a buffer is full"
-    assert select.select([p.stdout], [], [], LIMIT)[0]
-    return p.stdout.readline().decode()
+def piped(epochs, stderr):
+    "A run that waits: its process, its stdin, and its stdout, of which the first line is read while it waits"
+    (stdin, stdin_here), (stdout_here, stdout) = os.pipe(), os.pipe()
+    p = start(stdin, stdout, stdout if stderr else os.open(os.devnull, os.O_WRONLY), epochs, True)
+    out = open(stdout_here)
+    assert select.select([out], [], [], LIMIT)[0]           # and not when a buffer is full
+    return p, open(stdin_here, 'w'), out
 
 def test_log():
-    p = popen(2, wait=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    first = first_line(p)
-    out = first + p.communicate(b'\n', timeout=LIMIT)[0].decode()
-    assert not re.search(r'[^\x20-\x7e\n]', out)             # no control characters
-    assert [re.sub(r'\d\.[\de.-]+|\d:\d\d', '#', o) for o in out.splitlines()] == [
+    p, stdin, out = piped(2, stderr=True)
+    first = out.readline()
+    with stdin: stdin.write('\n')
+    with out: text = first + out.read()
+    p.join(LIMIT)
+    assert not re.search(r'[^\x20-\x7e\n]', text)            # no control characters
+    assert [re.sub(r'\d\.[\de.-]+|\d:\d\d', '#', o) for o in text.splitlines()] == [
         f'{i}/2 epochs | train loss # | raw loss # | ema loss # | #' for i in (1, 2)]
 
 def test_interrupted_log():
-    p = popen(5, wait=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    first = first_line(p)
-    p.send_signal(signal.SIGINT)
-    lines = [first, *p.communicate(timeout=LIMIT)[0].decode().splitlines()]
-    assert p.returncode != 0
+    p, stdin, out = piped(5, stderr=False)
+    first = out.readline()
+    os.kill(p.pid, signal.SIGINT)
+    with stdin, out: lines = [first, *out.read().splitlines()]
+    p.join(LIMIT)
+    assert p.exitcode not in (0, None)
     assert lines[0].startswith('1/5 epochs | train')
     assert lines[-1].startswith('stopped by KeyboardInterrupt at 1/5 epochs, train')
 
@@ -269,7 +242,7 @@ def test_in_a_kernel():
         kc.execute_interactive(code, output_hook=hook, timeout=LIMIT, allow_stdin=False)
         return seen
     try:
-        seen = run('import test_progress as t; t.script(2)')
+        seen = run('import told_run; told_run.script(2)')
         run('import time; from fastswa.core import progress_bar')
         bar = run('for _ in progress_bar("abc", "bar"): time.sleep(1)')
     finally:

@@ -2,6 +2,7 @@
 import ast, builtins, json, re, runpy, shutil, subprocess, sys
 from collections import Counter
 from configparser import ConfigParser
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -109,6 +110,8 @@ ROOMS = dict(                                        # design: each room imports
     training=['training'], callbacks=['callbacks'], checkpoint=['checkpoint'], integrations=['integrations'],
     compare=['compare'], cli=['cli', '__main__'], all=['all'])
 ONLY = dict(integrations={'core', 'averaging', 'integrations'})      # a room that may import from fewer rooms
+
+@cache
 def modules():
     "Name → tree of each module of the library that belongs to a room"
     files = {o.relative_to(root).with_suffix('').parts: o for o in (root/'fastswa').rglob('*.py')}
@@ -144,6 +147,7 @@ def imported(module, tree, names):
 
 def is_package(module): return (root/module.replace('.', '/')).is_dir()
 
+@cache
 def imports():
     trees = modules()
     return {k: imported(k, v, {*trees}) for k, v in trees.items()}

@@ -35,12 +35,17 @@ N, BS = 160, 16      # samples and batch size of `data()`
 def weights_of(cb): return cb.average.weights['0.weight']
 
 
+def long_epochs():
+    "Of 100 steps: to train for many without validating often"
+    return SimpleNamespace(train=data(400, 4).train, valid=data().valid)
+
+
 def test_defaults_to_the_letter():
     """Half-life a twentieth of the steps so far; snapshots every hundredth from three quarters on
 
     Of 200 steps every second. Wrong: a half-life of a twentieth of the whole fit, from the start"""
     trail, e, s = Trail(), EMACB(), SWACB()
-    learner(trail, e, s, BNUpdateCB()).fit(20)
+    learner(trail, e, s, BNUpdateCB(), dls=long_epochs()).fit(2)
     avg = trail.weights[0]
     for n, w in enumerate(trail.weights[1:], 1):
         d = (n/(n + 1))**(np.log(2)/0.05)
@@ -67,7 +72,7 @@ def test_a_warm_up_is_of_steps():
 
     Wrong: each snapshot counts as one step, and the memory stays five times too short"""
     trail, cb = Trail(), EMACB(warmup='ratio', every='5ba', apply=False)
-    learner(trail, cb).fit(20)
+    learner(trail, cb, dls=long_epochs()).fit(2)
     seen, avg = trail.weights[4::5], None
     for n, w in enumerate(seen):
         left = min(2**(-1/10), (1 + 5*n)/(10 + 5*n))**5
@@ -196,7 +201,8 @@ def test_dict_batches_and_two_inputs_reach_the_statistics():
 def test_generators_of_loaders_are_put_back():
     def run(*cbs):
         g, ds = torch.Generator().manual_seed(1), data().train.dataset
-        dls = SimpleNamespace(train=DataLoader(ds, BS, sampler=RandomSampler(ds, generator=g)), valid=data().valid)
+        dls = SimpleNamespace(train=DataLoader(ds, BS, sampler=RandomSampler(ds, generator=g), collate_fn=list),
+                              valid=data().valid)
         learn = learner(*cbs, dls=dls)
         learn.fit(2)
         learn.restore()
@@ -534,10 +540,10 @@ def triangle(epoch): return 1 if epoch < 7 else 0.1 + 0.9*(1 - (epoch - 7) % 5/4
 @pytest.mark.parametrize('accumulate', [False, True])
 def test_snapshots_at_the_minima_of_a_schedule_by_epochs(kw, epochs, accumulate):
     "Each is in the row of its own epoch; 12, 17, 22 are where the paper on SWA takes them"
-    cb = Taken(**kw)
-    learn = learner(cb, EpochSchedCB(partial(S.LambdaLR, lr_lambda=triangle)), *([Accumulate(5)] if accumulate else []))
+    cb, sched = Taken(**kw), EpochSchedCB(partial(S.LambdaLR, lr_lambda=triangle))
+    learn = learner(cb, sched, *([Accumulate(2)] if accumulate else []), dls=data(16, 4))
     learn.fit(22)
-    per_epoch = 2 if accumulate else 10
+    per_epoch = 2 if accumulate else 4
     assert cb.steps == [e*per_epoch for e in epochs]
     rows = [r['epoch'] + 1 for r in learn.history if r.get('weights') == 'average']
     assert rows == list(range(epochs[0], 23))
@@ -570,15 +576,15 @@ def test_minima_that_cannot_be():
 def test_swa_begins_anew_in_each_fit(make, n):
     "Wrong: the mean of the ends of two fits, the first before layers were unfrozen"
     trail, cb = Trail(), make(apply=False)
-    learn = learner(trail, cb, BNUpdateCB())
-    learn.fit(20)
-    learn.fit(20)
+    learn = learner(trail, cb, BNUpdateCB(), dls=long_epochs())
+    learn.fit(2)
+    learn.fit(2)
     assert cb.average.n == n
     np.testing.assert_allclose(weights_of(cb), np.mean(trail.weights[149::2], axis=0), rtol=1e-4, atol=1e-6)
     on = make(apply=False, restart=False)
-    learn = learner(on, BNUpdateCB())
-    learn.fit(20)
-    learn.fit(20)
+    learn = learner(on, BNUpdateCB(), dls=long_epochs())
+    learn.fit(2)
+    learn.fit(2)
     assert on.average.n == 2*n
 
 

@@ -33,7 +33,6 @@ from killed_run import result
 
 
 def new_learner(*cbs, lr=0.1):
-    torch.manual_seed(0)
     learn = TrainLearner(linear(), regression(2), F.mse_loss, lr, [EMACB(0.5, apply=False), *cbs],
                          partial(optim.SGD, momentum=0.9))
     learn.quiet = True
@@ -51,7 +50,8 @@ def looks(folder):
 def fail_everywhere(tmp_path, go, intact, ready=lambda folder: None, only=lambda path: True, every=False, ways=None):
     """Call `go(folder)` with one operation failing, `intact(folder)`, and `go(folder)` once more, for each operation
     and each way, or `ways` of them by turns. `ready` makes what was there before, `only` chooses paths. Where a failure
-    leaves the disk as another one has, the second call would do the same once more, and is left out but with `every`"""
+    leaves the disk as another one has, the second call would do the same once more, and is left out but with `every`;
+    a process killed before an operation is one killed after the last"""
     def in_folder(name, at=None, how=None):
         folder = tmp_path/name
         folder.mkdir()
@@ -59,10 +59,11 @@ def fail_everywhere(tmp_path, go, intact, ready=lambda folder: None, only=lambda
         return folder, FaultyDisk(folder, at, how)
     folder, disk = in_folder('whole')
     with disk: whole = go(folder)
-    left, seen, n = names(folder), set(), 0
-    ops = [(i, op, path) for i, (op, path) in enumerate(disk.ops) if only(path)]
+    left, seen, n, all_ops = names(folder), set(), 0, disk.ops
+    ops = [(i, op, path) for i, (op, path) in enumerate(all_ops) if only(path)]
     for i, op, path in ops:
         possible = [how for how in (*KILLS, *ERRORS) if how != 'torn write' or op in ('write', 'rmtree')]
+        if i and only(all_ops[i - 1][1]) and not ways: possible.remove('killed before')
         for how in (possible[(i + k) % len(possible)] for k in range(ways or len(possible))):
             folder, disk = in_folder(f'{i}-{how}', i, how)
             where = f'{how}: operation {i}, {op}'

@@ -46,12 +46,12 @@ def fit(
 ) -> tuple: # coefficients (steps, gammas), relative L2 error of the profile that they give
     "The combination of stored profiles, with coefficients that sum to 1, nearest to another profile"
     if np.ndim(wanted) == 0: wanted = shares([wanted], 0, steps[-1])[:, 0]
-    rows = []
+    rows,at = [],np.array(steps, dtype=float)[:, None]
     for first, last in zip([0, *steps], steps):
         r = np.linalg.qr(np.column_stack([shares(gammas, first, last), wanted[first:last]]), mode='r')
         # a later average holds the same profile, shrunk; an earlier one has nothing here
-        shrunk = [np.zeros(len(gammas)) if s < last else (last/s)**(1 + np.asarray(gammas)) for s in steps]
-        rows.append(np.column_stack([*(r[:, :-1]*d for d in shrunk), r[:, -1]]))
+        shrunk = (at >= last)*np.minimum(last/at, 1)**(1 + np.asarray(gammas))
+        rows.append(np.column_stack([(r[:, None, :-1]*shrunk).reshape(len(r), -1), r[:, -1]]))
     *stored,target = np.concatenate(rows).T
     # the last coefficient is what the others leave of 1
     *others,newest = stored

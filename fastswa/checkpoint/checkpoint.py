@@ -59,7 +59,8 @@ class WholePosition:
     def __init__(self, learn, **place):
         self.state = learner_state(learn)
         self.state['place'] |= place
-        own = {k: v for k, v in self.state.items() if k not in ('rng', 'history')}      # which are copies
+        # without what is a copy: thousands of numbers, to be gone through at each end of an epoch
+        own = dict(self.state, rng=None, history=None, place=dict(self.state['place'], rng=None))
         self.versions = [(t, t._version) for t in map(local, tensors_in(own))]
 
     def is_valid(self, learn) -> bool:

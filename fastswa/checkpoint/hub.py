@@ -23,7 +23,7 @@ from ..averaging.batchnorm import bn_layers
 from ..averaging.holding import restore_raw
 from .resume import check_model
 from .saving import export
-from ..core import check_choice, quiet, unwrap
+from ..core import check_choice, imports_without, quiet, unwrap
 from ..data.sources import hub_answers
 from ..files import as_path, check_folder, is_main_process, written
 from ..tables import format_value
@@ -162,7 +162,9 @@ def model_card(
 # %% ../../nbs/checkpoint/06_hub.ipynb #6f1c0016
 def _hub():
     "The module `huggingface_hub`; ImportError that says how to get it"
-    try: import huggingface_hub
+    try:
+        with imports_without('IProgress not found'):      # of tqdm, in a notebook without ipywidgets
+            import huggingface_hub.constants, huggingface_hub.errors, huggingface_hub.utils
     except ImportError as e: raise ImportError('the Hub needs huggingface_hub: pip install fastswa[hub]') from e
     return huggingface_hub
 

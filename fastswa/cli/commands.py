@@ -43,7 +43,7 @@ def _png(draw):
     "What writes the figure that `draw` makes"
     def write(f):
         with plot_style(): draw()
-        plt.savefig(f, format='png', dpi=150, bbox_inches='tight')
+        plt.gcf().savefig(f, format='png', dpi=150, bbox_inches='tight')      # plt's own draws it once more
         plt.close()
     return write
 

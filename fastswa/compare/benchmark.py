@@ -316,7 +316,7 @@ class AveragesBenchmark:
                  'saved.md': self.markdown(), 'about.json': json.dumps(about, indent=1)}
         for name, text in texts.items():
             with written(folder/name) as f: f.write(text.encode())
-        with written(folder/'saved.png') as f: plt.savefig(f, format='png', dpi=120)
+        with written(folder/'saved.png') as f: plt.gcf().savefig(f, format='png', dpi=120)
         plt.close()
 
 def _interval(mean, low, high, digits):

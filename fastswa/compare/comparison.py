@@ -164,7 +164,8 @@ class Comparison:
                 if len(pairs) < len(values):
                     notes.append(f'compared in {len(pairs)}: raw has no score in the others')
             found[name] = row | dict(verdict=f'{words} ({"; ".join(notes)})'.strip() if notes else words)
-        return pd.DataFrame.from_dict(found, orient='index')
+        frame = pd.DataFrame.from_dict(found, orient='index')
+        return frame[[*frame.columns.drop('verdict'), 'verdict']]      # the longest one, and words, at the end
 
     def _never_began(self, name):
         known = self.table.variant.eq(name).any() or all((self._run(name), s) in self.failures for s in self.seeds)

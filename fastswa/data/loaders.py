@@ -13,15 +13,11 @@ from functools import partial, wraps
 from operator import length_hint
 
 import PIL.Image, torch
-import numpy as np, pyarrow as pa, pyarrow.compute as pc
+import numpy as np
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from ..core import check_whole, imports_without
+from ..core import check_whole
 from ..batches import to_device
-
-with imports_without('IProgress not found'):      # of tqdm, in a notebook without ipywidgets
-    import datasets
-    from datasets import ClassLabel
 
 # %% ../../nbs/data/01_loaders.ipynb #00000007
 def _pixels(image):
@@ -49,8 +45,9 @@ def collate_dict(
     as_tuple:bool=True, # a tuple of columns? else a dict
 ): # a `collate_fn`, also for worker processes
     "A function that makes a batch from samples: its columns in the order of `ds.features`"
+    from datasets import Image      # here and below: a second, for which other loaders do not wait
     untouched = ds.format['type'] != 'custom'                # with_transform: the values are the user's
-    images = [k for k, f in ds.features.items() if untouched and isinstance(f, datasets.Image)]
+    images = [k for k, f in ds.features.items() if untouched and isinstance(f, Image)]
     return partial(_collate, columns=list(ds.features), images=images, as_tuple=as_tuple)
 
 def collate_device(b):
@@ -148,6 +145,7 @@ def _column(ds, kind):
 
 def _pgm_pixels(files):
     "An Arrow array of PGM files of one size as uint8 (n, 1, h, w), without decoding; None if they are not that"
+    import pyarrow as pa, pyarrow.compute as pc
     sizes = pc.min_max(pc.binary_length(files)).as_py()
     if files.type != pa.binary() or files.null_count or sizes['min'] != sizes['max']: return None
     ends = np.frombuffer(files.buffers()[1], np.int32)[files.offset:][:len(files) + 1]
@@ -160,7 +158,9 @@ def _pgm_pixels(files):
 
 def _images(ds, column):
     "All images of `column` in one uint8 array (N, C, H, W)"
-    feature = datasets.Image(mode=ds.features[column].mode)
+    import pyarrow.compute as pc
+    from datasets import Image
+    feature = Image(mode=ds.features[column].mode)
     blocks = []
     for table in ds.select_columns(column).with_format('arrow').iter(1000):
         files = table[column].combine_chunks()
@@ -185,10 +185,11 @@ def _labels(ds, column):
 
 def _tensors(ds, device):
     "Images and labels of `ds` on `device`"
+    from datasets import ClassLabel, Image
     if ds.format['type'] == 'custom':
         raise ValueError('in_memory reads the images as stored, without the transform of the dataset: remove it by '
                          'with_format(None) and give a tfm= for batches, or use from_dd')
-    return to_device((_images(ds, _column(ds, datasets.Image)), _labels(ds, _column(ds, ClassLabel))), device)
+    return to_device((_images(ds, _column(ds, Image)), _labels(ds, _column(ds, ClassLabel))), device)
 
 # %% ../../nbs/data/01_loaders.ipynb #00000016
 _valid_names = 'validation', 'valid', 'val', 'test'

@@ -9,22 +9,30 @@ __all__ = ['hub_answers', 'fashion_mnist', 'mnist', 'toy_images', 'load_data']
 
 # %% ../../nbs/data/00_sources.ipynb #00000002
 import gzip, hashlib, math, os, threading, zlib
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import numpy as np, pyarrow as pa
+import numpy as np
 import torch.nn.functional as F
 
 from ..core import imports_without, is_quiet
 from ..files import as_path
 
-with imports_without('IProgress not found'):      # of tqdm, in a notebook without ipywidgets
-    import datasets, huggingface_hub
-    from datasets import ClassLabel, Dataset, DatasetDict, Features
+if TYPE_CHECKING: from datasets import DatasetDict
+
+@cache
+def _hf_datasets():
+    "The library `datasets`, which takes a second to import: who trains on other data does not wait for it"
+    with imports_without('IProgress not found'):      # of tqdm, in a notebook without ipywidgets
+        import datasets
+    return datasets
 
 # %% ../../nbs/data/00_sources.ipynb #00000005
 def _pgm_column(x):
     "The images `x` (n, h, w) as Arrow structs of `bytes` (a PGM file each) and `path`"
+    import pyarrow as pa
     n, h, w = x.shape
     header = np.frombuffer(b'P5 %d %d 255\n' % (w, h), np.uint8)
     rows = np.empty((n, len(header) + h*w), np.uint8)
@@ -38,11 +46,13 @@ def _image_dataset(x, y, names, description):
     "A dataset of grey images `x` (n, h, w) with labels `y` out of `names`"
     if len(y) and not 0 <= y.min() <= y.max() < len(names):
         raise ValueError(f'label {y.max()} is out of range: {description} has classes 0 to {len(names)-1}')
-    features = Features(image=datasets.Image(), label=ClassLabel(names=names))
+    import pyarrow as pa
+    datasets = _hf_datasets()
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
     step = max(1, 2**30 // (math.prod(x.shape[1:]) + 32))    # offsets within a chunk are 32-bit
     images = pa.chunked_array([_pgm_column(x[i:i+step]) for i in range(0, max(len(x), 1), step)])
     table = pa.table({'image': images, 'label': pa.array(y, pa.int64())})
-    return Dataset(table, info=datasets.DatasetInfo(features=features, description=description))
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features, description=description))
 
 # %% ../../nbs/data/00_sources.ipynb #00000008
 def _read_idx(folder, name, n_axes):
@@ -88,7 +98,8 @@ def _read_folder(folder, name=None):
     n_classes = 1 + max(int(y.max(initial=0)) for _, y in arrays.values())
     classes = _classes.get(name) or [str(i) for i in range(n_classes)]
     about = f'{name or "images"} from {folder}'
-    return DatasetDict({split: _image_dataset(x, y, classes, about) for split, (x, y) in arrays.items()})
+    splits = {split: _image_dataset(x, y, classes, about) for split, (x, y) in arrays.items()}
+    return _hf_datasets().DatasetDict(splits)
 
 def _find_folder(base, *names):
     "The first of the folders `base/name` and `base` with IDX files in it, or None"
@@ -101,6 +112,7 @@ def hub_answers(
     seconds:float=3, # to wait for an answer
 ) -> bool:
     "Does `url` answer? The thread limits the time for looking up its name, which no timeout does"
+    with imports_without('IProgress not found'): import huggingface_hub
     statuses = []
     def ask():
         try: statuses.append(huggingface_hub.get_session().head(url, timeout=seconds).status_code)
@@ -112,6 +124,7 @@ def hub_answers(
 
 def _from_hub(repo):
     "The dataset `repo` from the hub, or from its cache if the hub does not answer"
+    datasets = _hf_datasets()
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         datasets.config.HF_HUB_OFFLINE = offline or not hub_answers(datasets.config.HF_ENDPOINT)
@@ -144,18 +157,18 @@ def _load(name, path, repo):
             f'({reason}).{package} Give the folder of its IDX files as path= or in $FASTSWA_DATA, '
             f'or use toy_images(), which needs no files') from e
     if dd['train'].features['label'].names == _classes[name]: return dd
-    return dd.cast_column('label', ClassLabel(names=_classes[name]))
+    return dd.cast_column('label', _hf_datasets().ClassLabel(names=_classes[name]))
 
 def fashion_mnist(
     path=None, # folder of the four IDX files, or the parent of `fashion-mnist/`; None: look for it
-) -> DatasetDict: # `train` (60,000) and `test` (10,000) with columns `image` (28×28, grey) and `label`
+) -> 'DatasetDict': # `train` (60,000) and `test` (10,000) with columns `image` (28×28, grey) and `label`
     """Fashion-MNIST (arXiv 1708.07747) from `path`, `$FASTSWA_DATA`, /usr/share/datasets, ~/.cache/fastswa or the
     Hugging Face hub, in this order. Raises FileNotFoundError, with what to do, if it is in none of them"""
     return _load('fashion_mnist', path, 'zalando-datasets/fashion_mnist')
 
 def mnist(
     path=None, # folder of the four IDX files, or the parent of `mnist/`; None: look for it
-) -> DatasetDict: # `train` (60,000) and `test` (10,000) with columns `image` (28×28, grey) and `label`
+) -> 'DatasetDict': # `train` (60,000) and `test` (10,000) with columns `image` (28×28, grey) and `label`
     "MNIST, from the places where `fashion_mnist` looks too"
     return _load('mnist', path, 'ylecun/mnist')
 
@@ -184,7 +197,7 @@ def toy_images(
     n_train:int=10_000, # training images
     n_test:int=2_000, # test images, the same ones whatever `n_train` is
     seed:int=0, # another seed draws other classes
-) -> DatasetDict: # `train` and `test`, with columns `image` (28×28, grey) and `label` (ten classes)
+) -> 'DatasetDict': # `train` and `test`, with columns `image` (28×28, grey) and `label` (ten classes)
     "Ten classes of images made by this package, on which averaging weights helps; for tests and demos without data"
     if not is_quiet():
         print(f'toy data: {n_train} + {n_test} images made up by fastswa; results on them say nothing about real data')
@@ -195,12 +208,12 @@ def toy_images(
     names = [f'pattern {i}' for i in range(10)]
     train, test = (_image_dataset(*_toy_split(patterns, n, g), names, 'fastswa toy images')
                    for n, g in zip((n_train, n_test), g_splits))
-    return DatasetDict(train=train, test=test)
+    return _hf_datasets().DatasetDict(train=train, test=test)
 
 # %% ../../nbs/data/00_sources.ipynb #00000016
 def load_data(
     name, # `fashion_mnist`, `mnist`, `toy`, or a folder with IDX files
-) -> DatasetDict: # `train` and `test`, with columns `image` and `label`
+) -> 'DatasetDict': # `train` and `test`, with columns `image` and `label`
     "The dataset that a command line names"
     named = dict(fashion_mnist=fashion_mnist, mnist=mnist, toy=toy_images)
     if name in named: return named[name]()

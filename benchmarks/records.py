@@ -63,7 +63,7 @@ def recipe(epochs):
 @cache
 def images(toy, device):
     "Training images and labels, test images and labels, on the device"
-    dls = DataLoaders.in_memory(toy_images(1000, 500) if toy else fashion_mnist(), 1, device=device)
+    dls = DataLoaders.in_memory(toy_images(500, 250) if toy else fashion_mnist(), 1, device=device)
     return *dls.train.dataset.tensors, *dls.valid.dataset.tensors
 
 

@@ -497,7 +497,7 @@ def test_as_in_the_course():
 
 def conv_run(looks, cbs=()):
     set_seed(0)
-    dls = DataLoaders.in_memory(toy_images(256, 64, seed=0), 64, device='cpu', tfm=lambda x: (x - 0.4)/0.2)
+    dls = DataLoaders.in_memory(toy_images(128, 32, seed=0), 32, device='cpu', tfm=lambda x: (x - 0.4)/0.2)
     model = get_model(act_gr, norm=nn.BatchNorm2d).apply(partial(init_weights, leaky=0.1)).cpu()
     augment = [AugmentCB(RandCrop(), RandFlip(), RandErase(), RandCopy()), MixUpCB(10, p=0.5), CutMixCB(10, p=0.5)]
     learn = TrainLearner(model, dls, F.cross_entropy, lr=0.1, cbs=[*augment, *cbs])

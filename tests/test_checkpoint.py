@@ -339,8 +339,7 @@ def test_a_corrupt_byte_anywhere(tmp_path):
             refused += 1
             continue
         silent += 1                                      # alignment, dates: nothing that is read
-        for k, v in good['weights']['raw'].items(): assert torch.equal(v, state['weights']['raw'][k])
-        assert str(state) == str(good)
+        assert equal(state, good)
     assert refused > 100, (refused, silent)
     weights = whole.find(good['weights']['raw']['5.weight'].numpy().tobytes()[:64])
     path.write_bytes(whole[:weights] + bytes([whole[weights] ^ 1]) + whole[weights + 1:])
@@ -750,7 +749,8 @@ def test_compiled_prefixes_stay_out(tmp_path):
     "Lightning#20233: a checkpoint of a compiled model is one of the model, and the other way round"
     model = torch.compile(net(), backend='eager')
     learn = learner(EMACB(0.8), model=model)
-    learn.fit(1, cbs=CheckpointCB(tmp_path))
+    with torch.compiler.set_stance('force_eager'):      # the names are the point, not the graph
+        learn.fit(1, cbs=CheckpointCB(tmp_path))
     state = read_checkpoint(tmp_path/'step-00000008.pt')
     ema = state['averages']['averages']['ema']['average']['weights']
     names = [*state['weights']['raw'], *ema, *(n for g in state['opt']['param_groups'] for n in g['param_names'])]

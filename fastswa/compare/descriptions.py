@@ -8,7 +8,7 @@ Docs: https://fastswa.github.io/fastswa/compare/descriptions.html.md"""
 __all__ = ['describe']
 
 # %% ../../nbs/compare/02_descriptions.ipynb #cc2c1560
-import argparse, inspect
+import argparse, inspect, linecache
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cached_property, partial
@@ -129,8 +129,10 @@ class _Writer:
         return _digest(code.co_code.hex() + self.text(code.co_names) + self.text(code.co_consts))
 
     def _source(self, code):
-        try: source = dedent(inspect.getsource(code)).rstrip()
-        except (OSError, TypeError): source = ''
+        # `inspect.getsource` would ask each of some thousand modules whether it is the function's
+        linecache.checkcache(code.co_filename)
+        lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1:]
+        source = dedent(''.join(inspect.getblock(lines))).rstrip()
         # of a lambda over several lines only the first may be found
         return source if source and code.co_name != '<lambda>' else f'{source} # {self._digest_of(code)}'
 

@@ -63,6 +63,14 @@ def gain(
     return square**-0.5
 
 # %% ../../nbs/nets/05_init.ipynb #0000000f
+def _own_weight(m):
+    if 'weight' in m._parameters: return m.weight
+    raise ValueError(f'the weight of {m} is computed from other parameters: initialise it before parametrizing')
+
+def _draw(m, gain):
+    weight = _own_weight(m)
+    nn.init.normal_(weight, std=gain/weight[0].numel()**0.5)
+
 def init_weights(
     m:nn.Module, # a module, as `model.apply(init_weights)` gives it
     leaky:float=0., # slope below zero of the (leaky) ReLUs between the layers
@@ -73,10 +81,8 @@ def init_weights(
     Raises ValueError if a weight is computed from other parameters"""
     if not isinstance(m, weight_layers): return
     if leaky and act is not None: raise ValueError(f'give leaky or act, not both; got {leaky} and {act}')
-    if 'weight' not in m._parameters:
-        raise ValueError(f'the weight of {m} is computed from other parameters: initialise it before parametrizing')
-    if act is None: nn.init.kaiming_normal_(m.weight, a=leaky)
-    else: nn.init.normal_(m.weight, std=gain(act)/m.weight[0].numel()**0.5)
+    if act is None: nn.init.kaiming_normal_(_own_weight(m), a=leaky)
+    else: _draw(m, gain(act))
 
 # %% ../../nbs/nets/05_init.ipynb #00000017
 _norms = _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, BatchNorm, LayerNorm
@@ -129,8 +135,9 @@ def fixup(
     in_block = any(head in b.modules() for b in model.modules() if isinstance(b, ResBlock))
     if in_block or any(head in b for b in branches):
         raise ValueError('the last layer is part of a block: give head, the classification layer')
+    g = gain(act)                      # once: it is an integral
     for m in layers:
-        init_weights(m, act=act)
+        _draw(m, g)
         if m.bias is not None: nn.init.zeros_(m.bias)
     for b in branches:
         for m in b[:-1]: m.weight.data *= len(branches)**(-1/(2*len(b) - 2))

@@ -94,6 +94,7 @@ def test_files(demo):
 def test_what_train_prints(printed, demo):
     "The line of JSON says what the table says, and the last lines what may come next"
     result, text = printed
+    assert {*result['results']} == {'raw', 'swa', 'ema'}
     last = {r['weights']: float(r['accuracy']) for r in rows_of(demo/'history.csv')
             if r['train'] == 'eval' and r['epoch'] == '3'}
     assert {name: r['accuracy'] for name, r in result['results'].items()} == last
@@ -221,6 +222,13 @@ def test_the_folder_of_another_command(demo, command, capsys):
     assert main([command, '--data', 'toy', '--out', str(demo)]) == 2
     err = capsys.readouterr().err
     assert f'{demo} holds a run of fastswa train: --overwrite replaces it, or --out' in err and 'resume' not in err
+    assert results(demo) == FILES
+
+
+def test_a_run_is_not_trained_over(demo, capsys):
+    "Wrong: the files of the first run are gone"
+    assert main(f'train --data toy --out {demo}'.split()) == 2
+    assert f'{demo} holds an earlier run: --resume goes on with it' in capsys.readouterr().err
     assert results(demo) == FILES
 
 

@@ -27,7 +27,8 @@ class Unsized:
 def start(stdin, stdout, stderr, *args, terminal=False):
     "A run in a process of its own, with these file descriptors; what is the child's is closed here"
     fds = [told_run.Fd(fd) for fd in (stdin, stdout, stderr)]
-    p = forkserver().Process(target=told_run.run, args=(fds, terminal, *args), daemon=True)      # ends with a failed test
+    # a daemon: where a test fails, pytest does not wait for a run that waits
+    p = forkserver().Process(target=told_run.run, args=(fds, terminal, *args), daemon=True)
     p.start()
     for fd in {stdin, stdout, stderr}: os.close(fd)
     return p

@@ -22,7 +22,7 @@ demo: $(STAMP)    ## train on Fashion-MNIST with SWA and EMA; results in runs/de
 	echo '(. $(BIN)/activate puts fastswa on the path)'
 
 test: $(STAMP)    ## run every test: the notebooks, then pytest
-	@$(with_data); status=0; $(BIN)/nbdev-test || status=1; $(BIN)/pytest -n 3 --dist loadfile || status=1; exit $$status
+	@$(with_data); status=0; $(BIN)/nbdev-test || status=1; $(BIN)/pytest -n 4 --dist loadfile || status=1; exit $$status
 
 setup: $(STAMP)    ## install everything into .venv
 
@@ -56,7 +56,7 @@ docs-test: docs    ## build the site and look at every page in Chromium
 bench: $(STAMP)    ## measure averaging, step, epoch, data, checkpoint, processes (10 minutes at most); tables in benchmarks/results
 	@$(with_data); \
 	for part in 'averaging --rounds 5' 'step --rounds 7 --steps 20' 'epoch --rounds 3' 'data --rounds 3' 'checkpoint --rounds 5' \
-		'distributed --rounds 5 --steps 20'; do \
+		'distributed --rounds 9 --steps 60'; do \
 		set -- $$part; script=$$1; shift; $(BIN)/python benchmarks/$$script.py "$$@" --write $(BENCH) || exit 1; echo; \
 	done; $(BIN)/python tools/bench_page.py
 

@@ -380,6 +380,9 @@ def resumed(folder):
     assert logs[0].rows[-3:] == logs[2].rows[-3:]
     for name, a in whole.averages.items():
         assert all(torch.equal(v, rest.averages[name].weights[k]) for k, v in a.weights.items())
+    again, fit = run(CheckpointCB(folder/'run', every='3ba'), resume=folder/'run')
+    fit()                                                     # all of it is done: not one batch
+    assert again.history == whole.history and everywhere([*again.model.parameters()])
 
 
 # --- errors that are the same everywhere

@@ -34,6 +34,7 @@ class DivideCB(Callback):
     order,role = Stage.prepare + 5,'prepares'
     processes = Processes()
     pause = 0.25 # seconds, about, from one agreement on whether to stop to the next; a batch if that takes longer
+    _next = _batches = _met = 0 # the batch of the next agreement; how many since the last one, and when that was
     def __init__(self): self._shares,self._undo = {},ExitStack()
 
     def share(self, dl):

@@ -47,11 +47,12 @@ def looks(folder):
     return tuple((re.sub(r'[0-9a-f]{8}\.tmp', 'tmp', o), (folder/o).lstat().st_size) for o in names(folder))
 
 
-def fail_everywhere(tmp_path, go, intact, ready=lambda folder: None, only=lambda path: True, every=False, ways=None):
+def fail_everywhere(tmp_path, go, intact, ready=lambda folder: None, only=lambda path: True, every=False, ways=None,
+                    threads=False):
     """Call `go(folder)` with one operation failing, `intact(folder)`, and `go(folder)` once more, for each operation
     and each way, or `ways` of them by turns. `ready` makes what was there before, `only` chooses paths. Where a failure
     leaves the disk as another one has, the second call would do the same once more, and is left out but with `every`;
-    a process killed before an operation is one killed after the last"""
+    a process killed before an operation is one killed after the last, where no `threads` write beside each other"""
     def in_folder(name, at=None, how=None):
         folder = tmp_path/name
         folder.mkdir()
@@ -63,7 +64,7 @@ def fail_everywhere(tmp_path, go, intact, ready=lambda folder: None, only=lambda
     ops = [(i, op, path) for i, (op, path) in enumerate(all_ops) if only(path)]
     for i, op, path in ops:
         possible = [how for how in (*KILLS, *ERRORS) if how != 'torn write' or op in ('write', 'rmtree')]
-        if i and only(all_ops[i - 1][1]) and not ways: possible.remove('killed before')
+        if i and only(all_ops[i - 1][1]) and not threads: possible.remove('killed before')
         for how in (possible[(i + k) % len(possible)] for k in range(ways or len(possible))):
             folder, disk = in_folder(f'{i}-{how}', i, how)
             where = f'{how}: operation {i}, {op}'
@@ -123,7 +124,7 @@ def parts_intact(folder):
 def test_checkpoints_in_parts(tmp_path, in_parts, background, ways):
     "Every operation of torch's own writer, too. Wrong: a folder under its name before all of it is on the disk"
     go = partial(train_in_parts, in_parts, background=background)
-    assert fail_everywhere(tmp_path, go, parts_intact, ways=ways) > 50*(ways or 6)
+    assert fail_everywhere(tmp_path, go, parts_intact, ways=ways, threads=True) > 50*(ways or 6)
 
 
 @pytest.fixture(scope='module')

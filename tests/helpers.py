@@ -253,12 +253,13 @@ def _traced(f, trace):
     return False
 
 
-def moments(f, files, last=(), every=()):
+def moments(f, files, last=(), every=(), alike=False):
     """When to press Ctrl-C: file, line and how often it has run by then, for each line of `files` (parts of paths)
 
     The first time that it runs, in the files `last` the last time too, and in the files `every` each time. A run has
     20 times as many moments, nearly all of which are one line in a loop. Where another handler than Python's waits for
-    the end of a block, as in `uninterrupted`, all moments until then are the same one."""
+    the end of a block, as in `uninterrupted`, all moments until then are the same one, and one is given, but with
+    `alike` all of them."""
     handlers = defaultdict(list)                               # of Ctrl-C, each time that a line ran
 
     @cache
@@ -275,7 +276,7 @@ def moments(f, files, last=(), every=()):
     for (file, line), of_line in handlers.items():
         for run in runs(file, len(of_line)):
             handler = of_line[run - 1]
-            if handler not in waiting: found.append((file, line, run))
+            if alike or handler not in waiting: found.append((file, line, run))
             if handler is not signal.default_int_handler: waiting.add(handler)
     return found
 
